@@ -1,0 +1,5 @@
+"""`python -m clla`."""
+
+from clla.cli import main
+
+main()

@@ -1,0 +1,313 @@
+"""Stats, Plan and Codec: the frozen results of the pipeline's stages, saved as safetensors with JSON.
+
+Every file carries the hash of what made it (`made_from`), so that a later run takes it up only if
+nothing that it rests on has changed.
+
+Shape legend: L convertible layers, K band (largest group size), n = 2·H_kv·d values a token and layer,
+h hidden size, r rank of a layer group's latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clla.errors import CorruptArtifactError
+from clla.modeling.cache_clla import exact_slots, leaving_slots
+from clla.modeling.quantize_clla import RowLayout, tensor_digest
+
+ARTIFACT_VERSION = 1
+
+
+def digest(*parts: Any) -> str:
+    """Hex digest (16 characters) of JSON-serialisable parts."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one layer caches for one token."""
+
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def values(self) -> int:
+        """n = 2·H_kv·d, keys then values."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Second moments and Fisher metric of keys (before RoPE) and values, per convertible layer.
+
+    Attributes:
+        layers: indices of the L convertible layers in the model.
+        kv: what each of them caches.
+        tokens: positions that went into the moments.
+        mean: [L, n].
+        covariance: [L, K, n, n], centred, of layers l and l + j.
+        fisher: [L, n, n], E[g gᵀ] with g the gradient of the summed token loss.
+        input_mean: [L, h] of the attention's input; with the next two only for the `first` source.
+        input_covariance: [L, h, h].
+        input_cross: [L, K, h, n], centred, of layer l's input with layer l + j's keys and values.
+        made_from: hash of source, data and settings.
+    """
+
+    layers: tuple[int, ...]
+    kv: KVShape
+    tokens: int
+    mean: Tensor
+    covariance: Tensor
+    fisher: Tensor
+    made_from: str
+    input_mean: Tensor | None = None
+    input_covariance: Tensor | None = None
+    input_cross: Tensor | None = None
+
+    def save(self, path: Path) -> None:
+        meta = {"layers": self.layers, "kv": asdict(self.kv), "tokens": self.tokens, "made_from": self.made_from}
+        _save(path, _tensor_fields(self), "stats", meta)
+
+    @classmethod
+    def load(cls, path: Path) -> Stats:
+        tensors, meta = _load(path, "stats")
+        meta["layers"], meta["kv"] = tuple(meta["layers"]), KVShape(**meta["kv"])
+        return cls(**meta, **tensors)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive layers that share one latent.
+
+    Attributes:
+        layers: model layer indices.
+        tier_bits: bits a component of each coded tier, most important tier first.
+        predicted_loss: share of the group in the plan's predicted loss.
+    """
+
+    layers: tuple[int, ...]
+    tier_bits: tuple[int, ...]
+    predicted_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers share a latent, how long it is and how many bits each tier gets.
+
+    Attributes:
+        groups: in layer order, covering every convertible layer.
+        kv: what a layer caches for a token.
+        tier_size: neighbouring components that share bits and scale.
+        window: newest tokens kept exact (the buffer holds up to `flush_block` more).
+        sinks: first tokens kept exact.
+        flush_block: tokens that leave the window at once.
+        kept_layers: layers left with the source's own cache (bounded by a sliding window).
+        source: `group` or `first`, where the latent comes from.
+        budget_bytes: bytes a token that were asked for, at `at_context`.
+        at_context: context length in tokens at which the budget holds; None counts latents only.
+        kv_itemsize: bytes of one exact key or value component.
+        made_from: hash of the stats and settings.
+    """
+
+    groups: tuple[LayerGroup, ...]
+    kv: KVShape
+    kv_itemsize: int
+    tier_size: int
+    window: int
+    sinks: int
+    flush_block: int
+    source: str
+    budget_bytes: float
+    at_context: int | None
+    made_from: str
+    kept_layers: tuple[int, ...] = ()
+
+    @property
+    def predicted_loss(self) -> float:
+        return sum(group.predicted_loss for group in self.groups)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(group.layers) for group in self.groups)
+
+    @property
+    def source_bytes_per_token(self) -> int:
+        """What the source caches for a token in the convertible layers."""
+        return self.num_layers * self.kv.values * self.kv_itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Packed latents of one token, scales included, over all groups."""
+        return sum(RowLayout(group.tier_bits, self.tier_size).row_bytes for group in self.groups)
+
+    @property
+    def exact_bytes(self) -> float:
+        """Buffers that do not grow: exact window and sinks (and the window's latents for `first`)."""
+        return exact_bytes_of(self.source_bytes_per_token, self.row_bytes, self.window, self.sinks, self.flush_block,
+                           self.source)
+
+    def bytes_at(self, context: int) -> float:
+        """Cache bytes of one sequence of `context` tokens, layers left alone not included."""
+        return self.exact_bytes + encoded_slots(context, self.window, self.flush_block) * self.row_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys."""
+        names = {f.name for f in fields(cls)}
+        data = {k: v for k, v in data.items() if k in names}
+        groups = tuple(
+            LayerGroup(tuple(g["layers"]), tuple(g["tier_bits"]), g["predicted_loss"]) for g in data.pop("groups")
+        )
+        data["kept_layers"] = tuple(data["kept_layers"])
+        return cls(groups=groups, kv=KVShape(**data.pop("kv")), **data)
+
+    def save(self, path: Path) -> None:
+        write_text(path, json.dumps({"version": ARTIFACT_VERSION, **self.to_json()}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        data = read_json(path)
+        _check_version(path, data.pop("version", None))
+        try:
+            return cls.from_json(data)
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, f"no valid plan: {error}") from error
+
+
+@dataclass(frozen=True)
+class GroupCodec:
+    """Linear encoder and decoder of one layer group, latents of unit variance, sorted by importance.
+
+    Attributes:
+        encoder: [r, n·|G|] from the group's keys and values, or [r, h] from the attention's input.
+        offset: [n·|G|] or [h], subtracted before encoding.
+        decoder: [|G|, n, r].
+        mean: [|G|, n], added after decoding.
+    """
+
+    encoder: Tensor
+    offset: Tensor
+    decoder: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encoders and decoders of all layer groups, in the plan's order."""
+
+    groups: tuple[GroupCodec, ...]
+    made_from: str
+    predicted_kl: float = 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat names as in the converted model's state dict: `groups.I.encoder` and so on."""
+        return {f"groups.{i}.{k}": v for i, group in enumerate(self.groups) for k, v in _tensor_fields(group).items()}
+
+    def save(self, path: Path) -> None:
+        meta = {"made_from": self.made_from, "predicted_kl": self.predicted_kl, "groups": len(self.groups)}
+        _save(path, self.tensors(), "codec", meta)
+
+    @classmethod
+    def load(cls, path: Path) -> Codec:
+        tensors, meta = _load(path, "codec")
+        try:
+            groups = tuple(
+                GroupCodec(*(tensors[f"groups.{i}.{k}"] for k in ("encoder", "offset", "decoder", "mean")))
+                for i in range(meta.pop("groups"))
+            )
+        except KeyError as error:
+            raise _damaged(path, f"tensor {error} is missing") from error
+        return cls(groups=groups, **meta)
+
+
+def encoded_slots(context: int, window: int, flush_block: int) -> int:
+    """Tokens of a context that are latents."""
+    return leaving_slots(context, window, flush_block) if window else context
+
+
+def exact_bytes_of(
+    source_bytes: int, row_bytes: float, window: int, sinks: int, flush_block: int, source: str
+) -> float:
+    """Bytes of the exact buffers, given those of one exact and of one packed token."""
+    slots = exact_slots(window, flush_block)
+    return (slots + sinks) * source_bytes + (slots * row_bytes if source == "first" else 0)
+
+
+def _tensor_fields(artifact: Any) -> dict[str, Tensor]:
+    return {k: v.contiguous() for k, v in vars(artifact).items() if isinstance(v, Tensor)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CorruptArtifactError: the file is missing or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(data, dict):
+        raise _damaged(path, f"it holds a {type(data).__name__}, not an object")
+    return data
+
+
+def _save(path: Path, tensors: dict[str, Tensor], kind: str, meta: dict[str, Any]) -> None:
+    header = {"kind": kind, "version": ARTIFACT_VERSION, "sha256": tensor_digest(tensors), **meta}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"clla": json.dumps(header)})
+    os.replace(partial, path)
+
+
+def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("clla", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    _check_version(path, header.pop("version", None))
+    if header.pop("kind", None) != kind:
+        raise _damaged(path, f"it is no {kind} file")
+    if header.pop("sha256", None) != tensor_digest(tensors):
+        raise _damaged(path, "its checksum does not match its contents")
+    return tensors, header
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if not isinstance(version, int):
+        raise _damaged(path, "it names no version")
+    if version > ARTIFACT_VERSION:
+        raise CorruptArtifactError(
+            f"{path} was written by a newer clla (version {version})",
+            expected=f"version {ARTIFACT_VERSION} or older",
+            remedy="upgrade with: pip install -U clla",
+        )
+
+
+def _damaged(path: Path, why: str) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"{path} cannot be read: {why}",
+        expected="a file written by clla",
+        remedy="delete it and run the conversion again, or copy it anew from where it came",
+    )

@@ -1,0 +1,194 @@
+"""Run text through the source model and collect the moments that the plan rests on.
+
+Keys and values are read where the model hands them to its cache, so that biases, QK-norm, grouped
+heads and mixtures of experts need no special case. A zero that requires grad is added there, and its
+gradient is that of the loss with respect to the key or value; no weight takes part in the backward pass.
+
+Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, L convertible layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from clla.artifacts import KVShape, Stats
+from clla.calibrate.fisher import sampled_label_gradient
+from clla.calibrate.moments import BandedMoments
+from clla.errors import DatasetError
+from clla.modeling.hooks_clla import attention_modules
+from clla.modeling.rotary_clla import rotate, unrotate
+
+
+@dataclass
+class _Tap:
+    """What one attention layer saw in the current forward pass."""
+
+    rotation: tuple[Tensor, Tensor] | None = None
+    hidden: Tensor | None = None
+    values: Tensor | None = None  # [B, T, n]
+    probe: tuple[Tensor, Tensor] | None = None  # zeros whose gradient is the metric's g
+
+
+class _ProbeCache(Cache):
+    """A cache that keeps nothing: it records keys before RoPE and values, and hands both on."""
+
+    def __init__(self, taps: dict[int, _Tap], *, interleaved: bool) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.taps, self.interleaved = taps, interleaved
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        tap = self.taps.get(layer_idx)
+        if tap is None:
+            return key_states, value_states
+        keys = key_states.detach()
+        if tap.rotation is not None:
+            keys = unrotate(keys, *tap.rotation, interleaved=self.interleaved)
+        both = torch.cat((keys, value_states.detach()), dim=1)  # [B, 2H, T, d]
+        tap.values = both.transpose(1, 2).flatten(2)  # [B, T, n]
+        probe_k, probe_v = torch.zeros_like(keys), torch.zeros_like(value_states)
+        tap.probe = (probe_k.requires_grad_(), probe_v.requires_grad_())
+        if tap.rotation is not None:
+            probe_k = rotate(probe_k, *tap.rotation, interleaved=self.interleaved)
+        return key_states + probe_k, value_states + probe_v
+
+
+class Collector:
+    """Accumulates `Stats` batch by batch.
+
+    Args:
+        model: the source, in evaluation mode; its weights are not changed.
+        layers: convertible layer indices.
+        kv: what each layer caches.
+        band: largest group size K.
+        skip_positions: first positions of each sequence left out (attention sinks are outliers).
+        interleaved: the model's rotary pairs are neighbouring channels.
+        with_inputs: also collect the attention inputs' moments (for the `first` source).
+        seed: of the sampled labels.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        layers: tuple[int, ...],
+        kv: KVShape,
+        band: int,
+        skip_positions: int = 8,
+        interleaved: bool = False,
+        with_inputs: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.layers, self.kv, self.skip = model, layers, kv, skip_positions
+        self.interleaved, self.with_inputs = interleaved, with_inputs
+        count, n, hidden = len(layers), kv.values, model.config.get_text_config().hidden_size
+        band = min(band, count)
+        self.moments = BandedMoments(count, n, band=band)
+        self.metric = BandedMoments(count, n, band=1)
+        self.inputs = BandedMoments(count, hidden, band=1) if with_inputs else None
+        self.cross = BandedMoments(count, hidden, band=band, right_dim=n) if with_inputs else None
+        self.generator = torch.Generator().manual_seed(seed)
+        self.attention = attention_modules(model)
+
+    def add(self, input_ids: Tensor) -> None:
+        """Fold in one batch of token ids [B, T]; every position counts, there is no padding."""
+        taps = {layer: _Tap() for layer in self.layers}
+        handles = [self.attention[layer].register_forward_pre_hook(_tap_hook(taps[layer]), with_kwargs=True)
+                   for layer in self.layers]
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                cache = _ProbeCache(taps, interleaved=self.interleaved)
+                logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+                logits.backward(sampled_label_gradient(logits, self.generator))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        self._fold([taps[layer] for layer in self.layers])
+
+    @torch.no_grad()
+    def _fold(self, taps: list[_Tap]) -> None:
+        values = torch.stack([self._rows(tap.values) for tap in taps])  # [L, N, n]
+        gradients = torch.stack([self._rows(_gradient(tap)) for tap in taps])
+        self.moments.add(values)
+        self.metric.add(gradients)
+        if self.inputs is not None and self.cross is not None:
+            hidden = torch.stack([self._rows(tap.hidden) for tap in taps])  # [L, N, h]
+            self.inputs.add(hidden)
+            self.cross.add(hidden, values)
+
+    def _rows(self, x: Tensor | None) -> Tensor:
+        assert x is not None, "the layer did not call its cache"
+        return x[:, self.skip :].flatten(0, 1).float()
+
+    def stats(self, made_from: str) -> Stats:
+        """The moments so far.
+
+        Raises:
+            DatasetError: no token was added.
+        """
+        if self.moments.count == 0:
+            raise DatasetError("no calibration tokens were read", remedy="pass a longer --dataset")
+        inputs: dict[str, Tensor] = {}
+        if self.inputs is not None and self.cross is not None:
+            inputs = {
+                "input_mean": self.inputs.mean(),
+                "input_covariance": self.inputs.covariance()[:, 0],
+                "input_cross": self.cross.covariance(),
+            }
+        return Stats(
+            layers=self.layers,
+            kv=self.kv,
+            tokens=self.moments.count,
+            mean=self.moments.mean(),
+            covariance=self.moments.covariance(),
+            fisher=self.metric.second_moment()[:, 0],
+            made_from=made_from,
+            **inputs,
+        )
+
+
+def collect(
+    collector: Collector, batches: Iterable[Tensor], *, made_from: str, on_tokens: Callable[[int], None] | None = None
+) -> Stats:
+    """Feed batches of token ids [B, T] to a collector and return its `Stats`.
+
+    Args:
+        collector: where the moments accumulate.
+        batches: token ids.
+        made_from: hash of source, data and settings.
+        on_tokens: called with the number of tokens after each batch, for progress.
+    """
+    device = collector.model.device
+    for batch in batches:
+        collector.add(batch.to(device))
+        if on_tokens is not None:
+            on_tokens(batch.numel())
+    return collector.stats(made_from)
+
+
+def _tap_hook(tap: _Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        tap.hidden = hidden.detach()
+        tap.rotation = kwargs.get("position_embeddings")
+
+    return hook
+
+
+def _gradient(tap: _Tap) -> Tensor:
+    assert tap.probe is not None
+    keys, values = (p.grad if p.grad is not None else torch.zeros_like(p) for p in tap.probe)
+    return torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2)  # [B, T, n]

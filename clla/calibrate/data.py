@@ -1,0 +1,242 @@
+"""Calibration text: where it comes from and how it becomes sequences of token ids.
+
+Documents are cut into pieces, shuffled with a seed and packed, so that few tokens still see many
+documents. The same seed and files give the same sequences.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clla.errors import DatasetError
+
+CHARS_PER_TOKEN = 8  # generous: a piece must not run out of tokens in ordinary text
+MAX_DOCUMENTS = 100_000  # of a streamed data set, before shuffling
+TEXT_FIELDS = ("text", "content", "document", "body")
+
+
+def bundled_path() -> Path:
+    """The public-domain text that ships with the package (provenance beside it)."""
+    return Path(str(resources.files("clla") / "data" / "calibration.txt.xz"))
+
+
+def load_documents(dataset: str) -> list[str]:
+    """Texts of a data set.
+
+    Args:
+        dataset: `bundled`, a .txt, .jsonl or .parquet file (also .xz or .gz of the first two), or a
+            Hub data set id, with an optional `:split`.
+
+    Raises:
+        DatasetError: it is missing, empty, or has no text column.
+    """
+    if dataset == "bundled":
+        return _read_text(bundled_path())
+    path = Path(dataset).expanduser()
+    kind = next((s for s in path.suffixes[::-1] if s not in (".xz", ".gz")), "")
+    if kind in (".txt", ".jsonl", ".json", ".parquet"):
+        if not path.is_file():
+            raise DatasetError(
+                f"{path} does not exist",
+                expected="a .txt, .jsonl or .parquet file, a Hub data set id, 'bundled' or 'self'",
+                remedy="check the path given to --dataset",
+            )
+        documents = _read_text(path) if kind == ".txt" else _read_rows(path, kind)
+    elif path.exists():
+        raise DatasetError(
+            f"{path} is no text file that is understood",
+            expected=".txt, .jsonl or .parquet",
+            remedy="rename or convert it",
+        )
+    else:
+        documents = _read_hub(dataset)
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise DatasetError(f"{dataset} holds no text", remedy="pass a data set with text to --dataset")
+    return documents
+
+
+def token_batches(
+    documents: list[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    sequence_length: int,
+    batch_size: int = 1,
+    seed: int = 0,
+    from_end: bool = False,
+) -> list[Tensor]:
+    """Pack documents into batches of token ids [batch_size, sequence_length].
+
+    Args:
+        documents: texts.
+        tokenizer: the model's; what it puts before a text stands before every sequence.
+        tokens: wanted in all, rounded up to whole sequences.
+        sequence_length: T.
+        batch_size: sequences a batch.
+        seed: of the shuffling.
+        from_end: start with the pieces that would come last, for text to measure on.
+
+    Raises:
+        DatasetError: the text is shorter than one sequence.
+    """
+    prefix = list(tokenizer("")["input_ids"])
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    body = sequence_length - len(prefix)
+    pieces = _pieces(documents, body * CHARS_PER_TOKEN)
+    random.Random(seed).shuffle(pieces)
+    if from_end:
+        pieces.reverse()
+    wanted = -(-tokens // sequence_length)
+    sequences: list[list[int]] = []
+    buffer: list[int] = []
+    for piece in pieces:
+        ids = tokenizer(piece, add_special_tokens=False)["input_ids"][: body - len(buffer)]
+        buffer += ids
+        if len(buffer) == body:
+            sequences.append(prefix + buffer)
+            buffer = []
+            if len(sequences) == wanted:
+                break
+        elif len(buffer) + len(separator) < body:
+            buffer += separator
+    if not sequences:
+        raise DatasetError(
+            f"the text is shorter than one sequence ({len(buffer)} tokens)",
+            expected=f"at least {sequence_length} tokens",
+            remedy="pass a longer --dataset or a smaller --sequence-length",
+        )
+    stacked = torch.tensor(sequences)
+    return list(stacked.split(batch_size))
+
+
+def whole_windows(documents: list[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
+    """The first `count` windows of `length` tokens of a text, in order, documents joined by blank lines.
+
+    Raises:
+        DatasetError: the text is shorter than one window.
+    """
+    ids: list[int] = []
+    for i, text in enumerate(documents):
+        ids += tokenizer(("\n\n" if i else "") + text)["input_ids"]
+        if len(ids) >= count * length:
+            break
+    found = min(count, len(ids) // length)
+    if found == 0:
+        raise DatasetError(
+            f"the text has {len(ids)} tokens",
+            expected=f"at least one window of {length}",
+            remedy="pass a longer text or a smaller --window-length",
+        )
+    return torch.tensor(ids[: found * length]).view(found, length)
+
+
+@torch.no_grad()
+def self_written(
+    model: Any, tokenizer: Any, *, tokens: int, sequence_length: int, batch_size: int = 8, seed: int = 0
+) -> Iterator[Tensor]:
+    """Text that the model writes itself, sampled at temperature 1 from its start token.
+
+    Yields:
+        [batch_size, sequence_length] token ids.
+
+    Raises:
+        DatasetError: the tokenizer names neither a beginning nor an end token.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise DatasetError("the tokenizer has no start token to write from", remedy="pass a text file to --dataset")
+    devices = [model.device] if model.device.type == "cuda" else []
+    for first in range(0, tokens, batch_size * sequence_length):
+        left = -(-(tokens - first) // sequence_length)
+        prompt = torch.full((min(batch_size, left), 1), start, device=model.device)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed + first)
+            yield model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=sequence_length - 1,
+                max_new_tokens=sequence_length - 1,
+                pad_token_id=start,
+            )
+
+
+def _pieces(documents: list[str], length: int) -> list[str]:
+    """Cut long documents at line ends, so that shuffling mixes them."""
+    pieces = []
+    for text in documents:
+        start = 0
+        while start < len(text):
+            end = text.rfind("\n", start + length // 2, start + length) + 1 if start + length < len(text) else len(text)
+            end = end if end > start else start + length
+            pieces.append(text[start:end])
+            start = end
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _read_text(path: Path) -> list[str]:
+    import gzip
+    import lzma
+
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return [str(file.read())]
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}", remedy="check the file") from error
+
+
+def _read_rows(path: Path, kind: str) -> list[str]:
+    from datasets import load_dataset
+
+    loader = "parquet" if kind == ".parquet" else "json"
+    try:
+        rows = load_dataset(loader, data_files=str(path), split="train", streaming=True)
+        return _texts(rows, str(path))
+    except DatasetError:
+        raise
+    except Exception as error:  # `datasets` wraps parser errors in classes of its own
+        raise DatasetError(f"{path} cannot be read as {kind[1:]}: {error}", remedy="check the file") from error
+
+
+def _read_hub(dataset: str) -> list[str]:
+    from datasets import load_dataset
+
+    name, _, split = dataset.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train", streaming=True)
+        return _texts(rows, dataset)
+    except DatasetError:
+        raise
+    except Exception as error:  # no network, no such data set, no such split: all mean the same here
+        raise DatasetError(
+            f"data set {dataset!r} could not be loaded: {error}",
+            expected="a Hub data set id that can be reached, or a local .txt, .jsonl or .parquet file",
+            remedy="check the name and the network, or leave --dataset out to use the bundled text",
+        ) from error
+
+
+def _texts(rows: Any, name: str) -> list[str]:
+    texts = []
+    for row in islice(rows, MAX_DOCUMENTS):
+        column = next((c for c in TEXT_FIELDS if isinstance(row.get(c), str)), None)
+        if column is None:
+            raise DatasetError(
+                f"{name} has the columns {', '.join(row)}",
+                expected="a text column named " + ", ".join(TEXT_FIELDS),
+                remedy="rename the column that holds the text",
+            )
+        texts.append(row[column])
+    return texts

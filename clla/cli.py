@@ -1,0 +1,357 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Iterator, Optional
+
+import typer
+
+from clla import __version__, console
+from clla.errors import CllaError
+
+app = typer.Typer(
+    help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="Built-in recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+CALIBRATION, PLAN, OUTPUT, RUN = "Calibration", "Budget and plan", "Output", "Run"
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …", rich_help_panel=RUN)]
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+@contextmanager
+def _errors(as_json: bool = False) -> Iterator[None]:
+    """Turn mistakes into one message and an exit code: 2 usage or recipe, 1 everything else."""
+    try:
+        yield
+    except CllaError as error:
+        console.messages.print(f"[red]Error:[/red] {_escape(error.got)}", soft_wrap=True)
+        if error.expected:
+            console.messages.print(f"  expected: {_escape(error.expected)}", soft_wrap=True)
+        if error.remedy:
+            console.messages.print(f"  remedy:   {_escape(error.remedy)}", soft_wrap=True)
+        if as_json:
+            print(json.dumps({"error": error.got, "expected": error.expected, "remedy": error.remedy}))
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        console.say("Interrupted; clla convert --resume takes up the finished stages")
+        raise typer.Exit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _start() -> None:
+    """What every command that touches a model does first."""
+    from transformers.utils import logging
+
+    import clla
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    clla.register()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or 'demo'.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT)
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Built-in recipe or YAML file; other options override it.", rich_help_panel=PLAN)
+    ] = "balanced",
+    kv_budget: Annotated[
+        Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
+    ] = None,
+    at_context: Annotated[
+        Optional[int], typer.Option(help="Context length at which the budget holds.", rich_help_panel=PLAN)
+    ] = None,
+    window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
+    sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,
+    max_group_size: Annotated[
+        Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
+    ] = None,
+    bits: Annotated[
+        Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)
+    ] = None,
+    source: Annotated[
+        Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)
+    ] = None,
+    planner: Annotated[
+        Optional[str], typer.Option(help="dynamic, uniform, cluster or pyramid.", rich_help_panel=PLAN)
+    ] = None,
+    dataset: Annotated[
+        Optional[str],
+        typer.Option(
+            help="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub id.", rich_help_panel=CALIBRATION
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.", rich_help_panel=CALIBRATION)
+    ] = None,
+    sequence_length: Annotated[
+        Optional[int], typer.Option(help="Tokens a calibration sequence.", rich_help_panel=CALIBRATION)
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of shuffling and sampling.", rich_help_panel=CALIBRATION)] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option(help="Compute dtype: auto, float32, bfloat16.", rich_help_panel=RUN)
+    ] = None,
+    device: Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option(help="Stop after the plan and write it as JSON.", rich_help_panel=RUN)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Take up the finished stages of an interrupted run.", rich_help_panel=RUN)
+    ] = False,
+    work_dir: Annotated[
+        Optional[Path],
+        typer.Option(help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN),
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
+    adapter_only: Annotated[
+        bool, typer.Option(help="Save the codec without the source's weights.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
+    push_to_hub: Annotated[Optional[str], typer.Option(help="Upload as this repo id.", rich_help_panel=OUTPUT)] = None,
+    private: Annotated[bool, typer.Option(help="Make the repository private.", rich_help_panel=OUTPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Convert a model to shared latents within a KV byte budget."""
+    with _errors(as_json):
+        from clla.recipe import load_recipe
+
+        chosen = load_recipe(recipe).override(
+            {
+                "calibration": {
+                    "dataset": dataset,
+                    "tokens": calibration_tokens,
+                    "sequence_length": sequence_length,
+                    "seed": seed,
+                },
+                "budget": {"kv_budget": kv_budget, "at_context": at_context, "window": window, "sinks": sinks},
+                "plan": {
+                    "max_group_size": max_group_size,
+                    "bits": bits.split(",") if bits else None,
+                    "source": source,
+                    "planner": planner,
+                },
+                "runtime": {"compute_dtype": dtype},
+            }
+        )
+        folder = output or Path(f"{Path(model).name.removesuffix('.gguf')}-clla")
+        _start()
+        from clla.convert.pipeline import Options
+        from clla.convert.pipeline import convert as run
+        from clla.evaluate.report import plan_tables
+
+        options = Options(
+            output=folder,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            work_dir=work_dir,
+            adapter_only=adapter_only,
+            dry_run=dry_run,
+            report=report,
+        )
+        done = run(model, chosen, options)
+        plan_file = folder.with_name(folder.name + "-plan.json")
+        if dry_run:
+            done.plan.save(plan_file)
+        address = None
+        if push_to_hub and not dry_run:
+            from clla.hub import push
+
+            address = push(folder, push_to_hub, private=private)
+        if as_json:
+            print(
+                json.dumps(
+                    {
+                        "output": str(plan_file if dry_run else folder),
+                        "pushed_to": address,
+                        "plan": done.plan.to_json(),
+                        "row_bytes": done.plan.row_bytes,
+                        "planned_bytes_per_token": _planned(done.plan),
+                        "predicted_kl": done.predicted_kl,
+                        "measured": done.report.to_json() if done.report else None,
+                    }
+                )
+            )
+            return
+        for table in plan_tables(done.plan, done.predicted_kl) + (done.report.tables() if done.report else []):
+            console.results.print(table)
+        console.say(f"Wrote {plan_file if dry_run else folder}" + (f", uploaded to {address}" if address else ""))
+
+
+def _planned(plan: Any) -> float | None:
+    return plan.bytes_at(plan.at_context) / plan.at_context if plan.at_context else None
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
+    text: Annotated[str, typer.Option(help="Text to measure on; default: the bundled text.")] = "bundled",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
+    window_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 2048,
+    chunk: Annotated[Optional[int], typer.Option(min=1, help="Tokens a step; default: the exact window.")] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths at which caches are measured.")] = "512,2048,8192",
+    retrieval: Annotated[bool, typer.Option(help="Also plant codes and ask for them.")] = True,
+    retrieval_context: Annotated[int, typer.Option(min=128, help="Tokens around a planted code.")] = 4096,
+    retrieval_trials: Annotated[int, typer.Option(min=1, help="Number of codes.")] = 8,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+) -> None:
+    """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source."""
+    with _errors(as_json):
+        _start()
+        from clla.calibrate.data import load_documents, whole_windows
+        from clla.evaluate.report import before_and_after
+        from clla.load import load_checkpoint
+        from clla.source import pick_device
+
+        lengths = _integers(contexts)
+        loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
+        ids = whole_windows(load_documents(text), loaded.tokenizer, count=windows, length=window_length)
+        with console.progress("Measuring (windows)", len(ids)) as advance:
+            report = before_and_after(
+                loaded.model,
+                loaded.tokenizer,
+                loaded.plan,
+                ids,
+                chunk=chunk,
+                contexts=lengths,
+                retrieval_context=retrieval_context if retrieval else 0,
+                retrieval_trials=retrieval_trials,
+                on_step=advance,
+            )
+        if as_json:
+            print(json.dumps(report.to_json()))
+            return
+        for table in report.tables():
+            console.results.print(table)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    from clla.errors import UsageError
+
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise UsageError(f"--contexts {text}", expected="positive whole numbers, e.g. 512,2048", remedy="correct it")
+    return numbers
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="What to continue, or '-' for standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
+    chat: Annotated[bool, typer.Option(help="Use the chat template where there is one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+) -> None:
+    """Generate text with the compressed cache."""
+    with _errors():
+        _start()
+        import torch
+
+        from clla.load import load_checkpoint
+        from clla.source import pick_device
+
+        loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if chat and loaded.tokenizer.chat_template:
+            turns = [{"role": "user", "content": text}]
+            text = loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            inputs = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        else:
+            inputs = loaded.tokenizer(text, return_tensors="pt")
+        inputs = inputs.to(loaded.model.device)
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        output = loaded.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            return_dict_in_generate=True,
+            **sampling,
+        )
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        print(loaded.tokenizer.decode(new, skip_special_tokens=True))
+        cache, total = output.past_key_values, output.sequences.shape[1]
+        source = loaded.plan.source_bytes_per_token * total
+        console.say(f"{total} tokens; cache {cache.nbytes:,} bytes, the source's would take {source:,}")
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the built-in recipes."""
+    with _errors():
+        from rich.table import Table
+
+        from clla.recipe import builtin_recipes, load_recipe
+
+        table = Table("name", "KV budget", "description")
+        for name in builtin_recipes():
+            recipe = load_recipe(name)
+            table.add_row(name, recipe.budget.kv_budget, recipe.description)
+        console.results.print(table)
+
+
+@recipes_app.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="Recipe name or YAML file.")] = "balanced",
+    schema: Annotated[bool, typer.Option("--schema", help="Print all fields with their meaning.")] = False,
+) -> None:
+    """Print a recipe with every default filled in."""
+    with _errors():
+        from clla.recipe import Recipe, load_recipe
+
+        print(json.dumps(Recipe.model_json_schema(), indent=1) if schema else load_recipe(name).to_yaml(), end="")
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(help="Built-in recipe.")],
+    destination: Annotated[Path, typer.Argument(help="File or directory.")] = Path("."),
+) -> None:
+    """Copy a built-in recipe to start your own from."""
+    with _errors():
+        from clla.errors import UsageError
+        from clla.recipe import builtin_recipes
+
+        builtin = builtin_recipes()
+        if name not in builtin:
+            raise UsageError(f"no recipe {name!r}", expected="one of " + ", ".join(builtin), remedy="clla recipes ls")
+        target = destination / builtin[name].name if destination.is_dir() else destination
+        if target.exists():
+            raise UsageError(f"{target} exists", expected="a new file", remedy="name another destination")
+        shutil.copyfile(builtin[name], target)
+        print(target)

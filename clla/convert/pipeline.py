@@ -1,0 +1,316 @@
+"""The one function that knows the order of the stages: recipe, stats, plan, codec, checkpoint, report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clla import console
+from clla.artifacts import Codec, Plan, Stats, digest, write_text
+from clla.calibrate.collect import Collector, collect
+from clla.calibrate.data import load_documents, self_written, token_batches
+from clla.convert.assemble import attach, clla_block
+from clla.convert.checkpoint import check_disk, check_output, finished_directory, write_checkpoint
+from clla.convert.factor import factor, predicted_kl
+from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
+from clla.convert.spectra import Spectra
+from clla.convert.surrogates import needs_inputs, surrogate_stats
+from clla.errors import CorruptArtifactError, DatasetError
+from clla.evaluate.report import Report, before_and_after, write_report
+from clla.hub import write_card
+from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.recipe import Provenance, Recipe, parse_budget
+from clla.source import Source, open_source, pick_device, pick_dtype
+
+DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
+MAX_DEFAULT_CONTEXT = 32_768
+REPORT_LENGTH = 2048  # tokens a window of the before-and-after report
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversion runs, as against what it makes.
+
+    Attributes:
+        output: directory of the checkpoint.
+        device: `auto`, `cpu`, `cuda`, …
+        overwrite: replace a directory that is not empty.
+        resume: take up the finished stages of an interrupted run.
+        work_dir: where stats, plan and codec are kept; kept after the run if given.
+        adapter_only: save the codec without the source's weights.
+        dry_run: stop after the plan.
+        report: measure before and after.
+    """
+
+    output: Path
+    device: str = "auto"
+    overwrite: bool = False
+    resume: bool = False
+    work_dir: Path | None = None
+    adapter_only: bool = False
+    dry_run: bool = False
+    report: bool = True
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a run made. Attributes: plan; recipe: resolved; predicted_kl; report; model: None after a dry run."""
+
+    plan: Plan
+    recipe: Recipe
+    predicted_kl: float
+    report: Report | None
+    model: CllaForCausalLM | None
+
+
+def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
+    """Convert a model from its name to a checkpoint on disk.
+
+    Args:
+        name: Hub id, directory, .gguf file or `demo`.
+        recipe: what to make.
+        options: how to run.
+
+    Raises:
+        CllaError: bad input; nothing is left half-written.
+    """
+    source = open_source(name)
+    device = pick_device(options.device)
+    recipe = resolve(recipe, source, device)
+    check_output(options.output, overwrite=options.overwrite)
+    check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
+    work = _work_dir(options)
+    run = _Run(source, recipe, device, work)
+
+    stats = run.stats()
+    spectra = Spectra(
+        surrogate_stats(stats, recipe.plan.metric),
+        power=recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0,
+        source=recipe.plan.source,
+    )
+    plan = run.plan(stats, spectra)
+    codec = run.codec(stats, spectra, plan)
+    if options.dry_run:
+        return Conversion(plan, recipe, codec.predicted_kl, None, None)
+
+    model = run.model()
+    block = clla_block(
+        plan,
+        interleaved_rope=source.family.interleaved_rope,
+        kv_dtype=source.dtype,
+        prefill_chunk=recipe.runtime.prefill_chunk,
+    )
+    converted = attach(model, codec, block)
+    tokenizer = run.tokenizer
+    report = None
+    if options.report:
+        report = before_and_after(converted, tokenizer, plan, run.held_out())
+    with finished_directory(options.output) as folder:
+        converted.to(source.dtype)
+        write_checkpoint(folder, converted, tokenizer, base_model=_base_model(source) if options.adapter_only else None)
+        write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
+        write_report(folder, plan, recipe, report, predicted_kl=codec.predicted_kl)
+        write_card(folder, source.name, plan, recipe, report)
+    if options.work_dir is None:
+        shutil.rmtree(work)
+    return Conversion(plan, recipe, codec.predicted_kl, report, converted)
+
+
+def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
+    """Fill in every derived default, check the budget against the model, and note where it ran.
+
+    Raises:
+        UsageError: the budget does not fit the model.
+    """
+    budget = parse_budget(recipe.budget.kv_budget, source_bytes=source.bytes_per_token)
+    context = recipe.budget.at_context
+    if context is None:
+        context = min(getattr(source.config, "max_position_embeddings", None) or 4096, MAX_DEFAULT_CONTEXT)
+    sinks, window = recipe.budget.sinks, recipe.budget.window
+    if window is None:
+        window = derive_window(
+            recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context, sinks=sinks
+        )
+    latent_bits(
+        recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context, window=window, sinks=sinks
+    )
+    tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
+    dtype = str(pick_dtype(recipe.runtime.compute_dtype, source, device)).removeprefix("torch.")
+    filled = recipe.override(
+        {
+            "calibration": {"tokens": tokens},
+            "budget": {"at_context": context, "window": window},
+            "plan": {"max_group_size": min(recipe.plan.max_group_size, len(source.layers))},
+            "runtime": {"compute_dtype": dtype},
+        }
+    )
+    versions = {package: version(package) for package in ("clla", "torch", "transformers")}
+    where = Provenance(model=source.name, revision=source.revision, versions=versions)
+    return filled.model_copy(update={"provenance": where})
+
+
+class _Run:
+    """Stages of one conversion; each looks for its result in the work directory before it computes it."""
+
+    def __init__(self, source: Source, recipe: Recipe, device: torch.device, work: Path) -> None:
+        self.source, self.recipe, self.device, self.work = source, recipe, device, work
+        self.tokenizer = source.load_tokenizer()
+        self._model: PreTrainedModel | None = None
+        plan = recipe.plan
+        inputs = needs_inputs(plan.metric, plan.source)
+        calibration = recipe.calibration.model_dump(mode="json")
+        self.stats_key = digest(
+            source.revision, calibration, plan.max_group_size, inputs, recipe.runtime.compute_dtype
+        )
+        self.plan_key = digest(self.stats_key, plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
+
+    def model(self) -> PreTrainedModel:
+        if self._model is None:
+            console.say(f"Loading {self.source.name}")
+            dtype = getattr(torch, self.recipe.runtime.compute_dtype)
+            self._model = self.source.load_model(dtype=dtype, device=self.device)
+        return self._model
+
+    def stats(self) -> Stats:
+        path = self.work / f"stats-{self.stats_key}.safetensors"
+        if path.exists():
+            try:
+                return Stats.load(path)
+            except CorruptArtifactError as error:
+                console.say(f"Calibrating again: {error.got}")
+        calibration, plan = self.recipe.calibration, self.recipe.plan
+        model = None
+        if calibration.dataset == "self":
+            model = self.model()
+        batches = self._batches(model)
+        collector = Collector(
+            self.model(),
+            layers=self.source.layers,
+            kv=self.source.kv,
+            band=plan.max_group_size,
+            skip_positions=calibration.skip_positions,
+            interleaved=self.source.family.interleaved_rope,
+            with_inputs=needs_inputs(plan.metric, plan.source),
+            seed=calibration.seed,
+        )
+        total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
+        with console.progress("Calibrating (tokens)", total) as advance:
+            stats = collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
+        stats.save(path)
+        return stats
+
+    def _batches(self, model: PreTrainedModel | None) -> list[Tensor] | Iterator[Tensor]:
+        c = self.recipe.calibration
+        assert c.tokens is not None
+        if model is not None:
+            return self_written(
+                model, self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed
+            )
+        batches = token_batches(
+            load_documents(c.dataset),
+            self.tokenizer,
+            tokens=c.tokens,
+            sequence_length=c.sequence_length,
+            batch_size=c.batch_size,
+            seed=c.seed,
+        )
+        found = sum(batch.numel() for batch in batches)
+        if found < c.tokens:
+            console.say(f"The text holds only {found} tokens of the {c.tokens} wanted")
+        return batches
+
+    def plan(self, stats: Stats, spectra: Spectra) -> Plan:
+        path = self.work / f"plan-{self.plan_key}.json"
+        if path.exists():
+            try:
+                return Plan.load(path)
+            except CorruptArtifactError as error:
+                console.say(f"Planning again: {error.got}")
+        config, budget = self.recipe.plan, self.recipe.budget
+        assert budget.window is not None
+        with console.progress("Planning (layer groups)", count_candidates(config, len(stats.layers))) as advance:
+            plan = make_plan(
+                stats,
+                config,
+                budget=parse_budget(budget.kv_budget, source_bytes=self.source.bytes_per_token),
+                context=budget.at_context,
+                window=budget.window,
+                sinks=budget.sinks,
+                kv_itemsize=self.source.dtype.itemsize,
+                kept_layers=self.source.kept_layers,
+                made_from=self.plan_key,
+                spectra=spectra,
+                on_step=advance,
+            )
+        plan.save(path)
+        return plan
+
+    def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
+        path = self.work / f"codec-{self.plan_key}.safetensors"
+        if path.exists():
+            try:
+                return Codec.load(path)
+            except CorruptArtifactError as error:
+                console.say(f"Factoring again: {error.got}")
+        groups, kl = [], 0.0
+        with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
+            for group in plan.groups:
+                start, size = stats.layers.index(group.layers[0]), len(group.layers)
+                codec, missing = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)
+                fisher = stats.fisher[start : start + size]
+                kl += predicted_kl(codec, missing, fisher, group.tier_bits, plan.tier_size)
+                groups.append(codec)
+                advance()
+        result = Codec(tuple(groups), made_from=self.plan_key, predicted_kl=kl)
+        result.save(path)
+        return result
+
+    def held_out(self) -> Tensor:
+        """Token ids [N, T] of text for the report that the calibration did not read where there is enough of it."""
+        dataset = self.recipe.calibration.dataset
+        documents = load_documents("bundled" if dataset == "self" else dataset)
+        for length in (REPORT_LENGTH, self.recipe.calibration.sequence_length):
+            try:
+                windows = token_batches(
+                    documents, self.tokenizer, tokens=2 * length, sequence_length=length, from_end=True
+                )
+            except DatasetError:
+                if length != REPORT_LENGTH:
+                    raise
+            else:
+                break
+        return torch.cat(windows)
+
+
+def _work_dir(options: Options) -> Path:
+    work = options.work_dir or options.output.with_name(options.output.name + ".work")
+    if work.exists() and options.work_dir is None:
+        if options.resume:
+            console.say(f"Resuming from {work}")
+        else:
+            console.say(f"Starting afresh; --resume would have taken up the unfinished run in {work}")
+            shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _bytes_needed(source: Source, *, adapter_only: bool) -> int:
+    """Rough size of what will be written: the weights as they are now, the stats and the codec."""
+    stats = len(source.layers) * 8 * source.kv.values**2 * 4
+    if adapter_only or not Path(source.path).is_dir():
+        return stats
+    names = [source.gguf_file] if source.gguf_file else ["*.safetensors", "*.bin"]
+    weights = sum(f.stat().st_size for name in names for f in Path(source.path).glob(name))
+    return stats + weights * (4 if source.gguf_file else 1)
+
+
+def _base_model(source: Source) -> dict[str, Any]:
+    return {"path": source.path, "gguf_file": source.gguf_file, "revision": source.revision}

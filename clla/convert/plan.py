@@ -1,0 +1,186 @@
+"""Choose layer groups, ranks and bits from one byte budget: reverse water-filling with a price a bit.
+
+A tier coded with b bits leaves the share ε(b) of its worth as loss. At a price μ a bit, each tier takes
+the width that minimises ε(b)·Σλ + μ·bits(b); dynamic programming over cut points finds the partition
+into groups of least total cost; bisection on μ meets the budget; what is left over buys the best
+remaining upgrades.
+
+Shape legend: L layers, n values a token and layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clla.convert.quantize import ERROR_SHARE, SCALE_BITS
+
+Segment = tuple[int, int]  # first layer (index among the convertible ones), number of layers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One possible layer group.
+
+    Attributes:
+        tiers: worth of each tier, descending, fp64.
+        residual: loss that no rank removes.
+    """
+
+    tiers: Tensor
+    residual: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Bits of each tier of one group (coded tiers only), their cost in bits and the loss left."""
+
+    bits: tuple[int, ...]
+    total_bits: int
+    loss: float
+
+
+def candidate(eigenvalues: Tensor, energy: float, tier_size: int) -> Candidate:
+    """Cut a spectrum into tiers; the energy beyond the last whole tier counts as residual."""
+    whole = len(eigenvalues) // tier_size * tier_size
+    tiers = eigenvalues[:whole].double().view(-1, tier_size).sum(1)
+    return Candidate(tiers, max(0.0, energy - float(tiers.sum())))
+
+
+def choose_bits(option: Candidate, price: float, widths: Sequence[int], tier_size: int) -> Choice:
+    """Best width of each tier at a price a bit."""
+    shares, costs = _tables(widths, tier_size)
+    total = option.tiers[:, None] * shares + price * costs  # [tiers, widths]
+    best = total.argmin(1)
+    bits = tuple(([0, *sorted(widths)])[int(i)] for i in best if int(i) > 0)
+    loss = float((option.tiers * shares[best]).sum()) + option.residual
+    return Choice(bits, int(costs[best].sum()), loss)
+
+
+def cheapest_partition(costs: dict[Segment, float], num_layers: int) -> list[Segment]:
+    """Partition of layers 0 … L-1 into consecutive segments of least total cost, by dynamic programming."""
+    best = [0.0] + [math.inf] * num_layers
+    last: list[Segment | None] = [None] * (num_layers + 1)
+    for end in range(1, num_layers + 1):
+        for size in range(1, end + 1):
+            start = end - size
+            if (start, size) in costs and best[start] + costs[start, size] < best[end]:
+                best[end], last[end] = best[start] + costs[start, size], (start, size)
+    segments: list[Segment] = []
+    end = num_layers
+    while end:
+        segment = last[end]
+        assert segment is not None, "the segments do not cover every layer"
+        segments.append(segment)
+        end = segment[0]
+    return segments[::-1]
+
+
+def solve(
+    candidates: dict[Segment, Candidate],
+    *,
+    num_layers: int,
+    budget_bits: int,
+    widths: Sequence[int],
+    tier_size: int,
+) -> dict[Segment, Choice]:
+    """Partition and bits whose loss is least within `budget_bits` a token.
+
+    Args:
+        candidates: every admissible layer group.
+        num_layers: L.
+        budget_bits: for all latents of one token, scales included.
+        widths: admissible bits a component.
+        tier_size: components a tier.
+
+    Returns:
+        The chosen segments in layer order with their choices.
+    """
+
+    def at(price: float) -> dict[Segment, Choice]:
+        options = {s: choose_bits(c, price, widths, tier_size) for s, c in candidates.items()}
+        costs = {s: o.loss + price * o.total_bits for s, o in options.items()}
+        return {s: options[s] for s in cheapest_partition(costs, num_layers)}
+
+    def size(choices: dict[Segment, Choice]) -> int:
+        return sum(choice.total_bits for choice in choices.values())
+
+    worth = max(float(c.tiers[0]) for c in candidates.values())
+    low, high = math.log(max(worth, 1e-30)) - 60.0, math.log(max(worth, 1e-30)) + 5.0  # of the price
+    choices = at(math.exp(low))
+    if size(choices) > budget_bits:
+        choices = at(math.exp(high))
+        for _ in range(48):
+            middle = (low + high) / 2
+            tried = at(math.exp(middle))
+            if size(tried) > budget_bits:
+                low = middle
+            else:
+                high, choices = middle, tried
+    return _spend_rest(choices, candidates, budget_bits - size(choices), widths, tier_size)
+
+
+def _spend_rest(
+    choices: dict[Segment, Choice],
+    candidates: dict[Segment, Candidate],
+    left: int,
+    widths: Sequence[int],
+    tier_size: int,
+) -> dict[Segment, Choice]:
+    """Buy the upgrades with the most loss a bit while they fit; widths never increase along the tiers."""
+    order = [0, *sorted(widths)]
+    shares, costs = _tables(widths, tier_size)
+    chosen = {s: [order.index(b) for b in choice.bits] for s, choice in choices.items()}
+    while True:
+        best: tuple[float, Segment, int, int] | None = None
+        for segment, levels in chosen.items():
+            tiers = candidates[segment].tiers
+            for tier in range(min(len(levels) + 1, len(tiers))):
+                now = levels[tier] if tier < len(levels) else 0
+                ceiling = levels[tier - 1] if tier else len(order) - 1
+                for level in range(now + 1, ceiling + 1):
+                    extra = float(costs[level] - costs[now])
+                    gain = float(tiers[tier] * (shares[now] - shares[level])) / extra
+                    if extra <= left and gain > 0 and (best is None or gain > best[0]):
+                        best = (gain, segment, tier, level)
+        if best is None:
+            break
+        _, segment, tier, level = best
+        levels = chosen[segment]
+        now = levels[tier] if tier < len(levels) else 0
+        left -= int(costs[level] - costs[now])
+        levels[tier : tier + 1] = [level]
+    return {s: _choice(candidates[s], levels, order, shares, costs) for s, levels in chosen.items()}
+
+
+def _choice(option: Candidate, levels: list[int], order: list[int], shares: Tensor, costs: Tensor) -> Choice:
+    index = torch.tensor(levels + [0] * (len(option.tiers) - len(levels)))
+    loss = float((option.tiers * shares[index]).sum()) + option.residual
+    return Choice(tuple(order[i] for i in levels), int(costs[index].sum()), loss)
+
+
+def _tables(widths: Sequence[int], tier_size: int) -> tuple[Tensor, Tensor]:
+    """Error share and cost in bits of each width, width 0 first; fp64."""
+    order = [0, *sorted(widths)]
+    shares = torch.tensor([ERROR_SHARE[b] for b in order], dtype=torch.float64)
+    costs = torch.tensor([b * tier_size + SCALE_BITS if b else 0 for b in order], dtype=torch.float64)
+    return shares, costs
+
+
+# Partitioners: which segments the solver may use. Each takes eigenvalue access, L and the largest size.
+Partitioner = Callable[..., list[Segment]]
+
+
+def every_segment(num_layers: int, max_group_size: int) -> list[Segment]:
+    """All consecutive runs of up to `max_group_size` layers: the dynamic program chooses among them."""
+    return [(start, size) for start in range(num_layers) for size in range(1, max_group_size + 1)
+            if start + size <= num_layers]
+
+
+def uniform_segments(num_layers: int, group_size: int) -> list[Segment]:
+    """Equal groups from the bottom up, the last one shorter where it must be."""
+    return [(start, min(group_size, num_layers - start)) for start in range(0, num_layers, group_size)]

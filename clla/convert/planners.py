@@ -1,0 +1,220 @@
+"""From Stats and a budget to a Plan. The registry at the end names the ways to partition the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from clla.artifacts import LayerGroup, Plan, Stats, encoded_slots, exact_bytes_of
+from clla.convert.plan import Candidate, Choice, Segment, candidate, every_segment, solve, uniform_segments
+from clla.convert.quantize import SCALE_BITS
+from clla.convert.spectra import Spectra
+from clla.errors import UsageError
+from clla.recipe import PlanConfig
+
+WINDOWS = (128, 64, 32, 16)
+WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
+
+Solver = Callable[[Spectra, PlanConfig, int, Callable[[int], None]], dict[Segment, Choice]]
+
+
+def derive_window(
+    config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int
+) -> int:
+    """Largest window among 128, 64, 32 and 16 that takes at most a third of the budget.
+
+    Args:
+        config: for the flush block and the latent source.
+        budget: bytes a token.
+        source_bytes: the source's KV bytes a token.
+        context: at which the budget holds; None counts latents only.
+        sinks: S.
+    """
+    if context is None:
+        return WINDOWS[0]
+    for window in WINDOWS:
+        fixed = exact_bytes_of(source_bytes, budget, window, sinks, config.flush_block, config.source)
+        if fixed <= WINDOW_SHARE * budget * context:
+            return window
+    return WINDOWS[-1]
+
+
+def latent_bits(
+    config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, window: int, sinks: int
+) -> int:
+    """Bits a token that the budget leaves for latents.
+
+    Raises:
+        UsageError: window and sinks alone take more than the budget, or it leaves less than one tier.
+    """
+    if window == 0 and config.source == "group":
+        raise UsageError(
+            "--window 0 with the latent source 'group'",
+            expected="a window of at least 1: a group's latent is known only after its last layer",
+            remedy="use --window 1 or more, or --source first",
+        )
+    if context is None:
+        return int(budget * 8)
+    fixed = exact_bytes_of(source_bytes, 0, window, sinks, config.flush_block, config.source)
+    encoded = encoded_slots(context, window, config.flush_block)
+    carried = exact_bytes_of(0, 1, window, sinks, config.flush_block, config.source)  # rows of exact tokens
+    bits = int((budget * context - fixed) / (encoded + carried) * 8) if encoded + carried else -1
+    smallest = min(config.bits) * config.tier_size + SCALE_BITS
+    if bits < smallest:
+        share = (fixed + (encoded + carried) * smallest / 8) / context
+        raise UsageError(
+            f"the budget of {budget:.0f} bytes a token at {context} tokens leaves nothing for latents: "
+            f"the exact window ({window} + {config.flush_block - 1}) and {sinks} sinks take {fixed / context:.0f}",
+            expected=f"more than {share:.0f} bytes ({100 * share / source_bytes:.2f} % of the source)",
+            remedy="raise --kv-budget or --at-context, or lower --window",
+        )
+    return bits
+
+
+def make_plan(
+    stats: Stats,
+    config: PlanConfig,
+    *,
+    budget: float,
+    context: int | None,
+    window: int,
+    sinks: int,
+    kv_itemsize: int,
+    kept_layers: tuple[int, ...],
+    made_from: str,
+    spectra: Spectra,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Plan:
+    """Choose layer groups, ranks and bits.
+
+    Args:
+        stats: moments and metric.
+        config: planner, widths, group size.
+        budget: bytes a token.
+        context: at which the budget holds; None counts latents only.
+        window: W.
+        sinks: S.
+        kv_itemsize: bytes of an exact component.
+        kept_layers: left with the source's own cache.
+        made_from: hash of the stats and settings.
+        spectra: weighted moments of `stats`.
+        on_step: called after each candidate group, for progress.
+
+    Raises:
+        UsageError: the budget does not hold window and sinks.
+    """
+    source_bytes = len(stats.layers) * stats.kv.values * kv_itemsize
+    bits = latent_bits(
+        config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks
+    )
+    choices = PLANNERS[config.planner](spectra, config, bits, on_step)
+    groups = tuple(
+        LayerGroup(tuple(stats.layers[start : start + size]), choice.bits, choice.loss)
+        for (start, size), choice in choices.items()
+    )
+    return Plan(
+        groups=groups,
+        kv=stats.kv,
+        kv_itemsize=kv_itemsize,
+        tier_size=config.tier_size,
+        window=window,
+        sinks=sinks,
+        flush_block=config.flush_block,
+        source=config.source,
+        budget_bytes=budget,
+        at_context=context,
+        made_from=made_from,
+        kept_layers=kept_layers,
+    )
+
+
+def candidates_of(
+    spectra: Spectra, segments: list[Segment], tier_size: int, on_step: Callable[[int], None]
+) -> dict[Segment, Candidate]:
+    """Spectra of the segments, cut into tiers."""
+    found = {}
+    for segment in segments:
+        found[segment] = candidate(spectra.eigenvalues(*segment), spectra.energy(*segment), tier_size)
+        on_step(1)
+    return found
+
+
+def count_candidates(config: PlanConfig, num_layers: int) -> int:
+    """How many spectra a planner computes, for progress."""
+    if config.planner == "dynamic":
+        return len(every_segment(num_layers, min(config.max_group_size, num_layers)))
+    return -(-num_layers // config.max_group_size)
+
+
+def _dynamic(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+    count = len(spectra.stats.layers)
+    return _within(spectra, every_segment(count, config.max_group_size), config, bits, on_step)
+
+
+def _uniform(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+    segments = uniform_segments(len(spectra.stats.layers), config.max_group_size)
+    return _within(spectra, segments, config, bits, on_step)
+
+
+def _pyramid(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+    """Budgets falling linearly from the bottom to the top, as PyramidKV's (arXiv 2406.02069) shape."""
+    segments = uniform_segments(len(spectra.stats.layers), config.max_group_size)
+    slope = torch.linspace(1.5, 0.5, len(segments), dtype=torch.float64)
+    weight = slope * torch.tensor([size for _, size in segments], dtype=torch.float64)
+    choices: dict[Segment, Choice] = {}
+    for segment, share in zip(segments, (weight / weight.sum()).tolist(), strict=True):
+        own = candidates_of(spectra, [segment], config.tier_size, on_step)
+        alone = {(0, segment[1]): own[segment]}
+        solved = solve(
+            alone, num_layers=segment[1], budget_bits=int(bits * share), widths=config.bits, tier_size=config.tier_size
+        )
+        choices[segment] = solved[0, segment[1]]
+    return choices
+
+
+def _cluster(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+    """Agglomerative clustering of neighbouring layers by how much weighted variance they share."""
+    from sklearn.cluster import AgglomerativeClustering
+
+    count = len(spectra.stats.layers)
+    if count == 1 or config.max_group_size == 1:
+        return _uniform(spectra, config, bits, on_step)
+    distance = torch.ones(count, count, dtype=torch.float64)
+    norms = spectra.weighted[:, 0].double().flatten(1).norm(dim=1)
+    for j in range(min(spectra.weighted.shape[1], count)):
+        for a in range(count - j):
+            # Cosine between the subspaces' moments: 1 where the layers' values predict each other.
+            shared = float(spectra.weighted[a, j].double().norm() / (norms[a] * norms[a + j]).sqrt())
+            distance[a, a + j] = distance[a + j, a] = max(0.0, 1.0 - shared)
+    chain = torch.diag(torch.ones(count - 1), 1)
+    labels = AgglomerativeClustering(
+        n_clusters=-(-count // config.max_group_size),
+        metric="precomputed",
+        linkage="average",
+        connectivity=(chain + chain.mT).numpy(),
+    ).fit_predict(distance.numpy())
+    segments: list[Segment] = []
+    for layer in range(count):
+        start, size = segments[-1] if segments else (0, 0)
+        if size and labels[layer] == labels[layer - 1] and size < config.max_group_size:
+            segments[-1] = (start, size + 1)
+        else:
+            segments.append((layer, 1))
+    return _within(spectra, segments, config, bits, on_step)
+
+
+def _within(
+    spectra: Spectra, segments: list[Segment], config: PlanConfig, bits: int, on_step: Callable[[int], None]
+) -> dict[Segment, Choice]:
+    options = candidates_of(spectra, segments, config.tier_size, on_step)
+    return solve(
+        options,
+        num_layers=len(spectra.stats.layers),
+        budget_bits=bits,
+        widths=config.bits,
+        tier_size=config.tier_size,
+    )
+
+
+PLANNERS: dict[str, Solver] = {"dynamic": _dynamic, "uniform": _uniform, "cluster": _cluster, "pyramid": _pyramid}

@@ -1,0 +1,52 @@
+"""Baselines for the metric: what published methods take where we take moments and Fisher metric.
+
+- `pca`: plain activation PCA: every error counts alike.
+- `weights`: SVD of the key-value projections themselves, as if inputs were white.
+- `asvd`: the same with inputs scaled by their channels' root mean square (ASVD, arXiv 2312.05821;
+  used by CSKV, arXiv 2409.10593).
+
+The projections are recovered from the moments (W = Cov(x)⁻¹·Cov(x, y)), so that fused and normalised
+projections need no special case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from clla.artifacts import Stats
+
+RIDGE = 1e-5
+
+
+def surrogate_stats(stats: Stats, metric: str) -> Stats:
+    """Stats whose moments and metric are those of a baseline.
+
+    Args:
+        stats: collected with inputs for `weights` and `asvd`.
+        metric: `fisher` (unchanged), `pca`, `weights` or `asvd`.
+    """
+    if metric == "fisher":
+        return stats
+    count, n = stats.mean.shape
+    flat = torch.eye(n).expand(count, n, n).contiguous()
+    if metric == "pca":
+        return replace(stats, fisher=flat)
+    assert stats.input_covariance is not None and stats.input_cross is not None and stats.input_mean is not None
+    inputs = stats.input_covariance.double()
+    ridge = RIDGE * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(inputs.shape[-1], dtype=torch.float64)
+    weights = torch.linalg.solve(inputs + ridge[:, None, None] * eye, stats.input_cross[:, 0].double())  # [L, h, n]
+    if metric == "asvd":
+        power = inputs.diagonal(dim1=-2, dim2=-1) + stats.input_mean.double().square()
+        weights = power.sqrt()[:, :, None] * weights
+    covariance = torch.zeros_like(stats.covariance)
+    for j in range(min(covariance.shape[1], count)):
+        covariance[: count - j, j] = (weights[: count - j].mT @ weights[j:]).float()
+    return replace(stats, covariance=covariance, fisher=flat)
+
+
+def needs_inputs(metric: str, source: str) -> bool:
+    """Whether the stats must hold the attention inputs' moments."""
+    return source == "first" or metric in ("weights", "asvd")

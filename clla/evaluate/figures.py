@@ -1,0 +1,67 @@
+"""Pictures: the plan as layers by bits, and quality against bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clla.artifacts import Plan
+
+SOURCE_COLOUR, OWN_COLOUR = "#7a7a7a", "#c8452d"
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Layer groups as bars, one cell a tier, darker with more bits.
+
+    Args:
+        plan: what to draw.
+        path: PNG to write.
+    """
+    figure, axes = _axes(8, 0.6 + 0.32 * len(plan.groups))
+    for y, group in enumerate(plan.groups):
+        for tier, bits in enumerate(group.tier_bits):
+            shade = 0.25 + 0.75 * min(bits, 8) / 8
+            axes.barh(y, plan.tier_size, left=tier * plan.tier_size, height=0.8, color=OWN_COLOUR, alpha=shade,
+                      edgecolor="white", linewidth=0.5)
+            axes.text((tier + 0.5) * plan.tier_size, y, str(bits), ha="center", va="center", fontsize=6)
+    labels = [f"{g.layers[0]}–{g.layers[-1]}" if len(g.layers) > 1 else str(g.layers[0]) for g in plan.groups]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_ylabel("layers")
+    axes.set_xlabel("latent component, most important first (number: bits)")
+    figure.savefig(path, dpi=120)
+
+
+def draw_quality(points: dict[str, tuple[float, float]], path: Path, *, title: str, curve: str = "") -> None:
+    """Perplexity against cache bytes a token, on a logarithmic axis of bytes.
+
+    Args:
+        points: (bytes a token, perplexity) by label; the first is the source.
+        path: PNG to write.
+        title: above the picture.
+        curve: labels that start with this are joined by a line.
+    """
+    figure, axes = _axes(7, 4)
+    for i, (label, (nbytes, perplexity)) in enumerate(points.items()):
+        own = label.startswith(curve) if curve else i == len(points) - 1
+        axes.plot(nbytes, perplexity, "o" if own else "s", color=OWN_COLOUR if own else SOURCE_COLOUR)
+        axes.annotate(label, (nbytes, perplexity), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    line = sorted(xy for label, xy in points.items() if curve and label.startswith(curve))
+    if line:
+        axes.plot(*zip(*line, strict=True), color=OWN_COLOUR, linewidth=1)
+    axes.axhline(next(iter(points.values()))[1], color=SOURCE_COLOUR, linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("KV cache, bytes a token")
+    axes.set_ylabel("perplexity")
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.2)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,81 @@
+"""Perplexity and KL, streamed as at inference: chunk by chunk through a cache that is really kept.
+
+Shape legend: N windows, T tokens a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with a way to make its cache.
+
+    Attributes:
+        model: called with input_ids and past_key_values.
+        new_cache: an empty cache for one batch.
+    """
+
+    model: nn.Module
+    new_cache: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Attributes: perplexity; kl: mean KL to the reference in nats a token; nbytes: of the last window's cache."""
+
+    perplexity: float
+    kl: float
+    nbytes: int
+
+
+@torch.no_grad()
+def stream_logits(candidate: Candidate, input_ids: Tensor, chunk: int) -> Iterator[tuple[Tensor, Any]]:
+    """Log-probabilities [chunk, V] (fp32) of one sequence [1, T], chunk by chunk, and the cache after each."""
+    cache = candidate.new_cache()
+    for start in range(0, input_ids.shape[1], chunk):
+        part = input_ids[:, start : start + chunk]
+        position_ids = torch.arange(start, start + part.shape[1], device=part.device)[None]
+        output = candidate.model(input_ids=part, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        yield output.logits[0].float().log_softmax(-1), cache
+
+
+def compare(
+    candidates: dict[str, Candidate],
+    windows: Tensor,
+    *,
+    chunk: int,
+    on_window: Callable[[int], None] = lambda _: None,
+) -> dict[str, Quality]:
+    """Run candidates side by side over the same text.
+
+    Args:
+        candidates: by name; the first is the reference of the KL.
+        windows: [N, T] token ids, each window from an empty cache.
+        chunk: tokens a forward pass.
+        on_window: called with 1 after each window.
+    """
+    names = list(candidates)
+    nll, kl, nbytes = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    for row in windows:
+        ids = row[None]
+        streams = [stream_logits(candidates[name], ids, chunk) for name in names]
+        for start, steps in zip(range(0, ids.shape[1], chunk), zip(*streams, strict=True), strict=True):
+            targets = row[start + 1 : start + 1 + chunk]  # the window's last token has none
+            reference = steps[0][0][: len(targets)]
+            for name, (log_probs, cache) in zip(names, steps, strict=True):
+                log_probs = log_probs[: len(targets)]
+                nll[name] -= float(log_probs.gather(1, targets[:, None]).double().sum())
+                if name != names[0]:
+                    kl[name] += float((reference.exp() * (reference - log_probs)).sum(-1).double().sum())
+                nbytes[name] = cache.nbytes
+        on_window(1)
+    count = len(windows) * (windows.shape[1] - 1)
+    return {name: Quality(math.exp(nll[name] / count), kl[name] / count, nbytes[name]) for name in names}

@@ -1,0 +1,232 @@
+"""Measure a converted model against its source, and write down what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from clla.artifacts import Plan, write_text
+from clla.baselines.stored import SourceCache
+from clla.evaluate.figures import draw_plan, draw_quality
+from clla.evaluate.memory import measured_bytes
+from clla.evaluate.perplexity import Candidate, compare
+from clla.evaluate.retrieval import make_trials, retrieve
+from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.quantize_clla import RowLayout
+
+NAMES = ("source", "int4", "converted")
+LABELS = {"source": "source", "int4": "source, int4 cache", "converted": "converted"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, side by side in one run.
+
+    Attributes:
+        quality: perplexity, kl (nats a token, to the source) and bytes_per_token by name
+            (`source`, `int4`: the source with an int4 cache, `converted`).
+        context: tokens a window.
+        windows: number of windows.
+        chunk: tokens a forward pass.
+        cache_bytes: measured and planned bytes of the converted cache by context length.
+        source_bytes: measured bytes of the source's cache by context length.
+        retrieval: nll and exact by name, where it was asked for.
+    """
+
+    quality: dict[str, dict[str, float]]
+    context: int
+    windows: int
+    chunk: int
+    cache_bytes: dict[int, dict[str, float]] = field(default_factory=dict)
+    source_bytes: dict[int, float] = field(default_factory=dict)
+    retrieval: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as nested objects, figures a token."""
+        last = max(self.cache_bytes) if self.cache_bytes else None
+        cache: dict[str, Any] = {"by_context": {str(k): v for k, v in self.cache_bytes.items()}}
+        if last is not None:
+            cache.update(self.cache_bytes[last], context=last)
+        return {
+            **{name: dict(values) for name, values in self.quality.items()},
+            "cache": cache,
+            "source_bytes_by_context": {str(k): v for k, v in self.source_bytes.items()},
+            "retrieval": self.retrieval,
+            "context": self.context,
+            "windows": self.windows,
+            "chunk": self.chunk,
+        }
+
+    def tables(self) -> list[Table]:
+        """Tables for the terminal."""
+        quality = Table(title=f"{self.windows} windows of {self.context} tokens, {self.chunk} a step")
+        for title in ("model", "perplexity", "ratio", "KL (nats)", "cache bytes/token", "of source"):
+            quality.add_column(title, justify="left" if title == "model" else "right")
+        base = self.quality["source"]
+        for name, row in self.quality.items():
+            quality.add_row(
+                LABELS[name],
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity'] / base['perplexity']:.4f}",
+                "" if name == "source" else f"{row['kl']:.4f}",
+                f"{row['bytes_per_token']:,.0f}",
+                f"{100 * row['bytes_per_token'] / base['bytes_per_token']:.1f} %",
+            )
+        memory = Table(title="Cache of one sequence")
+        for title in ("context", "source bytes/token", "converted", "planned", "of source"):
+            memory.add_column(title, justify="right")
+        for context, row in self.cache_bytes.items():
+            memory.add_row(
+                f"{context:,}",
+                f"{self.source_bytes[context]:,.0f}",
+                f"{row['bytes_per_token']:,.0f}",
+                f"{row['planned_bytes_per_token']:,.0f}",
+                f"{100 * row['bytes_per_token'] / self.source_bytes[context]:.2f} %",
+            )
+        tables = [quality, memory]
+        if self.retrieval:
+            codes = Table(title="Retrieval of planted codes")
+            for title in ("model", "NLL of the code (nats)", "exact"):
+                codes.add_column(title, justify="left" if title == "model" else "right")
+            for name, row in self.retrieval.items():
+                codes.add_row(LABELS[name], f"{row['nll']:.3f}", f"{100 * row['exact']:.0f} %")
+            tables.append(codes)
+        return tables
+
+
+def candidates(converted: CllaForCausalLM, kv_dtype: torch.dtype) -> dict[str, Candidate]:
+    """Source, source with an int4 cache, and converted model; the weights are shared."""
+    source, layers = converted.source, converted.config.text_config.num_hidden_layers
+    return {
+        "source": Candidate(source, lambda: SourceCache(layers, kv_dtype)),
+        "int4": Candidate(source, lambda: SourceCache(layers, "int4")),
+        "converted": Candidate(converted, converted.new_cache),
+    }
+
+
+def before_and_after(
+    converted: CllaForCausalLM,
+    tokenizer: Any,
+    plan: Plan,
+    windows: Tensor,
+    *,
+    chunk: int | None = None,
+    contexts: tuple[int, ...] = (),
+    retrieval_context: int = 0,
+    retrieval_trials: int = 16,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Report:
+    """Run source and converted model over the same text, through the caches they really keep.
+
+    Args:
+        converted: the model; its `source` is the reference.
+        tokenizer: the source's.
+        plan: for planned bytes.
+        windows: [N, T] token ids.
+        chunk: tokens a forward pass; default: the exact window, so that a token sees between one and two
+            windows exactly, as in decoding.
+        contexts: lengths at which caches are measured; T is always among them.
+        retrieval_context: tokens around a planted code; 0 leaves retrieval out.
+        retrieval_trials: number of codes.
+        on_step: called with 1 after each window.
+    """
+    device = converted.device
+    windows = windows.to(device)
+    chunk = chunk or plan.window or converted.prefill_chunk
+    kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
+    models = candidates(converted, kv_dtype)
+    length = windows.shape[1]
+    quality = {
+        name: {
+            "perplexity": q.perplexity,
+            "bytes_per_token": q.nbytes / length,
+            **({"kl": q.kl} if name != "source" else {}),
+        }
+        for name, q in compare(models, windows, chunk=chunk, on_window=on_step).items()
+    }
+    lengths = sorted({length, *contexts})
+    wide = converted.prefill_chunk
+    cache = measured_bytes(models["converted"], lengths, chunk=wide, device=device)
+    source = measured_bytes(models["source"], lengths, chunk=wide, device=device)
+    codes = {}
+    if retrieval_context:
+        trials = make_trials(tokenizer, windows.flatten().cpu(), context=retrieval_context, count=retrieval_trials)
+        codes = {name: asdict(retrieve(models[name], trials, chunk=chunk, device=device)) for name in NAMES}
+    return Report(
+        quality=quality,
+        context=length,
+        windows=len(windows),
+        chunk=chunk,
+        cache_bytes={
+            c: {"bytes_per_token": cache[c] / c, "planned_bytes_per_token": plan.bytes_at(c) / c} for c in lengths
+        },
+        source_bytes={c: source[c] / c for c in lengths},
+        retrieval=codes,
+    )
+
+
+def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
+    """The plan for the terminal: groups, ranks, bits by tier, bytes, predicted loss."""
+    table = Table(title="Plan")
+    for title in ("layers", "rank", "bits by tier", "bytes/token", "predicted loss"):
+        table.add_column(title, justify="right" if title not in ("layers", "bits by tier") else "left")
+    total = plan.predicted_loss or 1.0
+    for group in plan.groups:
+        first, last = group.layers[0], group.layers[-1]
+        table.add_row(
+            f"{first}–{last}" if first != last else str(first),
+            str(len(group.tier_bits) * plan.tier_size),
+            _runs(group.tier_bits),
+            str(RowLayout(group.tier_bits, plan.tier_size).row_bytes),
+            f"{100 * group.predicted_loss / total:.1f} %",
+        )
+    at = plan.at_context
+    summary = Table(show_header=False, box=None)
+    source = plan.source_bytes_per_token
+    rows = [
+        ("source KV", f"{source:,} bytes a token"),
+        ("latents", f"{plan.row_bytes:,} bytes a token ({100 * plan.row_bytes / source:.2f} %)"),
+        ("exact", f"window {plan.window} (+{plan.flush_block - 1}), {plan.sinks} sinks: {plan.exact_bytes:,.0f} bytes"),
+    ]
+    if at is not None:
+        total_bytes = plan.bytes_at(at) / at
+        rows.append((f"in all at {at:,}", f"{total_bytes:,.0f} bytes a token ({100 * total_bytes / source:.2f} %)"))
+    rows.append(("predicted KL", f"{predicted_kl:.4f} nats a token if no token were exact"))
+    if plan.kept_layers:
+        rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by a sliding window"))
+    for row in rows:
+        summary.add_row(*row)
+    return [table, summary]
+
+
+def write_report(folder: Path, plan: Plan, recipe: Any, report: Report | None, *, predicted_kl: float) -> None:
+    """`clla_report.json`, and the plan and the quality as pictures."""
+    data = {
+        "plan": plan.to_json(),
+        "predicted_kl": predicted_kl,
+        "recipe": recipe.model_dump(mode="json"),
+        "measured": report.to_json() if report else None,
+    }
+    write_text(folder / "clla_report.json", json.dumps(data, indent=1))
+    draw_plan(plan, folder / "clla_plan.png")
+    if report is not None:
+        points = {LABELS[name]: (row["bytes_per_token"], row["perplexity"]) for name, row in report.quality.items()}
+        draw_quality(points, folder / "clla_quality.png", title=f"{report.context} tokens of context")
+
+
+def _runs(bits: tuple[int, ...]) -> str:
+    """`8 6×2 4×5` for (8, 6, 6, 4, 4, 4, 4, 4)."""
+    parts: list[list[int]] = []
+    for b in bits:
+        if parts and parts[-1][0] == b:
+            parts[-1][1] += 1
+        else:
+            parts.append([b, 1])
+    return " ".join(f"{b}×{n}" if n > 1 else str(b) for b, n in parts)

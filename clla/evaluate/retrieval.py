@@ -1,0 +1,69 @@
+"""Retrieval of planted codes: a five-digit code stands somewhere in a long text and is asked for at its end."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clla.evaluate.perplexity import Candidate, stream_logits
+
+STATEMENT = "\nThe secret code is {code}. Remember it.\n"
+QUESTION = "\nWhat is the secret code? The secret code is "
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Attributes: input_ids: [1, T] text, question and code; answer: number of tokens of the code."""
+
+    input_ids: Tensor
+    answer: int
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Attributes: nll: of the whole code, nats, mean over trials; exact: share of codes greedy decoding gets right."""
+
+    nll: float
+    exact: float
+
+
+def make_trials(tokenizer: Any, filler: Tensor, *, context: int, count: int, seed: int = 0) -> list[Trial]:
+    """Plant codes at evenly spread depths of filler text.
+
+    Args:
+        tokenizer: the model's.
+        filler: [N] token ids of ordinary text, used in turn.
+        context: T, tokens in all.
+        count: of trials.
+        seed: of the codes.
+    """
+    rng = random.Random(seed)
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    prefix, question, trials = list(tokenizer("")["input_ids"]), encode(QUESTION), []
+    for i in range(count):
+        code = str(rng.randrange(10000, 100000))
+        statement, answer = encode(STATEMENT.format(code=code)), encode(code)
+        room = context - len(prefix) - len(statement) - len(question) - len(answer)
+        start = rng.randrange(max(1, len(filler) - room))
+        text = filler[start : start + room].tolist()
+        depth = int(len(text) * (i + 0.5) / count)
+        ids = prefix + text[:depth] + statement + text[depth:] + question + answer
+        trials.append(Trial(torch.tensor([ids]), len(answer)))
+    return trials
+
+
+def retrieve(candidate: Candidate, trials: list[Trial], *, chunk: int, device: torch.device) -> Retrieval:
+    """NLL of the planted codes, and the share that greedy decoding would give, through a candidate's cache."""
+    nll, exact = 0.0, 0
+    for trial in trials:
+        ids = trial.input_ids.to(device)
+        # Only the end is scored, but the whole text streams through the cache.
+        tail = torch.cat([log_probs[-trial.answer - 1 :] for log_probs, _ in stream_logits(candidate, ids, chunk)])
+        predicted, code = tail[-trial.answer - 1 : -1], ids[0, -trial.answer :]
+        nll -= float(predicted.gather(1, code[:, None]).double().sum())
+        exact += int((predicted.argmax(-1) == code).all())
+    return Retrieval(nll / len(trials), exact / len(trials))

@@ -1,0 +1,92 @@
+"""Open a converted checkpoint for the command line, with errors that say what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from clla.artifacts import Plan, read_json
+from clla.errors import CllaError, CorruptArtifactError
+from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
+from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.quantize_clla import tensor_digest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Attributes: model; tokenizer; plan, as its config holds it."""
+
+    model: CllaForCausalLM
+    tokenizer: Any
+    plan: Plan
+
+
+def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> Checkpoint:
+    """A converted model from a directory or the Hub, its codec checked against the checksum.
+
+    Args:
+        path: directory or Hub id.
+        device: where to put it.
+        dtype: `auto` keeps the checkpoint's where that is fast on this device.
+
+    Raises:
+        CorruptArtifactError: damaged, incomplete, or written by a newer version.
+        CllaError: it is no converted checkpoint.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists():
+        _check_folder(folder)
+        path = str(folder)
+    try:
+        config = CllaConfig.from_pretrained(path)
+        plan = Plan.from_json(config.clla)
+        compute = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        model = CllaForCausalLM.from_pretrained(path, config=config, dtype=compute)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # safetensors, huggingface_hub and transformers raise classes of their own
+        raise CorruptArtifactError(
+            f"{path} cannot be loaded: {error}",
+            expected="a complete checkpoint written by clla convert",
+            remedy="copy or download it again, or convert the source model anew",
+        ) from error
+    codec = {k: v.to(config.dtype) for k, v in model.codec.state_dict().items()}
+    wanted = config.clla.get("codec_sha256")
+    if dtype == "auto" and wanted is not None and tensor_digest(codec) != wanted:
+        raise CorruptArtifactError(
+            f"the codec in {path} does not have the checksum that its config names",
+            expected=f"sha256 {wanted[:16]}…",
+            remedy="copy or download the checkpoint again",
+        )
+    return Checkpoint(model.to(device).eval().requires_grad_(False), tokenizer, plan)
+
+
+def _check_folder(folder: Path) -> None:
+    """Tell a damaged checkpoint, a newer one and one that is not ours apart before anything is loaded."""
+    if not (folder / "config.json").is_file():
+        raise CllaError(
+            f"{folder} has no config.json",
+            expected="a directory written by clla convert",
+            remedy="check the path, or convert a model first",
+        )
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clla":
+        raise CllaError(
+            f"{folder} holds a {config.get('model_type')!r} model that is not converted",
+            expected="a checkpoint written by clla convert",
+            remedy=f"run: clla convert {folder}",
+        )
+    version = (config.get("clla") or {}).get("schema_version")
+    if not isinstance(version, int):
+        raise CorruptArtifactError(
+            f"{folder}/config.json names no schema version", expected="a clla block", remedy="convert again"
+        )
+    if version > CLLA_SCHEMA_VERSION:
+        raise CorruptArtifactError(
+            f"{folder} was written with schema {version}",
+            expected=f"{CLLA_SCHEMA_VERSION} or older",
+            remedy="upgrade with: pip install -U clla",
+        )

@@ -1,0 +1,398 @@
+"""The compressed cache: sinks and the newest tokens exact, everything older as packed latents.
+
+Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, G layers of a group,
+r rank, N bytes of a packed row, C = window + flush_block - 1 slots of the exact buffer, S sinks.
+
+Slots count tokens as they came, padding included; a token's position is its slot minus an offset per
+sequence. The newest slots are exact. When a layer group's last layer has run and the buffer is full,
+the oldest exact tokens are encoded and leave it, `flush_block` at a time. Sinks are the first S tokens
+of each sequence that are no padding; they stay exact wherever they lie.
+"""
+
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from .quantize_clla import RowLayout
+from .rotary_clla import rotate, unrotate
+
+Rope = Callable[[Tensor], "tuple[Tensor, Tensor]"]
+
+
+class Timeline:
+    """Slots, positions and padding of all sequences, shared by all layer groups.
+
+    Args:
+        rope: cosines and sines of positions [B, T]; None for models without rotation.
+    """
+
+    def __init__(self, rope: Optional[Rope]) -> None:
+        self.rope = rope
+        self.reset()
+
+    def reset(self) -> None:
+        self.length = 0  # slots before the current forward pass
+        self.incoming = 0  # slots of the current one
+        self.padding: Optional[Tensor] = None  # [B] padded slots before the first token
+        self.max_padding = 0
+        self._segments: list[tuple[int, Tensor]] = []  # (first slot, slot - position [B])
+        self._memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor]) -> None:
+        """Announce the tokens of the next forward pass.
+
+        Args:
+            position_ids: [B, T].
+            attention_mask: [B, length + T] of zeros and ones, or None for no padding.
+
+        Raises:
+            ValueError: positions jump inside the chunk.
+        """
+        batch, count = position_ids.shape
+        self.length += self.incoming
+        self.incoming = count
+        self._memo = {}
+        slots = torch.arange(self.length, self.length + count, device=position_ids.device)
+        offset = slots[-1] - position_ids[:, -1]
+        if count > 1:
+            expected = slots - offset[:, None]
+            real = expected >= 0 if attention_mask is None else attention_mask[:, self.length :].bool()
+            if bool(((expected != position_ids) & real).any()):
+                raise ValueError(
+                    "position_ids jump inside one call; tokens of one call must stand next to each other: "
+                    "pad on the left, or pass the parts in calls of their own"
+                )
+        if not self._segments or not torch.equal(self._segments[-1][1], offset):
+            self._segments.append((self.length, offset))
+        if self.padding is None:
+            if attention_mask is None:
+                self.padding = torch.zeros(batch, dtype=torch.long, device=position_ids.device)
+            else:
+                self.padding = attention_mask.long().argmax(-1)
+                self.max_padding = int(self.padding.max())
+
+    def rotation(self, start: int, stop: int) -> "Optional[tuple[Tensor, Tensor]]":
+        """Cosines and sines [B or 1, stop - start, p] of a range of slots."""
+        if self.rope is None:
+            return None
+        if (start, stop) not in self._memo:
+            self._memo[start, stop] = self.rope(self._positions(start, stop))
+        return self._memo[start, stop]
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        parts = []
+        ends = [first for first, _ in self._segments[1:]] + [stop]
+        for (first, offset), end in zip(self._segments, ends):
+            low, high = max(first, start), min(end, stop)
+            if low < high:
+                shared = offset[:1] if bool((offset == offset[0]).all()) else offset
+                parts.append(torch.arange(low, high, device=offset.device) - shared[:, None])
+        rows = max(part.shape[0] for part in parts)
+        return torch.cat([part.expand(rows, -1) for part in parts], dim=1).clamp_(min=0)
+
+    def crop(self, length: int) -> None:
+        self.length, self.incoming, self._memo = length, 0, {}
+        self._segments = [s for s in self._segments if s[0] < length]
+
+    def rebatch(self, select: Callable[[Tensor], Tensor]) -> None:
+        self._memo = {}
+        self._segments = [(first, select(offset)) for first, offset in self._segments]
+        if self.padding is not None:
+            self.padding = select(self.padding)
+
+    def tensors(self) -> "list[Tensor]":
+        return [offset for _, offset in self._segments] + ([self.padding] if self.padding is not None else [])
+
+
+class LatentGroup:
+    """Storage of one layer group.
+
+    Args:
+        spec: `layers` and `tier_bits` of the group.
+        settings: the config's `clla` block (window, sinks, flush_block, tier_size, source, kv, …).
+        codec: module with `encoder`, `offset`, `decoder`, `mean` (see `clla.artifacts.GroupCodec`).
+        timeline: shared slots and positions.
+    """
+
+    def __init__(self, spec: "dict[str, Any]", settings: "dict[str, Any]", codec: nn.Module, timeline: Timeline) -> None:
+        self.layers = list(spec["layers"])
+        self.layout = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
+        self.window, self.sinks, self.block = settings["window"], settings["sinks"], settings["flush_block"]
+        self.first, self.interleaved = settings["source"] == "first", settings["interleaved_rope"]
+        self.heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
+        self.storage_dtype = getattr(torch, settings["kv_dtype"])
+        self.codec, self.timeline = codec, timeline
+        self.reset()
+
+    def reset(self) -> None:
+        self.rows: Optional[Tensor] = None  # [B, encoded, N] uint8
+        self.exact: Optional[Tensor] = None  # [G, B, 2H, C, d]
+        self.sink: Optional[Tensor] = None  # [G, B, 2H, S, d]
+        self.pending: Optional[Tensor] = None  # [B, C, N] rows of exact tokens (`first` only)
+        self.encoded = 0  # slots that are latents
+        self.filled = 0  # slots in `exact`
+        self._incoming: dict[int, Tensor] = {}  # layer -> [B, 2H, T, d] of this forward pass
+        self._incoming_rows: Optional[Tensor] = None
+        self._latents: Optional[Tensor] = None  # unpacked, for the layers of one forward pass
+
+    @property
+    def strict(self) -> bool:
+        """No exact window at all: even the current tokens are read from their latents."""
+        return self.window == 0
+
+    def observe(self, hidden: Tensor) -> None:
+        """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
+        self._allocate(hidden)
+        self._incoming_rows = self.layout.pack(_linear(hidden, self.codec.encoder, self.codec.offset))
+        if self.strict:
+            self.encoded += self._incoming_rows.shape[1]
+            self.rows = torch.cat((self.rows, self._incoming_rows), dim=1)
+            self._incoming_rows = None
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
+        """Store one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
+        self._allocate(keys)
+        index = self.layers.index(layer)
+        new = torch.cat((keys, values), dim=1)  # [B, 2H, T, d]
+        if self.strict:
+            self._capture_sinks(index, new, self.timeline.length, new.shape[2])
+            both = self._decode(index, keys.dtype)
+        else:
+            self._incoming[layer] = new
+            parts = [self._decode(index, keys.dtype)] if self.encoded else []
+            both = torch.cat([*parts, self.exact[index, :, :, : self.filled].to(keys.dtype), new], dim=2)
+        if layer == self.layers[-1]:
+            self._latents = None
+            if not self.strict:
+                self._settle()
+        return both[:, : self.heads], both[:, self.heads :]
+
+    def _decode(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Keys after RoPE and values of all encoded slots, [B, 2H, encoded, d]; sinks put in their places."""
+        if self._latents is None:
+            self._latents = self.layout.unpack(self.rows, self.codec.decoder.dtype)
+        flat = _affine(self._latents, self.codec.decoder[index], self.codec.mean[index])  # [B, T, n]
+        both = flat.to(dtype).unflatten(-1, (2 * self.heads, self.head_dim)).transpose(1, 2)
+        rotation = self.timeline.rotation(0, self.encoded)
+        if rotation is not None:
+            keys = rotate(both[:, : self.heads], *rotation, interleaved=self.interleaved)
+            both = torch.cat((keys.to(dtype), both[:, self.heads :]), dim=1)
+        reach = min(self.encoded, self.timeline.max_padding + self.sinks)
+        if reach and self.sinks:
+            order = torch.arange(reach, device=both.device) - self.timeline.padding[:, None]  # [B, reach]
+            picked = order.clamp(0, self.sinks - 1)[:, None, :, None].expand(-1, 2 * self.heads, -1, self.head_dim)
+            sink = self.sink[index].to(dtype).gather(2, picked)
+            is_sink = ((order >= 0) & (order < self.sinks))[:, None, :, None]
+            head = torch.where(is_sink, sink, both[:, :, :reach])
+            both = torch.cat((head, both[:, :, reach:]), dim=2)
+        return both
+
+    def _settle(self) -> None:
+        """After the group's last layer: encode what leaves the window, keep the rest exact."""
+        count = self._incoming[self.layers[-1]].shape[2]
+        total = self.filled + count
+        leaving = leaving_slots(total, self.window, self.block)
+        if leaving == 0:
+            for index, layer in enumerate(self.layers):
+                self.exact[index, :, :, self.filled : total] = self._incoming[layer].to(self.storage_dtype)
+            if self.first:
+                self.pending[:, self.filled : total] = self._incoming_rows
+        else:
+            self._flush(leaving, total)
+        self.filled = total - leaving
+        self._incoming, self._incoming_rows = {}, None
+
+    def _flush(self, leaving: int, total: int) -> None:
+        gone = []
+        for index, layer in enumerate(self.layers):
+            held = torch.cat((self.exact[index, :, :, : self.filled], self._incoming[layer].to(self.storage_dtype)), 2)
+            self._capture_sinks(index, held, self.encoded, leaving)
+            self.exact[index, :, :, : total - leaving] = held[:, :, leaving:]
+            gone.append(held[:, :, :leaving])
+        if self.first:
+            rows = torch.cat((self.pending[:, : self.filled], self._incoming_rows), dim=1)
+            self.pending[:, : total - leaving] = rows[:, leaving:]
+            rows = rows[:, :leaving]
+        else:
+            rows = self.layout.pack(_linear(self._before_rope(gone), self.codec.encoder, self.codec.offset))
+        self.rows = torch.cat((self.rows, rows), dim=1)
+        self.encoded += leaving
+
+    def _before_rope(self, gone: "list[Tensor]") -> Tensor:
+        """The group's keys before RoPE and values of slots that leave the window, [B, T, n·G]."""
+        rotation = self.timeline.rotation(self.encoded, self.encoded + gone[0].shape[2])
+        parts = []
+        for both in gone:
+            keys = both[:, : self.heads]
+            if rotation is not None:
+                keys = unrotate(keys.float(), *rotation, interleaved=self.interleaved)
+            parts.append(torch.cat((keys.float(), both[:, self.heads :].float()), dim=1).transpose(1, 2).flatten(2))
+        return torch.cat(parts, dim=-1)
+
+    def _capture_sinks(self, index: int, held: Tensor, start: int, count: int) -> None:
+        """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
+        if start >= self.timeline.max_padding + self.sinks:
+            return
+        order = torch.arange(self.sinks, device=held.device) + self.timeline.padding[:, None] - start  # [B, S]
+        inside = ((order >= 0) & (order < count))[:, None, :, None]
+        picked = order.clamp(0, count - 1)[:, None, :, None].expand(-1, 2 * self.heads, -1, self.head_dim)
+        self.sink[index] = torch.where(inside, held.gather(2, picked).to(self.storage_dtype), self.sink[index])
+
+    def _allocate(self, like: Tensor) -> None:
+        if self.rows is not None:
+            return
+        batch, capacity = like.shape[0], exact_slots(self.window, self.block)
+        shape = (len(self.layers), batch, 2 * self.heads)
+        self.exact = torch.zeros(*shape, capacity, self.head_dim, dtype=self.storage_dtype, device=like.device)
+        self.sink = torch.zeros(*shape, self.sinks, self.head_dim, dtype=self.storage_dtype, device=like.device)
+        self.rows = torch.empty(batch, 0, self.layout.row_bytes, dtype=torch.uint8, device=like.device)
+        if self.first:
+            self.pending = torch.empty(batch, capacity, self.layout.row_bytes, dtype=torch.uint8, device=like.device)
+
+    def crop(self, length: int) -> None:
+        if self.rows is None:
+            return
+        self.filled = max(0, min(self.filled, length - self.encoded))
+        if length < self.encoded:
+            self.encoded = length
+            self.rows = self.rows[:, :length].clone()
+
+    def rebatch(self, select: Callable[..., Tensor]) -> None:
+        if self.rows is None:
+            return
+        self.rows, self.exact, self.sink = select(self.rows), select(self.exact, 1), select(self.sink, 1)
+        if self.pending is not None:
+            self.pending = select(self.pending)
+
+    def tensors(self) -> "list[Tensor]":
+        return [t for t in (self.rows, self.exact, self.sink, self.pending) if t is not None]
+
+
+class CllaLayer(CacheLayerMixin):
+    """One layer's view of its group, as `transformers` expects it."""
+
+    is_sliding = False
+
+    def __init__(self, group: LatentGroup, layer: int) -> None:
+        super().__init__()
+        self.group, self.layer, self.seen = group, layer, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> "tuple[Tensor, Tensor]":
+        self.is_initialized = True
+        self.seen += key_states.shape[-2]
+        return self.group.update(key_states, value_states, self.layer)
+
+    def get_mask_sizes(self, query_length: int) -> "tuple[int, int]":
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # The group's tensors are shared between layers, so the cache moves them itself, once a group.
+    def reset(self) -> None:
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        pass
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        pass
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        pass
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen = max(0, self.seen - abs(tokens_to_remove))
+
+
+class CllaCache(Cache):
+    """Cache of a converted model; made by the model, or by hand for several turns.
+
+    Args:
+        config: the model's `CllaConfig`.
+        codec: its `codec` module (one module a layer group).
+        rope: cosines and sines of positions; None without rotation.
+    """
+
+    def __init__(self, config: Any, codec: Any, rope: Optional[Rope]) -> None:
+        settings = config.clla
+        self.timeline = Timeline(rope)
+        self.groups = [
+            LatentGroup(spec, settings, module, self.timeline) for spec, module in zip(settings["groups"], codec.groups)
+        ]
+        kept = DynamicCache(config=config.text_config).layers if settings["kept_layers"] else []
+        layers: dict[int, Any] = {i: kept[i] for i in settings["kept_layers"]}
+        layers.update({i: CllaLayer(group, i) for group in self.groups for i in group.layers})
+        self.group_of_first_layer = {group.layers[0]: group for group in self.groups}
+        super().__init__(layers=[layers[i] for i in sorted(layers)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that is kept between forward passes, counted by storage."""
+        kept = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        held = kept + self.timeline.tensors() + [t for group in self.groups for t in group.tensors()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].get_seq_length()
+
+    def reset(self) -> None:
+        super().reset()
+        self.timeline.reset()
+        for group in self.groups:
+            group.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens. Tokens encoded meanwhile stay encoded: the window is shorter for a while."""
+        length = self.groups[0].encoded + self.groups[0].filled - abs(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.timeline.crop(max(0, length))
+        for group in self.groups:
+            group.crop(max(0, length))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rebatch(lambda t, dim=0: t.index_select(dim, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rebatch(lambda t, dim=0: t.repeat_interleave(repeats, dim=dim))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        chosen = torch.arange(len(indices), device=indices.device)[indices] if indices.dtype == torch.bool else indices
+        self._rebatch(lambda t, dim=0: t.index_select(dim, chosen.to(t.device)))
+
+    def _rebatch(self, select: Callable[..., Tensor]) -> None:
+        self.timeline.rebatch(select)
+        for group in self.groups:
+            group.rebatch(select)
+
+
+def exact_slots(window: int, block: int) -> int:
+    """Slots of the exact buffer: the window, and what may gather until a whole block leaves it."""
+    return window + block - 1 if window else 0
+
+
+def leaving_slots(total: int, window: int, block: int) -> int:
+    """How many of `total` exact slots are encoded: whole blocks, once window and one block are full."""
+    return (total - window) // block * block if total >= window + block else 0
+
+
+def _linear(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """Encode: (x - offset) Wᵀ, [..., r]. The difference is taken in fp32."""
+    return nn.functional.linear((x.float() - offset.float()).to(weight.dtype), weight)
+
+
+def _affine(z: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+    """Decode: z Wᵀ + mean, [..., n]."""
+    return nn.functional.linear(z, weight, mean)

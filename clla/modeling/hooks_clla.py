@@ -1,0 +1,23 @@
+"""Find a source model's attention and rotary modules by their public marks."""
+
+from typing import Any
+
+from torch import nn
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Attention modules by layer index: those that carry `layer_idx` and are named …Attention."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        index: Any = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention"):
+            found[index] = module
+    return found
+
+
+def rotary_module(model: nn.Module) -> nn.Module | None:
+    """The module that turns positions into cosines and sines; None where positions are learned."""
+    found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    if len(found) > 1:
+        raise ValueError(f"expected one rotary embedding, found {len(found)}")
+    return found[0] if found else None

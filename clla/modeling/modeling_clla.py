@@ -1,0 +1,221 @@
+"""A converted model: the source model of any supported family, running on a compressed cache.
+
+The source's own modeling code does the computing. This wrapper cuts long inputs into chunks, tells the
+cache which positions come, and hands it to the source, whose attention layers store and fetch their
+keys and values there. Full logits of a forward pass are therefore those of inference.
+
+Shape legend: B sequences, T tokens, n = 2·H_kv·d, h hidden size, r rank of a group, G its layers.
+"""
+
+from typing import Any, Optional
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
+
+from .cache_clla import CllaCache
+from .configuration_clla import CllaConfig
+from .hooks_clla import attention_modules, rotary_module
+from .quantize_clla import RowLayout, tensor_digest
+
+CODEC_FILE = "clla_codec.safetensors"
+
+
+class GroupCodecModule(nn.Module):
+    """Encoder [r, n·G or h] with its offset, decoder [G, n, r] with its mean, of one layer group."""
+
+    def __init__(self, layers: int, inputs: int, values: int, rank: int) -> None:
+        super().__init__()
+        self.encoder = nn.Parameter(torch.zeros(rank, inputs))
+        self.offset = nn.Parameter(torch.zeros(inputs))
+        self.decoder = nn.Parameter(torch.zeros(layers, values, rank))
+        self.mean = nn.Parameter(torch.zeros(layers, values))
+
+
+class CodecModule(nn.Module):
+    """The codecs of all layer groups, in the plan's order."""
+
+    def __init__(self, config: CllaConfig) -> None:
+        super().__init__()
+        settings, groups = config.clla, []
+        values = 2 * settings["kv"]["num_key_value_heads"] * settings["kv"]["head_dim"]
+        for spec in settings["groups"]:
+            layers = len(spec["layers"])
+            inputs = config.text_config.hidden_size if settings["source"] == "first" else values * layers
+            rank = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"]).rank
+            groups.append(GroupCodecModule(layers, inputs, values, rank))
+        self.groups = nn.ModuleList(groups)
+
+
+class CllaForCausalLM(PreTrainedModel, GenerationMixin):
+    """Causal language model with Cross-Layer Latent Attention, converted from `config.text_config`."""
+
+    config_class = CllaConfig
+    base_model_prefix = "source"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: CllaConfig) -> None:
+        super().__init__(config)
+        self.source = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=config._attn_implementation
+        )
+        self.codec = CodecModule(config)
+        self.prefill_chunk = config.clla["prefill_chunk"]
+        self.watch_inputs()
+        self.post_init()
+
+    def watch_inputs(self) -> None:
+        """Show the first layers' attention inputs to the cache (`first` source only)."""
+        if self.config.clla["source"] != "first":
+            return
+        attention = attention_modules(self.source)
+        for spec in self.config.clla["groups"]:
+            attention[spec["layers"][0]].register_forward_pre_hook(_show_input_to_cache, with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> "CllaForCausalLM":
+        """As in transformers; a codec-only checkpoint takes its weights from `config.base_model`.
+
+        Raises:
+            ValueError: the codec does not have the checksum that the config names.
+        """
+        if not isinstance(config, CllaConfig):
+            config = CllaConfig.from_pretrained(path)
+        if config.base_model is None:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        codec = load_file(cached_file(path, CODEC_FILE))
+        if tensor_digest(codec) != config.clla["codec_sha256"]:
+            raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it anew")
+        kwargs = {k: v for k, v in kwargs.items() if k in ("dtype", "device_map", "attn_implementation")}
+        kwargs["dtype"] = kwargs.get("dtype") or config.dtype
+        gguf_file = config.base_model.get("gguf_file")
+        if gguf_file:
+            kwargs["gguf_file"] = gguf_file
+            if hasattr(transformers, "GgufConfig"):
+                kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        source = AutoModelForCausalLM.from_pretrained(config.base_model["path"], **kwargs)
+        with torch.device("meta"):
+            model = cls(config)
+        model.source = source
+        model.codec.load_state_dict(codec, assign=True)
+        model.codec.to(device=source.device, dtype=source.dtype)
+        model.watch_inputs()
+        return model.eval()
+
+    def new_cache(self) -> CllaCache:
+        """An empty compressed cache for one batch of sequences."""
+        rotary = rotary_module(self.source)
+        like = self.get_input_embeddings().weight[:1]
+        rope = None if rotary is None else lambda positions: rotary(like.to(positions.device), positions)
+        return CllaCache(self.config, self.codec, rope)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.source.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.source.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Optional[nn.Module]:
+        return self.source.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        past_key_values: Optional[CllaCache] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: "int | Tensor" = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the source through the compressed cache, chunk by chunk.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, h].
+            attention_mask: [B, past + T], zeros at padding.
+            position_ids: [B, T].
+            past_key_values: what an earlier call returned; made anew when None.
+            labels: [B, T], for the loss.
+            use_cache: False only means that the cache is not returned.
+            logits_to_keep: number of last positions whose logits are wanted (0: all), or their indices.
+
+        Returns:
+            Loss, logits and cache; hidden states of all chunks where asked for.
+
+        Raises:
+            ValueError: a cache of another class, or an attention mask that is not two-dimensional.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is expected")
+        cache = self.new_cache() if past_key_values is None else past_key_values
+        if not isinstance(cache, CllaCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass None or model.new_cache()")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("attention_mask must be [batch, tokens]; other masks cannot be cut into chunks")
+        past, count = cache.get_seq_length(), inputs.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + count, device=inputs.device)[None]
+        position_ids = position_ids.expand(inputs.shape[0], -1)
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        keep = _kept_from(count, logits_to_keep) if labels is None else 0
+        outputs = []
+        for start in range(0, count, self.prefill_chunk):
+            stop = min(start + self.prefill_chunk, count)
+            mask = None if attention_mask is None else attention_mask[:, : past + stop]
+            cache.timeline.begin(position_ids[:, start:stop], mask)
+            output = self.source(
+                **{name: inputs[:, start:stop]},
+                attention_mask=mask,
+                position_ids=position_ids[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=min(stop - start, max(1, stop - keep)),
+                **kwargs,
+            )
+            if stop > keep:
+                outputs.append(output)
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+        hidden = None
+        if outputs[0].hidden_states is not None:
+            hidden = tuple(torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs)))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache or (use_cache is None and self.config.use_cache) else None,
+            hidden_states=hidden,
+            attentions=outputs[0].attentions if len(outputs) == 1 else None,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` must not make a cache of its own: the forward pass does."""
+        return False
+
+
+def _kept_from(count: int, logits_to_keep: "int | Tensor") -> int:
+    """First position whose logits are wanted."""
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep == 0:
+        return 0
+    return max(0, count - logits_to_keep)
+
+
+def _show_input_to_cache(module: nn.Module, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, CllaCache):
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        cache.group_of_first_layer[module.layer_idx].observe(hidden)

