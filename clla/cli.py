@@ -85,7 +85,7 @@ def convert(
         Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
     ] = None,
     at_context: Annotated[
-        Optional[int], typer.Option(help="Context length at which the budget holds.", rich_help_panel=PLAN)
+        Optional[int], typer.Option(help="Context at which the budget holds; 0 counts latents only.", rich_help_panel=PLAN)
     ] = None,
     window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
     sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,

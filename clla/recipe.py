@@ -36,7 +36,7 @@ class BudgetConfig(_Section):
 
     kv_budget: str = Field("6.25%", description="share of the source's KV bytes ('6.25%', '0.0625') or bytes ('1440B')")
     at_context: int | None = Field(
-        None, gt=0, description="context length at which the budget holds; default: the model's, at most 32768"
+        None, ge=0, description="context at which the budget holds (0: latents only); default: the model's, at most 32768"
     )
     window: int | None = Field(None, ge=0, description="newest tokens kept exact; default: derived from the budget")
     sinks: int = Field(4, ge=0, description="first tokens kept exact")

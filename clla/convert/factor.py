@@ -9,12 +9,33 @@ Shape legend: r rank, n = 2·H_kv·d, h hidden size, G layers of a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from clla.artifacts import GroupCodec
+from clla.artifacts import Codec, GroupCodec, Plan
 from clla.convert.quantize import ERROR_SHARE
 from clla.convert.spectra import Spectra
+
+
+def make_codec(spectra: Spectra, plan: Plan, *, on_step: Callable[[], None] = lambda: None) -> Codec:
+    """Codecs of all layer groups of a plan, with the loss that they predict.
+
+    Args:
+        spectra: weighted moments that the plan was made from.
+        plan: layer groups and tiers.
+        on_step: called after each group, for progress.
+    """
+    groups, kl = [], 0.0
+    for group in plan.groups:
+        start, size = spectra.stats.layers.index(group.layers[0]), len(group.layers)
+        codec, missing = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)
+        fisher = spectra.stats.fisher[start : start + size]
+        kl += predicted_kl(codec, missing, fisher, group.tier_bits, plan.tier_size)
+        groups.append(codec)
+        on_step()
+    return Codec(tuple(groups), made_from=plan.made_from, predicted_kl=kl)
 
 
 def factor(spectra: Spectra, start: int, size: int, rank: int) -> tuple[GroupCodec, Tensor]:

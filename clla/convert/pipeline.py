@@ -19,7 +19,7 @@ from clla.calibrate.collect import Collector, collect
 from clla.calibrate.data import load_documents, self_written, token_batches
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk, check_output, finished_directory, write_checkpoint
-from clla.convert.factor import factor, predicted_kl
+from clla.convert.factor import make_codec
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
 from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
@@ -88,16 +88,12 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     check_output(options.output, overwrite=options.overwrite)
     check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
     work = _work_dir(options)
-    run = _Run(source, recipe, device, work)
+    run = Run(source, recipe, device, work)
 
     stats = run.stats()
-    spectra = Spectra(
-        surrogate_stats(stats, recipe.plan.metric),
-        power=recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0,
-        source=recipe.plan.source,
-    )
+    spectra = weigh(stats, recipe)
     plan = run.plan(stats, spectra)
-    codec = run.codec(stats, spectra, plan)
+    codec = run.codec(spectra, plan)
     if options.dry_run:
         return Conversion(plan, recipe, codec.predicted_kl, None, None)
 
@@ -137,10 +133,15 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     sinks, window = recipe.budget.sinks, recipe.budget.window
     if window is None:
         window = derive_window(
-            recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context, sinks=sinks
+            recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context or None, sinks=sinks
         )
     latent_bits(
-        recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context, window=window, sinks=sinks
+        recipe.plan,
+        budget=budget,
+        source_bytes=source.bytes_per_token,
+        context=context or None,
+        window=window,
+        sinks=sinks,
     )
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
     dtype = str(pick_dtype(recipe.runtime.compute_dtype, source, device)).removeprefix("torch.")
@@ -157,7 +158,13 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     return filled.model_copy(update={"provenance": where})
 
 
-class _Run:
+def weigh(stats: Stats, recipe: Recipe) -> Spectra:
+    """Weighted moments as the recipe's metric wants them."""
+    power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
+    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source)
+
+
+class Run:
     """Stages of one conversion; each looks for its result in the work directory before it computes it."""
 
     def __init__(self, source: Source, recipe: Recipe, device: torch.device, work: Path) -> None:
@@ -241,7 +248,7 @@ class _Run:
                 stats,
                 config,
                 budget=parse_budget(budget.kv_budget, source_bytes=self.source.bytes_per_token),
-                context=budget.at_context,
+                context=budget.at_context or None,
                 window=budget.window,
                 sinks=budget.sinks,
                 kv_itemsize=self.source.dtype.itemsize,
@@ -253,23 +260,15 @@ class _Run:
         plan.save(path)
         return plan
 
-    def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
+    def codec(self, spectra: Spectra, plan: Plan) -> Codec:
         path = self.work / f"codec-{self.plan_key}.safetensors"
         if path.exists():
             try:
                 return Codec.load(path)
             except CorruptArtifactError as error:
                 console.say(f"Factoring again: {error.got}")
-        groups, kl = [], 0.0
         with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
-            for group in plan.groups:
-                start, size = stats.layers.index(group.layers[0]), len(group.layers)
-                codec, missing = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)
-                fisher = stats.fisher[start : start + size]
-                kl += predicted_kl(codec, missing, fisher, group.tier_bits, plan.tier_size)
-                groups.append(codec)
-                advance()
-        result = Codec(tuple(groups), made_from=self.plan_key, predicted_kl=kl)
+            result = make_codec(spectra, plan, on_step=advance)
         result.save(path)
         return result
 

@@ -1,0 +1,143 @@
+"""Quality against the latents' share of the source cache, for any model: the table of this field.
+
+    python benchmarks/quality.py MODEL --text TEXT [--dataset D] [--tokens N] [--windows N] [--budgets 12.5,6.25]
+
+Perplexity over windows of TEXT, streamed in chunks of the exact window W (never fewer than 32), with the
+caches really kept. Percent is the latents' share of the source cache, scales included, exact window not.
+The source, and the source with an int4 cache, run over the same text in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from clla import console
+from clla.artifacts import Stats
+from clla.calibrate.data import load_documents, whole_windows
+from clla.convert.assemble import attach, clla_block
+from clla.convert.factor import make_codec
+from clla.convert.pipeline import Run, resolve, weigh
+from clla.convert.planners import make_plan
+from clla.evaluate.figures import draw_quality
+from clla.evaluate.perplexity import Candidate, Quality, compare
+from clla.evaluate.report import candidates
+from clla.recipe import Recipe, parse_budget
+from clla.source import open_source, pick_device
+
+# name: (latent source, window, largest group size)
+VARIANTS = {
+    "group W=128": ("group", 128, 6),
+    "group W=32": ("group", 32, 6),
+    "first W=128": ("first", 128, 6),
+    "first W=32": ("first", 32, 6),
+    "first no window": ("first", 0, 6),
+    "per layer W=128": ("group", 128, 1),
+}
+
+
+def main() -> None:
+    """Parse, calibrate once, run every variant and budget, print and write the table."""
+    args = _arguments()
+    logging.set_verbosity_error()
+    device, source = pick_device(args.device), open_source(args.model)
+    recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.tokens}})
+    recipe = resolve(recipe.override({"budget": {"at_context": 0, "window": 128}}), source, device)
+    names = [name for name in VARIANTS if name in args.variants.split(",")] if args.variants else list(VARIANTS)
+    if any(VARIANTS[name][0] == "first" for name in names):
+        recipe = recipe.override({"plan": {"source": "first"}})  # so that the inputs' moments are collected
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    run = Run(source, recipe, device, args.work_dir)
+    stats = run.stats()
+    windows = whole_windows(
+        load_documents(args.text), run.tokenizer, count=args.windows, length=args.window_length
+    ).to(device)
+    rows: dict[str, dict[str, float]] = {}
+    for name in names:
+        rows |= _variant(name, run, stats, recipe, windows, args)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1))
+    _print(rows, names, args)
+    points = {"source": (rows["source"]["bytes_per_token"], rows["source"]["perplexity"])}
+    points["source, int4 cache"] = (rows["int4"]["bytes_per_token"], rows["int4"]["perplexity"])
+    points |= {f"clla {key.split('|')[1]} %": (row["latent_bytes"], row["perplexity"])
+               for key, row in rows.items() if key.startswith(names[0])}
+    draw_quality(points, args.output.with_suffix(".png"), curve="clla",
+                 title=f"{source.name}: {args.windows} windows of {args.window_length}, {names[0]}, latents' bytes")
+
+
+def _variant(
+    name: str, run: Run, stats: Stats, recipe: Recipe, windows: torch.Tensor, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """All budgets of one variant, beside the source, over the same windows."""
+    latent_source, window, group_size = VARIANTS[name]
+    recipe = recipe.override({"plan": {"source": latent_source, "max_group_size": group_size}})
+    spectra, model = weigh(stats, recipe), run.model()
+    models: dict[str, Candidate] = {}
+    planned: dict[str, float] = {}
+    for budget in args.budgets.split(","):
+        plan = make_plan(
+            stats,
+            recipe.plan,
+            budget=parse_budget(f"{budget}%", source_bytes=run.source.bytes_per_token),
+            context=None,
+            window=window,
+            sinks=4,
+            kv_itemsize=run.source.dtype.itemsize,
+            kept_layers=run.source.kept_layers,
+            made_from="",
+            spectra=spectra,
+        )
+        block = clla_block(
+            plan,
+            interleaved_rope=run.source.family.interleaved_rope,
+            kv_dtype=run.source.dtype,
+            prefill_chunk=max(window, 32),
+        )
+        converted = attach(model, make_codec(spectra, plan), block)
+        if not models:
+            models = {k: v for k, v in candidates(converted, run.source.dtype).items() if k != "converted"}
+        models[f"{name}|{budget}"] = Candidate(converted, converted.new_cache)
+        planned[f"{name}|{budget}"] = float(plan.row_bytes)
+    with console.progress(name, len(windows)) as advance:
+        found = compare(models, windows, chunk=max(window, 32), on_window=advance)
+    return {k: _row(q, windows.shape[1], planned.get(k)) for k, q in found.items()}
+
+
+def _row(quality: Quality, length: int, latent_bytes: float | None) -> dict[str, float]:
+    row = {"perplexity": quality.perplexity, "kl": quality.kl, "bytes_per_token": quality.nbytes / length}
+    return row if latent_bytes is None else row | {"latent_bytes": latent_bytes}
+
+
+def _print(rows: dict[str, dict[str, float]], names: list[str], args: argparse.Namespace) -> None:
+    source = rows["source"]["perplexity"]
+    print(f"source {source:.3f}; int4 cache {rows['int4']['perplexity']:.3f} ({rows['int4']['perplexity'] / source:.4f})\n")
+    print("| budget | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 1) + "|")
+    for budget in args.budgets.split(","):
+        cells = [rows[f"{name}|{budget}"]["perplexity"] for name in names]
+        print(f"| {budget} % | " + " | ".join(f"{ppl:.3f} ({ppl / source:.4f})" for ppl in cells) + " |")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hub id, directory, .gguf file or 'demo'")
+    parser.add_argument("--text", required=True, help="evaluation text; never calibrate on it")
+    parser.add_argument("--dataset", default="bundled", help="calibration text")
+    parser.add_argument("--tokens", type=int, help="calibration tokens; default 16384 on CPU, 262144 on GPU")
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--window-length", type=int, default=2048)
+    parser.add_argument("--budgets", default="12.5,6.25,3,2", help="percent, comma-separated")
+    parser.add_argument("--variants", help="comma-separated; default all: " + ", ".join(VARIANTS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--work-dir", type=Path, default=Path("scratch/quality"), help="keeps the moments")
+    parser.add_argument("--output", type=Path, default=Path("scratch/quality.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
