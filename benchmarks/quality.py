@@ -53,21 +53,30 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir)
     stats = run.stats()
-    windows = whole_windows(
-        load_documents(args.text), run.tokenizer, count=args.windows, length=args.window_length
-    ).to(device)
+    windows = whole_windows(load_documents(args.text), run.tokenizer, count=args.windows, length=args.window_length).to(
+        device
+    )
     rows: dict[str, dict[str, float]] = {}
     for name in names:
         rows |= _variant(name, run, stats, recipe, windows, args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1))
+        args.output.write_text(
+            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1)
+        )
     _print(rows, names, args)
     points = {"source": (rows["source"]["bytes_per_token"], rows["source"]["perplexity"])}
     points["source, int4 cache"] = (rows["int4"]["bytes_per_token"], rows["int4"]["perplexity"])
-    points |= {f"clla {key.split('|')[1]} %": (row["latent_bytes"], row["perplexity"])
-               for key, row in rows.items() if key.startswith(names[0])}
-    draw_quality(points, args.output.with_suffix(".png"), curve="clla",
-                 title=f"{source.name}: {args.windows} windows of {args.window_length}, {names[0]}, latents' bytes")
+    points |= {
+        f"clla {key.split('|')[1]} %": (row["latent_bytes"], row["perplexity"])
+        for key, row in rows.items()
+        if key.startswith(names[0])
+    }
+    draw_quality(
+        points,
+        args.output.with_suffix(".png"),
+        curve="clla",
+        title=f"{source.name}: {args.windows} windows of {args.window_length}, {names[0]}, latents' bytes",
+    )
 
 
 def _variant(
@@ -115,7 +124,8 @@ def _row(quality: Quality, length: int, latent_bytes: float | None) -> dict[str,
 
 def _print(rows: dict[str, dict[str, float]], names: list[str], args: argparse.Namespace) -> None:
     source = rows["source"]["perplexity"]
-    print(f"source {source:.3f}; int4 cache {rows['int4']['perplexity']:.3f} ({rows['int4']['perplexity'] / source:.4f})\n")
+    int4 = rows["int4"]["perplexity"]
+    print(f"source {source:.3f}; int4 cache {int4:.3f} ({int4 / source:.4f})\n")
     print("| budget | " + " | ".join(names) + " |")
     print("|---" * (len(names) + 1) + "|")
     for budget in args.budgets.split(","):

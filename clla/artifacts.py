@@ -81,8 +81,11 @@ class Stats:
     @classmethod
     def load(cls, path: Path) -> Stats:
         tensors, meta = _load(path, "stats")
-        meta["layers"], meta["kv"] = tuple(meta["layers"]), KVShape(**meta["kv"])
-        return cls(**meta, **tensors)
+        try:
+            meta["layers"], meta["kv"] = tuple(meta["layers"]), KVShape(**meta["kv"])
+            return cls(**{**meta, **tensors})
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, f"no valid stats: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,9 @@ class Plan:
     @property
     def exact_bytes(self) -> float:
         """Buffers that do not grow: exact window and sinks (and the window's latents for `first`)."""
-        return exact_bytes_of(self.source_bytes_per_token, self.row_bytes, self.window, self.sinks, self.flush_block,
-                           self.source)
+        return exact_bytes_of(
+            self.source_bytes_per_token, self.row_bytes, self.window, self.sinks, self.flush_block, self.source
+        )
 
     def bytes_at(self, context: int) -> float:
         """Cache bytes of one sequence of `context` tokens, layers left alone not included."""

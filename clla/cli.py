@@ -85,27 +85,22 @@ def convert(
         Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
     ] = None,
     at_context: Annotated[
-        Optional[int], typer.Option(help="Context at which the budget holds; 0 counts latents only.", rich_help_panel=PLAN)
+        Optional[int],
+        typer.Option(help="Context at which the budget holds; 0 counts latents only.", rich_help_panel=PLAN),
     ] = None,
     window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
     sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,
     max_group_size: Annotated[
         Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
     ] = None,
-    bits: Annotated[
-        Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)
-    ] = None,
-    source: Annotated[
-        Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)
-    ] = None,
+    bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
+    source: Annotated[Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)] = None,
     planner: Annotated[
         Optional[str], typer.Option(help="dynamic, uniform, cluster or pyramid.", rich_help_panel=PLAN)
     ] = None,
     dataset: Annotated[
         Optional[str],
-        typer.Option(
-            help="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub id.", rich_help_panel=CALIBRATION
-        ),
+        typer.Option(help="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub id.", rich_help_panel=CALIBRATION),
     ] = None,
     calibration_tokens: Annotated[
         Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.", rich_help_panel=CALIBRATION)
@@ -296,7 +291,8 @@ def generate(
         inputs = inputs.to(loaded.model.device)
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        output = loaded.model.generate(
+        model: Any = loaded.model
+        output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,

@@ -15,8 +15,8 @@ from clla.recipe import Recipe
 BODY = """
 # {title}
 
-{base} with its key-value cache compressed by `clla` (Cross-Layer Latent
-Attention, [arXiv 2410.15252](https://arxiv.org/abs/2410.15252)): neighbouring layers share one quantized latent a token.
+{base} with its key-value cache compressed by `clla` (Cross-Layer Latent Attention,
+[arXiv 2410.15252](https://arxiv.org/abs/2410.15252)): neighbouring layers share one quantized latent a token.
 
 | | bytes a token |
 |---|---|
@@ -42,8 +42,8 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 
 ## How it was made
 
-{groups} layer groups of up to {largest} layers, window {window}, {sinks} sinks, latent source `{source_kind}`,
-calibrated on {tokens:,} tokens of `{dataset}`. The weights are those of the source; no training.
+{groups} layer groups of up to {largest} layers, window {window}, {sinks} sinks, latent source
+`{source_kind}`, calibrated on {tokens:,} tokens of `{dataset}`. The weights are those of the source; no training.
 `clla_recipe.yaml` repeats the conversion, `clla_report.json` holds every figure.
 
 ![plan](clla_plan.png)

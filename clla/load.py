@@ -45,7 +45,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         config = CllaConfig.from_pretrained(path)
         plan = Plan.from_json(config.clla)
         compute = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        model = CllaForCausalLM.from_pretrained(path, config=config, dtype=compute)
+        model: Any = CllaForCausalLM.from_pretrained(path, config=config, dtype=compute)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # safetensors, huggingface_hub and transformers raise classes of their own
         raise CorruptArtifactError(

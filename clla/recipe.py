@@ -36,7 +36,9 @@ class BudgetConfig(_Section):
 
     kv_budget: str = Field("6.25%", description="share of the source's KV bytes ('6.25%', '0.0625') or bytes ('1440B')")
     at_context: int | None = Field(
-        None, ge=0, description="context at which the budget holds (0: latents only); default: the model's, at most 32768"
+        None,
+        ge=0,
+        description="context at which the budget holds (0: latents only); default: the model's, at most 32768",
     )
     window: int | None = Field(None, ge=0, description="newest tokens kept exact; default: derived from the budget")
     sinks: int = Field(4, ge=0, description="first tokens kept exact")
@@ -92,7 +94,9 @@ class PlanConfig(_Section):
 class RuntimeConfig(_Section):
     """How the model computes."""
 
-    prefill_chunk: int = Field(512, ge=1, description="tokens a forward pass takes at most; they see each other exactly")
+    prefill_chunk: int = Field(
+        512, ge=1, description="tokens a forward pass takes at most; they see each other exactly"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
     )
@@ -109,7 +113,7 @@ class Provenance(_Section):
 class Recipe(_Section):
     """A whole conversion."""
 
-    schema_version: Literal[1] = Field(RECIPE_VERSION, description="of this document")
+    schema_version: Literal[1] = Field(1, description="of this document")
     description: str = Field("", description="one line for `clla recipes ls`")
     calibration: CalibrationConfig = Field(default_factory=lambda: CalibrationConfig())
     budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig())

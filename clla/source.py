@@ -78,7 +78,7 @@ class Source:
         if options:
             options["quantization_config"] = _dequantize()
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **options)
         except Exception as error:  # safetensors, torch and gguf raise classes of their own
             raise CorruptArtifactError(
                 f"the weights of {self.name} cannot be read: {error}",
@@ -137,7 +137,11 @@ def pick_dtype(wanted: str, source: Source, device: torch.device) -> torch.dtype
     """`auto` keeps the checkpoint's dtype, except on CPUs that are slow in 16 bits."""
     if wanted != "auto":
         return getattr(torch, wanted)
-    if device.type == "cpu" and source.dtype != torch.float32 and _matmul_time(source.dtype) > _matmul_time(torch.float32):
+    if (
+        device.type == "cpu"
+        and source.dtype != torch.float32
+        and _matmul_time(source.dtype) > _matmul_time(torch.float32)
+    ):
         return torch.float32
     return source.dtype
 

@@ -8,7 +8,7 @@ Shape legend: B sequences, H key-value heads, T tokens, d head dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,10 +90,12 @@ class SourceCache(Cache):
         storage: a dtype, or `int4`.
     """
 
-    def __init__(self, num_layers: int, storage: torch.dtype | str) -> None:
-        make = Int4Layer if storage == "int4" else lambda: StoredLayer(storage)  # type: ignore[arg-type]
-        super().__init__(layers=[make() for _ in range(num_layers)])
+    def __init__(self, num_layers: int, storage: torch.dtype | Literal["int4"]) -> None:
+        self._stored: list[StoredLayer | Int4Layer] = [
+            StoredLayer(storage) if isinstance(storage, torch.dtype) else Int4Layer() for _ in range(num_layers)
+        ]
+        super().__init__(layers=list(self._stored))
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self._stored)

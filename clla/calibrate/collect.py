@@ -101,8 +101,10 @@ class Collector:
     def add(self, input_ids: Tensor) -> None:
         """Fold in one batch of token ids [B, T]; every position counts, there is no padding."""
         taps = {layer: _Tap() for layer in self.layers}
-        handles = [self.attention[layer].register_forward_pre_hook(_tap_hook(taps[layer]), with_kwargs=True)
-                   for layer in self.layers]
+        handles = [
+            self.attention[layer].register_forward_pre_hook(_tap_hook(taps[layer]), with_kwargs=True)
+            for layer in self.layers
+        ]
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         try:
             for parameter in frozen:

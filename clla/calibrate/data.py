@@ -6,8 +6,10 @@ documents. The same seed and files give the same sequences.
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -187,14 +189,11 @@ def _pieces(documents: list[str], length: int) -> list[str]:
 
 
 def _read_text(path: Path) -> list[str]:
-    import gzip
-    import lzma
-
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    readers: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return [str(file.read())]
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        data = path.read_bytes()
+        return [readers[path.suffix](data).decode() if path.suffix in readers else data.decode()]
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}", remedy="check the file") from error
 
 

@@ -55,9 +55,7 @@ class BandedMoments:
         out = torch.empty(self._products.shape, dtype=torch.float32)
         for j in range(self.band):
             stop = max(len(left) - j, 0)
-            out[:stop, j] = (
-                self._products[:stop, j] / self.count - left[:stop, :, None] * right[j:, None, :]
-            ).float()
+            out[:stop, j] = (self._products[:stop, j] / self.count - left[:stop, :, None] * right[j:, None, :]).float()
             out[stop:, j] = 0
         return out
 

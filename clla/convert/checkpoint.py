@@ -69,7 +69,12 @@ def finished_directory(path: Path) -> Iterator[Path]:
 
 
 def write_checkpoint(
-    folder: Path, model: CllaForCausalLM, tokenizer: Any, *, base_model: dict[str, Any] | None, max_shard_size: str = "5GB"
+    folder: Path,
+    model: CllaForCausalLM,
+    tokenizer: Any,
+    *,
+    base_model: dict[str, Any] | None,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Weights or codec, config with `auto_map`, remote code, tokenizer and generation config.
 
@@ -92,8 +97,9 @@ def write_checkpoint(
         from transformers.dynamic_module_utils import custom_object_save
 
         save_file(codec, folder / CODEC_FILE, metadata={"format": "pt"})
-        custom_object_save(model, folder, config=model.config)
-        model.config.save_pretrained(folder)
+        config: Any = model.config
+        custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

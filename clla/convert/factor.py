@@ -75,7 +75,9 @@ def factor(spectra: Spectra, start: int, size: int, rank: int) -> tuple[GroupCod
     return codec, missing
 
 
-def predicted_kl(codec: GroupCodec, missing: Tensor, fisher: Tensor, tier_bits: tuple[int, ...], tier_size: int) -> float:
+def predicted_kl(
+    codec: GroupCodec, missing: Tensor, fisher: Tensor, tier_bits: tuple[int, ...], tier_size: int
+) -> float:
     """Second-order KL (nats a token) of one group's error: ½ Σ_l tr(F_l·Err_l).
 
     Errors of different layers and tokens are taken as uncorrelated, and every token as coded.

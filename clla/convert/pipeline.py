@@ -110,7 +110,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     if options.report:
         report = before_and_after(converted, tokenizer, plan, run.held_out())
     with finished_directory(options.output) as folder:
-        converted.to(source.dtype)
+        torch.nn.Module.to(converted, source.dtype)
         write_checkpoint(folder, converted, tokenizer, base_model=_base_model(source) if options.adapter_only else None)
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
         write_report(folder, plan, recipe, report, predicted_kl=codec.predicted_kl)
@@ -174,9 +174,7 @@ class Run:
         plan = recipe.plan
         inputs = needs_inputs(plan.metric, plan.source)
         calibration = recipe.calibration.model_dump(mode="json")
-        self.stats_key = digest(
-            source.revision, calibration, plan.max_group_size, inputs, recipe.runtime.compute_dtype
-        )
+        self.stats_key = digest(source.revision, calibration, plan.max_group_size, inputs, recipe.runtime.compute_dtype)
         self.plan_key = digest(self.stats_key, plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
 
     def model(self) -> PreTrainedModel:
@@ -218,9 +216,7 @@ class Run:
         c = self.recipe.calibration
         assert c.tokens is not None
         if model is not None:
-            return self_written(
-                model, self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed
-            )
+            return self_written(model, self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed)
         batches = token_batches(
             load_documents(c.dataset),
             self.tokenizer,

@@ -177,8 +177,12 @@ Partitioner = Callable[..., list[Segment]]
 
 def every_segment(num_layers: int, max_group_size: int) -> list[Segment]:
     """All consecutive runs of up to `max_group_size` layers: the dynamic program chooses among them."""
-    return [(start, size) for start in range(num_layers) for size in range(1, max_group_size + 1)
-            if start + size <= num_layers]
+    return [
+        (start, size)
+        for start in range(num_layers)
+        for size in range(1, max_group_size + 1)
+        if start + size <= num_layers
+    ]
 
 
 def uniform_segments(num_layers: int, group_size: int) -> list[Segment]:

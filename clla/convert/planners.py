@@ -19,9 +19,7 @@ WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
 Solver = Callable[[Spectra, PlanConfig, int, Callable[[int], None]], dict[Segment, Choice]]
 
 
-def derive_window(
-    config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int
-) -> int:
+def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int) -> int:
     """Largest window among 128, 64, 32 and 16 that takes at most a third of the budget.
 
     Args:
@@ -105,9 +103,7 @@ def make_plan(
         UsageError: the budget does not hold window and sinks.
     """
     source_bytes = len(stats.layers) * stats.kv.values * kv_itemsize
-    bits = latent_bits(
-        config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks
-    )
+    bits = latent_bits(config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks)
     choices = PLANNERS[config.planner](spectra, config, bits, on_step)
     groups = tuple(
         LayerGroup(tuple(stats.layers[start : start + size]), choice.bits, choice.loss)

@@ -30,8 +30,16 @@ def draw_plan(plan: Plan, path: Path) -> None:
     for y, group in enumerate(plan.groups):
         for tier, bits in enumerate(group.tier_bits):
             shade = 0.25 + 0.75 * min(bits, 8) / 8
-            axes.barh(y, plan.tier_size, left=tier * plan.tier_size, height=0.8, color=OWN_COLOUR, alpha=shade,
-                      edgecolor="white", linewidth=0.5)
+            axes.barh(
+                y,
+                plan.tier_size,
+                left=tier * plan.tier_size,
+                height=0.8,
+                color=OWN_COLOUR,
+                alpha=shade,
+                edgecolor="white",
+                linewidth=0.5,
+            )
             axes.text((tier + 0.5) * plan.tier_size, y, str(bits), ha="center", va="center", fontsize=6)
     labels = [f"{g.layers[0]}–{g.layers[-1]}" if len(g.layers) > 1 else str(g.layers[0]) for g in plan.groups]
     axes.set_yticks(range(len(labels)), labels)

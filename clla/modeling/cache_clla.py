@@ -9,6 +9,7 @@ the oldest exact tokens are encoded and leave it, `flush_block` at a time. Sinks
 of each sequence that are no padding; they stay exact wherever they lie.
 """
 
+from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
@@ -36,7 +37,7 @@ class Timeline:
     def reset(self) -> None:
         self.length = 0  # slots before the current forward pass
         self.incoming = 0  # slots of the current one
-        self.padding: Optional[Tensor] = None  # [B] padded slots before the first token
+        self._padding: Optional[Tensor] = None  # [B] padded slots before the first token
         self.max_padding = 0
         self._segments: list[tuple[int, Tensor]] = []  # (first slot, slot - position [B])
         self._memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -67,12 +68,18 @@ class Timeline:
                 )
         if not self._segments or not torch.equal(self._segments[-1][1], offset):
             self._segments.append((self.length, offset))
-        if self.padding is None:
-            if attention_mask is None:
-                self.padding = torch.zeros(batch, dtype=torch.long, device=position_ids.device)
-            else:
-                self.padding = attention_mask.long().argmax(-1)
-                self.max_padding = int(self.padding.max())
+        if self._padding is None:
+            self._padding = torch.zeros(batch, dtype=torch.long, device=position_ids.device)
+        if attention_mask is not None and self.max_padding >= self.length:  # some saw nothing but padding yet
+            leading = (attention_mask.cumsum(-1) == 0).sum(-1)
+            self._padding = torch.where(self._padding >= self.length, leading, self._padding)
+            self.max_padding = int(self._padding.max())
+
+    @property
+    def padding(self) -> Tensor:
+        """[B] padded slots before each sequence's first token."""
+        assert self._padding is not None, "begin() announces the tokens first"
+        return self._padding
 
     def rotation(self, start: int, stop: int) -> "Optional[tuple[Tensor, Tensor]]":
         """Cosines and sines [B or 1, stop - start, p] of a range of slots."""
@@ -85,7 +92,7 @@ class Timeline:
     def _positions(self, start: int, stop: int) -> Tensor:
         parts = []
         ends = [first for first, _ in self._segments[1:]] + [stop]
-        for (first, offset), end in zip(self._segments, ends):
+        for (first, offset), end in zip(self._segments, ends, strict=True):
             low, high = max(first, start), min(end, stop)
             if low < high:
                 shared = offset[:1] if bool((offset == offset[0]).all()) else offset
@@ -100,11 +107,28 @@ class Timeline:
     def rebatch(self, select: Callable[[Tensor], Tensor]) -> None:
         self._memo = {}
         self._segments = [(first, select(offset)) for first, offset in self._segments]
-        if self.padding is not None:
-            self.padding = select(self.padding)
+        if self._padding is not None:
+            self._padding = select(self._padding)
 
     def tensors(self) -> "list[Tensor]":
-        return [offset for _, offset in self._segments] + ([self.padding] if self.padding is not None else [])
+        return [offset for _, offset in self._segments] + ([self._padding] if self._padding is not None else [])
+
+
+@dataclass
+class _Storage:
+    """What one layer group keeps between forward passes.
+
+    Attributes:
+        rows: [B, encoded, N] uint8, packed latents.
+        exact: [G, B, 2H, C, d], newest keys (after RoPE) and values.
+        sink: [G, B, 2H, S, d].
+        pending: [B, C, N] rows of the exact tokens (`first` only, else [B, 0, N]).
+    """
+
+    rows: Tensor
+    exact: Tensor
+    sink: Tensor
+    pending: Tensor
 
 
 class LatentGroup:
@@ -117,7 +141,7 @@ class LatentGroup:
         timeline: shared slots and positions.
     """
 
-    def __init__(self, spec: "dict[str, Any]", settings: "dict[str, Any]", codec: nn.Module, timeline: Timeline) -> None:
+    def __init__(self, spec: "dict[str, Any]", settings: "dict[str, Any]", codec: Any, timeline: Timeline) -> None:
         self.layers = list(spec["layers"])
         self.layout = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
         self.window, self.sinks, self.block = settings["window"], settings["sinks"], settings["flush_block"]
@@ -128,14 +152,11 @@ class LatentGroup:
         self.reset()
 
     def reset(self) -> None:
-        self.rows: Optional[Tensor] = None  # [B, encoded, N] uint8
-        self.exact: Optional[Tensor] = None  # [G, B, 2H, C, d]
-        self.sink: Optional[Tensor] = None  # [G, B, 2H, S, d]
-        self.pending: Optional[Tensor] = None  # [B, C, N] rows of exact tokens (`first` only)
+        self.held: Optional[_Storage] = None
         self.encoded = 0  # slots that are latents
         self.filled = 0  # slots in `exact`
         self._incoming: dict[int, Tensor] = {}  # layer -> [B, 2H, T, d] of this forward pass
-        self._incoming_rows: Optional[Tensor] = None
+        self._incoming_rows: Optional[Tensor] = None  # [B, T, N] of this forward pass (`first` only)
         self._latents: Optional[Tensor] = None  # unpacked, for the layers of one forward pass
 
     @property
@@ -145,36 +166,37 @@ class LatentGroup:
 
     def observe(self, hidden: Tensor) -> None:
         """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
-        self._allocate(hidden)
-        self._incoming_rows = self.layout.pack(_linear(hidden, self.codec.encoder, self.codec.offset))
+        held = self._storage(hidden)
+        rows = self.layout.pack(_linear(hidden, self.codec.encoder, self.codec.offset))
         if self.strict:
-            self.encoded += self._incoming_rows.shape[1]
-            self.rows = torch.cat((self.rows, self._incoming_rows), dim=1)
-            self._incoming_rows = None
+            self.encoded += rows.shape[1]
+            held.rows = torch.cat((held.rows, rows), dim=1)
+        else:
+            self._incoming_rows = rows
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
         """Store one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
-        self._allocate(keys)
+        held = self._storage(keys)
         index = self.layers.index(layer)
         new = torch.cat((keys, values), dim=1)  # [B, 2H, T, d]
         if self.strict:
-            self._capture_sinks(index, new, self.timeline.length, new.shape[2])
-            both = self._decode(index, keys.dtype)
+            self._capture_sinks(held, index, new, self.timeline.length, new.shape[2])
+            both = self._decode(held, index, keys.dtype)
         else:
             self._incoming[layer] = new
-            parts = [self._decode(index, keys.dtype)] if self.encoded else []
-            both = torch.cat([*parts, self.exact[index, :, :, : self.filled].to(keys.dtype), new], dim=2)
+            parts = [self._decode(held, index, keys.dtype)] if self.encoded else []
+            both = torch.cat([*parts, held.exact[index, :, :, : self.filled].to(keys.dtype), new], dim=2)
         if layer == self.layers[-1]:
             self._latents = None
             if not self.strict:
-                self._settle()
+                self._settle(held)
         return both[:, : self.heads], both[:, self.heads :]
 
-    def _decode(self, index: int, dtype: torch.dtype) -> Tensor:
+    def _decode(self, held: _Storage, index: int, dtype: torch.dtype) -> Tensor:
         """Keys after RoPE and values of all encoded slots, [B, 2H, encoded, d]; sinks put in their places."""
         if self._latents is None:
-            self._latents = self.layout.unpack(self.rows, self.codec.decoder.dtype)
-        flat = _affine(self._latents, self.codec.decoder[index], self.codec.mean[index])  # [B, T, n]
+            self._latents = self.layout.unpack(held.rows, self.codec.decoder.dtype)
+        flat = nn.functional.linear(self._latents, self.codec.decoder[index], self.codec.mean[index])  # [B, T, n]
         both = flat.to(dtype).unflatten(-1, (2 * self.heads, self.head_dim)).transpose(1, 2)
         rotation = self.timeline.rotation(0, self.encoded)
         if rotation is not None:
@@ -183,92 +205,95 @@ class LatentGroup:
         reach = min(self.encoded, self.timeline.max_padding + self.sinks)
         if reach and self.sinks:
             order = torch.arange(reach, device=both.device) - self.timeline.padding[:, None]  # [B, reach]
-            picked = order.clamp(0, self.sinks - 1)[:, None, :, None].expand(-1, 2 * self.heads, -1, self.head_dim)
-            sink = self.sink[index].to(dtype).gather(2, picked)
+            sink = held.sink[index].to(dtype).gather(2, self._spread(order, self.sinks))
             is_sink = ((order >= 0) & (order < self.sinks))[:, None, :, None]
-            head = torch.where(is_sink, sink, both[:, :, :reach])
-            both = torch.cat((head, both[:, :, reach:]), dim=2)
+            both = torch.cat((torch.where(is_sink, sink, both[:, :, :reach]), both[:, :, reach:]), dim=2)
         return both
 
-    def _settle(self) -> None:
+    def _settle(self, held: _Storage) -> None:
         """After the group's last layer: encode what leaves the window, keep the rest exact."""
-        count = self._incoming[self.layers[-1]].shape[2]
-        total = self.filled + count
+        total = self.filled + self._incoming[self.layers[-1]].shape[2]
         leaving = leaving_slots(total, self.window, self.block)
-        if leaving == 0:
-            for index, layer in enumerate(self.layers):
-                self.exact[index, :, :, self.filled : total] = self._incoming[layer].to(self.storage_dtype)
-            if self.first:
-                self.pending[:, self.filled : total] = self._incoming_rows
+        if leaving:
+            self._flush(held, leaving, total)
         else:
-            self._flush(leaving, total)
+            for index, layer in enumerate(self.layers):
+                held.exact[index, :, :, self.filled : total] = self._incoming[layer].to(self.storage_dtype)
+            if self._incoming_rows is not None:
+                held.pending[:, self.filled : total] = self._incoming_rows
         self.filled = total - leaving
         self._incoming, self._incoming_rows = {}, None
 
-    def _flush(self, leaving: int, total: int) -> None:
+    def _flush(self, held: _Storage, leaving: int, total: int) -> None:
         gone = []
         for index, layer in enumerate(self.layers):
-            held = torch.cat((self.exact[index, :, :, : self.filled], self._incoming[layer].to(self.storage_dtype)), 2)
-            self._capture_sinks(index, held, self.encoded, leaving)
-            self.exact[index, :, :, : total - leaving] = held[:, :, leaving:]
-            gone.append(held[:, :, :leaving])
-        if self.first:
-            rows = torch.cat((self.pending[:, : self.filled], self._incoming_rows), dim=1)
-            self.pending[:, : total - leaving] = rows[:, leaving:]
-            rows = rows[:, :leaving]
-        else:
+            recent = held.exact[index, :, :, : self.filled]
+            recent = torch.cat((recent, self._incoming[layer].to(self.storage_dtype)), dim=2)
+            self._capture_sinks(held, index, recent, self.encoded, leaving)
+            held.exact[index, :, :, : total - leaving] = recent[:, :, leaving:]
+            gone.append(recent[:, :, :leaving])
+        if self._incoming_rows is None:
             rows = self.layout.pack(_linear(self._before_rope(gone), self.codec.encoder, self.codec.offset))
-        self.rows = torch.cat((self.rows, rows), dim=1)
+        else:
+            recent_rows = torch.cat((held.pending[:, : self.filled], self._incoming_rows), dim=1)
+            held.pending[:, : total - leaving] = recent_rows[:, leaving:]
+            rows = recent_rows[:, :leaving]
+        held.rows = torch.cat((held.rows, rows), dim=1)
         self.encoded += leaving
 
     def _before_rope(self, gone: "list[Tensor]") -> Tensor:
-        """The group's keys before RoPE and values of slots that leave the window, [B, T, n·G]."""
+        """The group's keys before RoPE and values of slots that leave the window, [B, T, n·G], fp32."""
         rotation = self.timeline.rotation(self.encoded, self.encoded + gone[0].shape[2])
         parts = []
         for both in gone:
-            keys = both[:, : self.heads]
+            keys, values = both[:, : self.heads].float(), both[:, self.heads :].float()
             if rotation is not None:
-                keys = unrotate(keys.float(), *rotation, interleaved=self.interleaved)
-            parts.append(torch.cat((keys.float(), both[:, self.heads :].float()), dim=1).transpose(1, 2).flatten(2))
+                keys = unrotate(keys, *rotation, interleaved=self.interleaved)
+            parts.append(torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2))
         return torch.cat(parts, dim=-1)
 
-    def _capture_sinks(self, index: int, held: Tensor, start: int, count: int) -> None:
+    def _capture_sinks(self, held: _Storage, index: int, recent: Tensor, start: int, count: int) -> None:
         """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
         if start >= self.timeline.max_padding + self.sinks:
             return
-        order = torch.arange(self.sinks, device=held.device) + self.timeline.padding[:, None] - start  # [B, S]
+        order = torch.arange(self.sinks, device=recent.device) + self.timeline.padding[:, None] - start  # [B, S]
         inside = ((order >= 0) & (order < count))[:, None, :, None]
-        picked = order.clamp(0, count - 1)[:, None, :, None].expand(-1, 2 * self.heads, -1, self.head_dim)
-        self.sink[index] = torch.where(inside, held.gather(2, picked).to(self.storage_dtype), self.sink[index])
+        found = recent.gather(2, self._spread(order, count)).to(self.storage_dtype)
+        held.sink[index] = torch.where(inside, found, held.sink[index])
 
-    def _allocate(self, like: Tensor) -> None:
-        if self.rows is not None:
-            return
-        batch, capacity = like.shape[0], exact_slots(self.window, self.block)
-        shape = (len(self.layers), batch, 2 * self.heads)
-        self.exact = torch.zeros(*shape, capacity, self.head_dim, dtype=self.storage_dtype, device=like.device)
-        self.sink = torch.zeros(*shape, self.sinks, self.head_dim, dtype=self.storage_dtype, device=like.device)
-        self.rows = torch.empty(batch, 0, self.layout.row_bytes, dtype=torch.uint8, device=like.device)
-        if self.first:
-            self.pending = torch.empty(batch, capacity, self.layout.row_bytes, dtype=torch.uint8, device=like.device)
+    def _spread(self, order: Tensor, count: int) -> Tensor:
+        """Indices [B, T], clamped to `count`, for gathering along the tokens of [B, 2H, count, d]."""
+        return order.clamp(0, count - 1)[:, None, :, None].expand(-1, 2 * self.heads, -1, self.head_dim)
+
+    def _storage(self, like: Tensor) -> _Storage:
+        """The tensors kept, allocated at the first token on its device."""
+        if self.held is None:
+            batch, slots, row = like.shape[0], exact_slots(self.window, self.block), self.layout.row_bytes
+            exact = torch.zeros(
+                len(self.layers), batch, 2 * self.heads, slots + self.sinks, self.head_dim,
+                dtype=self.storage_dtype, device=like.device,
+            )  # fmt: skip
+            self.held = _Storage(
+                rows=torch.empty(batch, 0, row, dtype=torch.uint8, device=like.device),
+                exact=exact[:, :, :, :slots].clone(),
+                sink=exact[:, :, :, slots:].clone(),
+                pending=torch.zeros(batch, slots if self.first else 0, row, dtype=torch.uint8, device=like.device),
+            )
+        return self.held
 
     def crop(self, length: int) -> None:
-        if self.rows is None:
-            return
         self.filled = max(0, min(self.filled, length - self.encoded))
-        if length < self.encoded:
+        if self.held is not None and length < self.encoded:
             self.encoded = length
-            self.rows = self.rows[:, :length].clone()
+            self.held.rows = self.held.rows[:, :length].clone()
 
     def rebatch(self, select: Callable[..., Tensor]) -> None:
-        if self.rows is None:
-            return
-        self.rows, self.exact, self.sink = select(self.rows), select(self.exact, 1), select(self.sink, 1)
-        if self.pending is not None:
-            self.pending = select(self.pending)
+        held = self.held
+        if held is not None:
+            self.held = _Storage(select(held.rows), select(held.exact, 1), select(held.sink, 1), select(held.pending))
 
     def tensors(self) -> "list[Tensor]":
-        return [t for t in (self.rows, self.exact, self.sink, self.pending) if t is not None]
+        return list(vars(self.held).values()) if self.held is not None else []
 
 
 class CllaLayer(CacheLayerMixin):
@@ -325,9 +350,11 @@ class CllaCache(Cache):
 
     def __init__(self, config: Any, codec: Any, rope: Optional[Rope]) -> None:
         settings = config.clla
+        self.codec = codec
         self.timeline = Timeline(rope)
         self.groups = [
-            LatentGroup(spec, settings, module, self.timeline) for spec, module in zip(settings["groups"], codec.groups)
+            LatentGroup(spec, settings, module, self.timeline)
+            for spec, module in zip(settings["groups"], codec.groups, strict=True)
         ]
         kept = DynamicCache(config=config.text_config).layers if settings["kept_layers"] else []
         layers: dict[int, Any] = {i: kept[i] for i in settings["kept_layers"]}
@@ -338,12 +365,10 @@ class CllaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that is kept between forward passes, counted by storage."""
-        kept = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        own = [t for layer in self.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+        kept = [t for t in own if t is not None]
         held = kept + self.timeline.tensors() + [t for group in self.groups for t in group.tensors()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx].get_seq_length()
 
     def reset(self) -> None:
         super().reset()
@@ -359,7 +384,7 @@ class CllaCache(Cache):
         for group in self.groups:
             group.crop(max(0, length))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._rebatch(lambda t, dim=0: t.index_select(dim, beam_idx.to(t.device)))
 
@@ -391,8 +416,3 @@ def leaving_slots(total: int, window: int, block: int) -> int:
 def _linear(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     """Encode: (x - offset) Wᵀ, [..., r]. The difference is taken in fp32."""
     return nn.functional.linear((x.float() - offset.float()).to(weight.dtype), weight)
-
-
-def _affine(z: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
-    """Decode: z Wᵀ + mean, [..., n]."""
-    return nn.functional.linear(z, weight, mean)

@@ -19,7 +19,7 @@ class CllaConfig(PreTrainedConfig):
     """
 
     model_type = "clla"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - as the base class has it
     has_no_defaults_at_init = True
 
     def __init__(self, text_config=None, clla=None, base_model=None, **kwargs):

@@ -77,20 +77,30 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             return
         attention = attention_modules(self.source)
         for spec in self.config.clla["groups"]:
-            attention[spec["layers"][0]].register_forward_pre_hook(_show_input_to_cache, with_kwargs=True)
+            attention[spec["layers"][0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
+
+    def _show_input_to_cache(self, module: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
+        cache = kwargs.get("past_key_values")
+        # One source may carry several conversions: only the cache made for this one listens.
+        if isinstance(cache, CllaCache) and cache.codec is self.codec:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            cache.group_of_first_layer[module.layer_idx].observe(hidden)
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> "CllaForCausalLM":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> "CllaForCausalLM":
         """As in transformers; a codec-only checkpoint takes its weights from `config.base_model`.
 
         Raises:
             ValueError: the codec does not have the checksum that the config names.
         """
+        path = pretrained_model_name_or_path
         if not isinstance(config, CllaConfig):
             config = CllaConfig.from_pretrained(path)
         if config.base_model is None:
-            return super().from_pretrained(path, *args, config=config, **kwargs)
-        codec = load_file(cached_file(path, CODEC_FILE))
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        codec = load_file(str(cached_file(path, CODEC_FILE)))
         if tensor_digest(codec) != config.clla["codec_sha256"]:
             raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it anew")
         kwargs = {k: v for k, v in kwargs.items() if k in ("dtype", "device_map", "attn_implementation")}
@@ -112,7 +122,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
     def new_cache(self) -> CllaCache:
         """An empty compressed cache for one batch of sequences."""
         rotary = rotary_module(self.source)
-        like = self.get_input_embeddings().weight[:1]
+        like = next(self.get_input_embeddings().parameters())[:1]
         rope = None if rotary is None else lambda positions: rotary(like.to(positions.device), positions)
         return CllaCache(self.config, self.codec, rope)
 
@@ -192,7 +202,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
         hidden = None
         if outputs[0].hidden_states is not None:
-            hidden = tuple(torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs)))
+            hidden = tuple(
+                torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs), strict=True)
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -212,10 +224,3 @@ def _kept_from(count: int, logits_to_keep: "int | Tensor") -> int:
     if isinstance(logits_to_keep, Tensor) or logits_to_keep == 0:
         return 0
     return max(0, count - logits_to_keep)
-
-
-def _show_input_to_cache(module: nn.Module, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, CllaCache):
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cache.group_of_first_layer[module.layer_idx].observe(hidden)

@@ -112,14 +112,13 @@ def _to_planes(codes: Tensor, bits: int) -> "list[Tensor]":
 
 
 def _from_planes(rows: Tensor, bits: int, size: int, position: int) -> "tuple[Tensor, int]":
-    codes, shift = None, 0
+    codes, shift = torch.zeros((), dtype=torch.int32 if bits > 8 else torch.uint8, device=rows.device), 0
     for width in PLANES[bits]:
         per_byte = 8 // width
         byte = rows[..., position : position + size // per_byte]
         position += size // per_byte
         fields = [(byte >> (width * i)) & ((1 << width) - 1) for i in range(per_byte)]
-        plane = torch.cat(fields, dim=-1).to(torch.int32 if bits > 8 else torch.uint8) << shift
-        codes = plane if codes is None else codes | plane
+        codes = codes | (torch.cat(fields, dim=-1).to(codes.dtype) << shift)
         shift += width
     return codes, position
 

@@ -1,0 +1,99 @@
+"""Pico models of the supported families, built locally, and a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(2)
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mixtral": ("mixtral", {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                                "moe_intermediate_size": 32}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"logits_scaling": 2.0, "attention_multiplier": 0.3}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
+}  # fmt: skip
+
+
+def pico(name: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A tiny random model in fp32 whose attention is not uniform."""
+    kind, extra = FAMILY_CONFIGS[name]
+    sizes = {k: v for k, v in SIZES.items() if kind != "gpt_neox" or k != "num_key_value_heads"}
+    config = AutoConfig.for_model(kind, **{**sizes, **extra})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0 if "embed" in key else 3.0)
+            elif "bias" in key:
+                parameter.normal_(std=0.3)
+    model.config.architectures = [type(model).__name__]
+    return model.float().eval().requires_grad_(False)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(alphabet)}
+    for token in ("<s>", "</s>", "<pad>"):
+        vocab[token] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="session")
+def pico_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama pico saved as an ordinary checkpoint with a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "pico-llama"
+    pico().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 60,000 characters of varied lines."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = torch.Generator().manual_seed(0)
+    words = ["lake", "stone", "the", "a", "under", "runs", "cold", "light", "of", "mill", "seven", "Ada", "was"]
+    lines = []
+    for _ in range(1200):
+        picks = torch.randint(len(words), (10,), generator=generator).tolist()
+        lines.append(" ".join(words[i] for i in picks) + ".")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path

@@ -1,0 +1,85 @@
+"""Codecs and converted pico models made without calibration text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clla.artifacts import Codec, LayerGroup, Plan, Stats
+from clla.calibrate.collect import Collector, collect
+from clla.convert.assemble import attach, clla_block
+from clla.convert.factor import make_codec
+from clla.convert.pipeline import weigh
+from clla.families import family_of, kv_shape, split_layers
+from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.recipe import Recipe
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
+    """Random token ids [batch, length]."""
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def stats_of(model: PreTrainedModel, *, band: int = 4, with_inputs: bool = True, batches: int = 8) -> Stats:
+    """Moments from random tokens, enough for full-rank covariances."""
+    layers, _ = split_layers(model.config)
+    collector = Collector(
+        model,
+        layers=layers,
+        kv=kv_shape(model.config),
+        band=band,
+        interleaved=family_of(model.config).interleaved_rope,
+        with_inputs=with_inputs,
+    )
+    return collect(collector, [tokens(4, 64, seed) for seed in range(batches)], made_from="test")
+
+
+def plan_of(
+    stats: Stats,
+    model: PreTrainedModel,
+    *,
+    bits: int | tuple[int, ...] = 16,
+    groups: tuple[tuple[int, ...], ...] = (),
+    source: str = "group",
+    window: int = 16,
+    sinks: int = 4,
+    flush_block: int = 4,
+    tier_size: int = 16,
+    rank: int | None = None,
+) -> Plan:
+    """A plan with the same bits in every tier, full rank unless told otherwise."""
+    _, kept = split_layers(model.config)
+    groups = groups or (stats.layers[:3], stats.layers[3:]) if len(stats.layers) > 3 else (stats.layers,)
+    built = []
+    for layers in groups:
+        full = model.config.hidden_size if source == "first" else len(layers) * stats.kv.values
+        tiers = min(rank or full, full) // tier_size
+        built.append(LayerGroup(tuple(layers), bits if isinstance(bits, tuple) else (bits,) * tiers, 1.0))
+    return Plan(
+        groups=tuple(built),
+        kv=stats.kv,
+        kv_itemsize=4,
+        tier_size=tier_size,
+        window=window,
+        sinks=sinks,
+        flush_block=flush_block,
+        source=source,
+        budget_bytes=0.0,
+        at_context=None,
+        made_from="test",
+        kept_layers=kept,
+    )
+
+
+def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_chunk: int = 24) -> CllaForCausalLM:
+    """The pico model running on the plan's cache."""
+    recipe = Recipe().override({"plan": {"source": plan.source}})
+    codec: Codec = make_codec(weigh(stats, recipe), plan)
+    block = clla_block(
+        plan,
+        interleaved_rope=family_of(model.config).interleaved_rope,
+        kv_dtype=torch.float32,
+        prefill_chunk=prefill_chunk,
+    )
+    return attach(model, codec, block)
