@@ -206,7 +206,7 @@ def _planned(plan: Any) -> float | None:
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
-    text: Annotated[str, typer.Option(help="Text to measure on; default: the bundled text.")] = "bundled",
+    text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 2048,
     chunk: Annotated[Optional[int], typer.Option(min=1, help="Tokens a step; default: the exact window.")] = None,
@@ -221,14 +221,14 @@ def evaluate(
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source."""
     with _errors(as_json):
         _start()
-        from clla.calibrate.data import load_documents, whole_windows
+        from clla.calibrate.data import evaluation_windows
         from clla.evaluate.report import before_and_after
         from clla.load import load_checkpoint
         from clla.source import pick_device
 
         lengths = _integers(contexts)
         loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
-        ids = whole_windows(load_documents(text), loaded.tokenizer, count=windows, length=window_length)
+        ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=window_length)
         with console.progress("Measuring (windows)", len(ids)) as advance:
             report = before_and_after(
                 loaded.model,

