@@ -110,7 +110,7 @@ class Plan:
     Attributes:
         groups: in layer order, covering every convertible layer.
         kv: what a layer caches for a token.
-        tier_size: neighbouring components that share bits and scale.
+        tier_size: neighbouring components that share a bit width.
         window: newest tokens kept exact (the buffer holds up to `flush_block` more).
         sinks: first tokens kept exact.
         flush_block: tokens that leave the window at once.

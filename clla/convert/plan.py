@@ -1,9 +1,9 @@
 """Choose layer groups, ranks and bits from one byte budget: reverse water-filling with a price a bit.
 
 A tier coded with b bits leaves the share ε(b) of its worth as loss. At a price μ a bit, each tier takes
-the width that minimises ε(b)·Σλ + μ·bits(b); dynamic programming over cut points finds the partition
-into groups of least total cost; bisection on μ meets the budget; what is left over buys the best
-remaining upgrades.
+the width that minimises ε(b)·Σλ + μ·bits(b); every width that a group uses costs one scale more. Dynamic
+programming over cut points finds the partition into groups of least total cost; bisection on μ meets the
+budget; what is left over buys the best remaining upgrades.
 
 Shape legend: L layers, n values a token and layer.
 """
@@ -58,7 +58,7 @@ def choose_bits(option: Candidate, price: float, widths: Sequence[int], tier_siz
     best = total.argmin(1)
     bits = tuple(([0, *sorted(widths)])[int(i)] for i in best if int(i) > 0)
     loss = float((option.tiers * shares[best]).sum()) + option.residual
-    return Choice(bits, int(costs[best].sum()), loss)
+    return Choice(bits, int(costs[best].sum()) + SCALE_BITS * len(set(bits)), loss)
 
 
 def cheapest_partition(costs: dict[Segment, float], num_layers: int) -> list[Segment]:
@@ -136,23 +136,24 @@ def _spend_rest(
     shares, costs = _tables(widths, tier_size)
     chosen = {s: [order.index(b) for b in choice.bits] for s, choice in choices.items()}
     while True:
-        best: tuple[float, Segment, int, int] | None = None
+        best: tuple[float, Segment, int, int, int] | None = None
         for segment, levels in chosen.items():
             tiers = candidates[segment].tiers
             for tier in range(min(len(levels) + 1, len(tiers))):
                 now = levels[tier] if tier < len(levels) else 0
                 ceiling = levels[tier - 1] if tier else len(order) - 1
                 for level in range(now + 1, ceiling + 1):
-                    extra = float(costs[level] - costs[now])
-                    gain = float(tiers[tier] * (shares[now] - shares[level])) / extra
+                    changed = [*levels[:tier], level, *levels[tier + 1 :]]
+                    scales = len(set(changed)) - len(set(levels))
+                    extra = float(costs[level] - costs[now]) + SCALE_BITS * scales
+                    gain = float(tiers[tier] * (shares[now] - shares[level])) / max(extra, 1.0)
                     if extra <= left and gain > 0 and (best is None or gain > best[0]):
-                        best = (gain, segment, tier, level)
+                        best = (gain, segment, tier, level, int(extra))
         if best is None:
             break
-        _, segment, tier, level = best
+        _, segment, tier, level, extra_bits = best
+        left -= extra_bits
         levels = chosen[segment]
-        now = levels[tier] if tier < len(levels) else 0
-        left -= int(costs[level] - costs[now])
         levels[tier : tier + 1] = [level]
     return {s: _choice(candidates[s], levels, order, shares, costs) for s, levels in chosen.items()}
 
@@ -160,14 +161,15 @@ def _spend_rest(
 def _choice(option: Candidate, levels: list[int], order: list[int], shares: Tensor, costs: Tensor) -> Choice:
     index = torch.tensor(levels + [0] * (len(option.tiers) - len(levels)))
     loss = float((option.tiers * shares[index]).sum()) + option.residual
-    return Choice(tuple(order[i] for i in levels), int(costs[index].sum()), loss)
+    bits = tuple(order[i] for i in levels)
+    return Choice(bits, int(costs[index].sum()) + SCALE_BITS * len(set(bits)), loss)
 
 
 def _tables(widths: Sequence[int], tier_size: int) -> tuple[Tensor, Tensor]:
     """Error share and cost in bits of each width, width 0 first; fp64."""
     order = [0, *sorted(widths)]
     shares = torch.tensor([ERROR_SHARE[b] for b in order], dtype=torch.float64)
-    costs = torch.tensor([b * tier_size + SCALE_BITS if b else 0 for b in order], dtype=torch.float64)
+    costs = torch.tensor([b * tier_size for b in order], dtype=torch.float64)
     return shares, costs
 
 

@@ -1,11 +1,15 @@
 """Quantize latents to a few bits a component and store them packed.
 
-A latent of r components is cut into tiers of `tier_size` neighbours; each tier has one bit width and,
-per token, one 8-bit scale (its RMS, in steps of an eighth of an octave). Codes are symmetric mid-rise
-(half-integer levels) with the step that is best for a Gaussian (Max, 1960). One token's latent is one
-row of bytes: the scales, then every bit width's codes in planes. In a plane of w bits, byte j holds
-components j, j + m, j + 2m, … of its width class (m = bytes in the plane), so a reader needs shifts and
-masks only. Widths that do not divide 8 are split into planes that do (3 = 2 + 1).
+A latent of r components is cut into tiers of `tier_size` neighbours, each with one bit width, never
+increasing; the tiers of one width form a class. One token's latent is one row of bytes: a scale for every
+class (8 bits, in steps of an eighth of an octave), then every class's codes in planes. Codes are symmetric
+mid-rise (half-integer levels) with the step that is best for a Gaussian (Max, 1960), times the scale. In a
+plane of w bits, byte j holds components j, j + m, j + 2m, … of its class (m = bytes in the plane), so a
+reader needs shifts and masks only. Widths that do not divide 8 are split into planes that do (3 = 2 + 1).
+
+Latents have unit variance by construction and are nearly Gaussian. A scale for every tier buys less than
+the bits it takes; one scale for the whole row ruins frequent tokens whose size differs between the first
+components and the rest (docs/lab-notes.md).
 
 Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
 """
@@ -21,6 +25,7 @@ GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.104
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 16: (8, 8)}
 SCALE_STEPS_PER_OCTAVE = 8
 SCALE_BIAS = 128
+SCALE_OFFSETS = (0, -1, 1, -2, 2, 3)  # steps around the RMS that are tried; the RMS itself wins ties
 
 
 class RowLayout:
@@ -40,51 +45,59 @@ class RowLayout:
         if any(b not in PLANES for b in tier_bits) or list(tier_bits) != sorted(tier_bits, reverse=True):
             raise ValueError(f"tier bits {tier_bits}: widths among {sorted(PLANES)}, never increasing, are expected")
         self.tier_bits, self.tier_size = tuple(tier_bits), tier_size
-        self.num_tiers = len(self.tier_bits)
-        self.rank = self.num_tiers * tier_size
-        self.row_bytes = self.num_tiers + sum(tier_size * b // 8 for b in self.tier_bits)
-        # (bits, first tier, last tier + 1) of each run of equal widths
+        self.rank = len(self.tier_bits) * tier_size
+        # (bits, first component, last component + 1) of each class
         self.classes: list[tuple[int, int, int]] = []
         for i, bits in enumerate(self.tier_bits):
-            if self.classes and self.classes[-1][0] == bits:
-                self.classes[-1] = (bits, self.classes[-1][1], i + 1)
-            else:
-                self.classes.append((bits, i, i + 1))
+            first = self.classes.pop()[1] if self.classes and self.classes[-1][0] == bits else i * tier_size
+            self.classes.append((bits, first, (i + 1) * tier_size))
+        self.row_bytes = len(self.classes) + sum(tier_size * b // 8 for b in self.tier_bits)
 
     def pack(self, latents: Tensor) -> Tensor:
         """Quantize latents [..., r] into rows [..., N] of uint8."""
-        tiers = latents.float().unflatten(-1, (self.num_tiers, self.tier_size))  # [..., tiers, size]
-        scale_codes = _encode_scale(tiers.square().mean(-1).sqrt())
-        scales = _decode_scale(scale_codes)
-        parts = [scale_codes]
+        scales, planes = [], []
         for bits, first, stop in self.classes:
-            step = _step(bits, self.tier_size) * scales[..., first:stop, None]
-            half = 1 << (bits - 1)
-            # A zero scale (an all-zero tier) must not divide: its codes are never used.
-            level = torch.where(step > 0, tiers[..., first:stop, :] / step, 0.0).floor()
-            codes = (level.clamp(-half, half - 1) + half).to(torch.int32).flatten(-2)
-            parts += _to_planes(codes, bits)
-        return torch.cat(parts, dim=-1)
+            scale, codes = quantize(latents[..., first:stop], bits)
+            scales.append(scale)
+            planes += _to_planes(codes, bits)
+        if not scales:
+            return torch.zeros(*latents.shape[:-1], 0, dtype=torch.uint8, device=latents.device)
+        return torch.cat(scales + planes, dim=-1)
 
     def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Latents [..., r] from rows [..., N] of uint8."""
-        scales = _decode_scale(rows[..., : self.num_tiers])
-        position = self.num_tiers
-        parts = []
-        for bits, first, stop in self.classes:
-            size = (stop - first) * self.tier_size
-            codes, position = _from_planes(rows, bits, size, position)
-            step = _step(bits, self.tier_size) * scales[..., first:stop, None]
-            level = codes.unflatten(-1, (stop - first, self.tier_size)) + (0.5 - (1 << (bits - 1)))
-            parts.append((level * step).flatten(-2).to(dtype))
+        position, parts = len(self.classes), []
+        for i, (bits, first, stop) in enumerate(self.classes):
+            codes, position = _from_planes(rows, bits, stop - first, position)
+            step = _step(bits, stop - first) * _decode_scale(rows[..., i : i + 1])
+            parts.append(((codes + (0.5 - (1 << (bits - 1)))) * step).to(dtype))
         if not parts:
             return torch.zeros(*rows.shape[:-1], 0, dtype=dtype, device=rows.device)
         return torch.cat(parts, dim=-1)
 
 
-def _step(bits: int, tier_size: int) -> float:
-    if bits == 16:  # no component exceeds sqrt(tier_size) times its tier's RMS; the margin is the scale's rounding
-        return 2.0 * 1.1 * math.sqrt(tier_size) / 65536
+def quantize(x: Tensor, bits: int) -> "tuple[Tensor, Tensor]":
+    """Scale codes [..., 1] (uint8) and codes [..., size] (int32) of one class, the scale of least error."""
+    x = x.float()
+    half = 1 << (bits - 1)
+    start = _encode_scale(x.square().mean(-1, keepdim=True).sqrt())
+    best_error = torch.full_like(start, torch.inf, dtype=torch.float32)
+    scale, codes = start, torch.zeros_like(x)
+    for offset in SCALE_OFFSETS:
+        tried = torch.where(start > 0, (start.int() + offset).clamp(1, 255), 0).to(torch.uint8)
+        step = _step(bits, x.shape[-1]) * _decode_scale(tried)
+        # A zero scale (all zeros) must not divide: its codes are never used.
+        level = torch.where(step > 0, x / step, 0.0).floor().clamp(-half, half - 1)
+        error = ((level + 0.5) * step - x).square().sum(-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        scale, codes = torch.where(better, tried, scale), torch.where(better, level + half, codes)
+    return scale, codes.to(torch.int32)
+
+
+def _step(bits: int, size: int) -> float:
+    if bits == 16:  # no component exceeds sqrt(size) times the RMS; the margin is for the scale's rounding
+        return 2.0 * 1.1 * math.sqrt(size) / 65536
     return GAUSSIAN_STEP[bits]
 
 
