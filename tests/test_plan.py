@@ -1,0 +1,364 @@
+"""Layer groups and bits from a budget, against exhaustive search."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_stats import sampled
+
+from clla.artifacts import Plan, Stats
+from clla.convert.plan import (
+    Candidate,
+    Choice,
+    Segment,
+    candidate,
+    cheapest_partition,
+    choose_bits,
+    every_segment,
+    solve,
+    uniform_segments,
+)
+from clla.convert.planners import (
+    PLANNERS,
+    WINDOW_SHARE,
+    WINDOWS,
+    count_candidates,
+    derive_window,
+    latent_bits,
+    make_plan,
+)
+from clla.convert.quantize import ERROR_SHARE
+from clla.convert.spectra import Spectra
+from clla.errors import UsageError
+from clla.recipe import PlanConfig
+
+TIER = 8
+
+
+def bit_cost(bits: int) -> int:
+    return bits * TIER + 8 if bits else 0
+
+
+def partitions(num_layers: int, largest: int, start: int = 0) -> Iterator[list[Segment]]:
+    """All partitions into consecutive segments of at most `largest` layers."""
+    if start == num_layers:
+        yield []
+    for size in range(1, min(largest, num_layers - start) + 1):
+        for rest in partitions(num_layers, largest, start + size):
+            yield [(start, size), *rest]
+
+
+def random_candidates(num_layers: int, largest: int, tiers_a_layer: int, seed: int) -> dict[Segment, Candidate]:
+    """Groups' spectra fall geometrically; a group saves some of its layers' worth."""
+    rng = random.Random(seed)
+    found = {}
+    for start, size in every_segment(num_layers, largest):
+        decay = rng.uniform(0.1, 0.7)
+        total = size * rng.uniform(0.6, 1.0) * 10
+        tiers = [total * (1 - decay) * decay**i for i in range(size * tiers_a_layer)]
+        found[start, size] = Candidate(torch.tensor(tiers, dtype=torch.float64), rng.uniform(0, 0.1))
+    return found
+
+
+def loss_of(option: Candidate, bits: tuple[int, ...]) -> float:
+    padded = [*bits, *([0] * (len(option.tiers) - len(bits)))]
+    return option.residual + sum(float(w) * ERROR_SHARE[b] for w, b in zip(option.tiers, padded, strict=True))
+
+
+def cheapest_by_cost(option: Candidate, widths: tuple[int, ...]) -> dict[int, float]:
+    """Least loss at each cost in bits, over all never increasing widths of one group."""
+    best: dict[int, float] = {}
+    for bits in product((0, *widths), repeat=len(option.tiers)):
+        if list(bits) == sorted(bits, reverse=True):
+            cost = sum(map(bit_cost, bits))
+            best[cost] = min(best.get(cost, math.inf), loss_of(option, bits))
+    return best
+
+
+def exhaustive(candidates: dict[Segment, Candidate], num_layers: int, budget: int, widths: tuple[int, ...]) -> float:
+    """Least loss within a budget, over all partitions and widths."""
+    tables = {s: cheapest_by_cost(c, widths) for s, c in candidates.items()}
+    best = math.inf
+    for partition in partitions(num_layers, max(size for _, size in candidates)):
+        if not all(s in tables for s in partition):
+            continue
+        joint = {0: 0.0}
+        for segment in partition:
+            merged: dict[int, float] = {}
+            for (cost_a, loss_a), (cost_b, loss_b) in product(joint.items(), tables[segment].items()):
+                if cost_a + cost_b <= budget:
+                    cost, loss = cost_a + cost_b, loss_a + loss_b
+                    merged[cost] = min(merged.get(cost, math.inf), loss)
+            joint = merged
+        best = min([best, *joint.values()])
+    return best
+
+
+def total(choices: dict[Segment, Choice]) -> tuple[int, float]:
+    """Bits and loss, reckoned anew from the widths."""
+    for choice in choices.values():
+        assert choice.total_bits == sum(map(bit_cost, choice.bits))
+    return sum(c.total_bits for c in choices.values()), sum(c.loss for c in choices.values())
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_cheapest_partition_equals_brute_force(num_layers: int, largest: int, seed: int) -> None:
+    rng = random.Random(seed)
+    costs = {s: rng.choice((rng.random(), float(rng.randint(0, 3)))) for s in every_segment(num_layers, largest)}
+    found = cheapest_partition(costs, num_layers)
+    assert found in list(partitions(num_layers, largest))
+    best = min(sum(costs[s] for s in p) for p in partitions(num_layers, largest))
+    assert sum(costs[s] for s in found) == pytest.approx(best)
+
+
+def test_cheapest_partition_uses_admitted_segments_only() -> None:
+    costs = {(0, 2): 5.0, (2, 1): 1.0, (0, 1): 0.0, (1, 1): 100.0, (3, 2): 1.0}
+    assert cheapest_partition(costs, 5) == [(0, 2), (2, 1), (3, 2)]
+
+
+@given(st.integers(1, 5), st.floats(-9, 3), st.sampled_from([(1,), (2, 4), (4, 2, 8), (1, 2, 3, 4, 5, 6, 8)]))
+@settings(deadline=None, max_examples=40)
+def test_choose_bits_equals_brute_force(tiers: int, log_price: float, widths: tuple[int, ...]) -> None:
+    rng = random.Random(tiers)
+    worth = sorted((10 ** rng.uniform(-4, 2) for _ in range(tiers)), reverse=True)
+    option, price = Candidate(torch.tensor(worth, dtype=torch.float64), 0.25), math.exp(log_price)
+    choice = choose_bits(option, price, widths, TIER)
+    assert list(choice.bits) == sorted(choice.bits, reverse=True) and 0 not in choice.bits
+    assert choice.total_bits == sum(map(bit_cost, choice.bits))
+    assert choice.loss == pytest.approx(loss_of(option, choice.bits))
+    best = 0.25
+    for w in worth:
+        best += min(ERROR_SHARE[b] * w + price * bit_cost(b) for b in (0, *widths))
+    assert choice.loss + price * choice.total_bits == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("widths", [(2, 4), (1, 3, 8)], ids=str)
+def test_solve_is_close_to_exhaustive_search(seed: int, widths: tuple[int, ...]) -> None:
+    candidates = random_candidates(3, 2, 2, seed)
+    for budget in (0, 20, 60, 100, 150, 220, 300, 420):
+        choices = solve(candidates, num_layers=3, budget_bits=budget, widths=widths, tier_size=TIER)
+        bits, loss = total(choices)
+        best = exhaustive(candidates, 3, budget, widths)
+        assert bits <= budget
+        assert loss == pytest.approx(sum(loss_of(candidates[s], c.bits) for s, c in choices.items()))
+        assert best - 1e-9 <= loss <= best * 1.35 + 1e-9
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6), st.integers(0, 1500))
+@settings(deadline=None, max_examples=25)
+def test_solve_obeys_budget_cover_and_order(num_layers: int, largest: int, seed: int, budget: int) -> None:
+    candidates = random_candidates(num_layers, largest, 3, seed)
+    widths = (1, 2, 3, 4, 5, 6, 8)
+    choices = solve(candidates, num_layers=num_layers, budget_bits=budget, widths=widths, tier_size=TIER)
+    assert list(choices) in list(partitions(num_layers, largest))
+    assert total(choices)[0] <= budget
+    for segment, choice in choices.items():
+        assert list(choice.bits) == sorted(choice.bits, reverse=True)
+        assert set(choice.bits) <= set(widths) and len(choice.bits) <= len(candidates[segment].tiers)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_budget_never_hurts(seed: int) -> None:
+    candidates = random_candidates(4, 3, 2, seed)
+    widths = (1, 2, 3, 4, 5, 6, 8)
+    losses = [
+        total(solve(candidates, num_layers=4, budget_bits=budget, widths=widths, tier_size=TIER))[1]
+        for budget in range(0, 800, 11)
+    ]
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(losses))
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_a_budget_for_everything_buys_the_widest_of_everything() -> None:
+    candidates = random_candidates(3, 1, 2, 0)
+    choices = solve(candidates, num_layers=3, budget_bits=10**6, widths=(2, 8), tier_size=TIER)
+    assert all(choice.bits == (8, 8) for choice in choices.values())
+
+
+@pytest.mark.parametrize("budget", (23, 24, 40, 41, 71, 72))
+def test_what_is_left_is_spent(budget: int) -> None:
+    """Three equal tiers: the price jumps over all of them at once, so the rest must buy single upgrades."""
+    candidates = {(0, 1): Candidate(torch.ones(3, dtype=torch.float64), 0.0)}
+    choices = solve(candidates, num_layers=1, budget_bits=budget, widths=(2,), tier_size=TIER)
+    assert choices[0, 1].bits == (2,) * (budget // 24)
+
+
+def test_candidate_counts_what_lies_beyond_whole_tiers_as_residual() -> None:
+    spectrum = torch.arange(20, 0, -1, dtype=torch.float64)
+    option = candidate(spectrum, float(spectrum.sum()) + 7, TIER)
+    assert option.tiers.tolist() == [sum(range(13, 21)), sum(range(5, 13))]
+    assert option.residual == pytest.approx(sum(range(1, 5)) + 7)
+    assert candidate(spectrum, 0.0, TIER).residual == 0.0
+
+
+def test_a_layer_narrower_than_a_tier_can_only_be_shared() -> None:
+    """Alone it has no tier to code; together with its neighbour it has one."""
+    empty = Candidate(torch.zeros(0, dtype=torch.float64), 1.0)
+    candidates = {(0, 1): empty, (1, 1): empty, (0, 2): Candidate(torch.ones(1, dtype=torch.float64), 0.0)}
+    choices = solve(candidates, num_layers=2, budget_bits=100, widths=(2, 4), tier_size=TIER)
+    assert {s: c.bits for s, c in choices.items()} == {(0, 2): (4,)}
+
+
+def test_segments() -> None:
+    assert sorted(every_segment(4, 2)) == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1)]
+    assert uniform_segments(7, 3) == [(0, 3), (3, 3), (6, 1)]
+    assert uniform_segments(2, 5) == [(0, 2)]
+
+
+def planned(stats: Stats, config: PlanConfig, budget: float, context: int | None, window: int, sinks: int = 4) -> Plan:
+    return make_plan(
+        stats,
+        config,
+        budget=budget,
+        context=context,
+        window=window,
+        sinks=sinks,
+        kv_itemsize=2,
+        kept_layers=(),
+        made_from="test",
+        spectra=Spectra(stats, source=config.source),
+    )
+
+
+@pytest.mark.parametrize("source", ("group", "first"))
+@pytest.mark.parametrize("planner", sorted(PLANNERS))
+@pytest.mark.parametrize("max_group_size", (1, 2, 3, 5))
+def test_planners_cover_all_layers_once_within_the_budget(planner: str, max_group_size: int, source: str) -> None:
+    stats = sampled(num_layers=5, head_dim=8, hidden=24, band=max_group_size, tokens=400).stats
+    config = PlanConfig(planner=planner, source=source, max_group_size=max_group_size, tier_size=TIER)
+    source_bytes = 5 * 16 * 2
+    for budget, context, window in ((40.0, 1024, 16), (16.0, 4096, 32), (24.0, None, 128), (120.0, 512, 64)):
+        plan = planned(stats, config, budget, context, window)
+        assert [layer for group in plan.groups for layer in group.layers] == list(stats.layers)
+        assert all(len(group.layers) <= max_group_size for group in plan.groups)
+        assert all(list(g.tier_bits) == sorted(g.tier_bits, reverse=True) for g in plan.groups)
+        assert plan.source_bytes_per_token == source_bytes
+        assert plan.row_bytes > 0
+        if context is None:
+            assert plan.row_bytes <= budget
+        else:
+            assert plan.bytes_at(context) <= budget * context
+
+
+@pytest.mark.parametrize("planner", ("cluster", "uniform", "pyramid"))
+def test_the_dynamic_planner_predicts_no_more_loss_than_the_simple_ones(planner: str) -> None:
+    stats = sampled(num_layers=5, head_dim=8, hidden=24, band=3, tokens=400).stats
+    for budget in (8.0, 16.0, 32.0):
+        simple = planned(stats, PlanConfig(planner=planner, max_group_size=3, tier_size=TIER), budget, None, 16)
+        dynamic = planned(stats, PlanConfig(planner="dynamic", max_group_size=3, tier_size=TIER), budget, None, 16)
+        assert dynamic.predicted_loss <= simple.predicted_loss * 1.02
+
+
+def test_cluster_finds_the_blocks_of_layers_that_share() -> None:
+    """Layers 0 and 1 are copies, so are 2 to 4, and the two blocks have nothing in common."""
+    data = sampled(num_layers=5, head_dim=8, hidden=24, tokens=600)
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 600, 16, generator=generator, dtype=torch.float64)
+    y = torch.stack([first, first, second, second, second])
+    y = y - y.mean(1, keepdim=True)
+    covariance = torch.zeros(5, 5, 16, 16)
+    for a, j in product(range(5), range(5)):
+        if a + j < 5:
+            covariance[a, j] = (y[a].mT @ y[a + j] / 600).float()
+    stats = Stats(**{**vars(data.stats), "covariance": covariance, "fisher": torch.eye(16).repeat(5, 1, 1)})
+    config = PlanConfig(planner="cluster", max_group_size=3, tier_size=TIER)
+    assert [group.layers for group in planned(stats, config, 40.0, None, 16).groups] == [(0, 1), (2, 3, 4)]
+
+
+def test_pyramid_gives_lower_layers_more() -> None:
+    stats = sampled(num_layers=6, head_dim=8, hidden=24, tokens=400).stats
+    config = PlanConfig(planner="pyramid", max_group_size=2, tier_size=TIER, bits=(2, 4))
+    plan = planned(stats, config, 30.0, None, 16)
+    bits = [sum(map(bit_cost, group.tier_bits)) for group in plan.groups]
+    assert bits == sorted(bits, reverse=True) and bits[0] > bits[-1]
+
+
+@pytest.mark.parametrize("planner", sorted(PLANNERS))
+def test_progress_counts_every_spectrum(planner: str) -> None:
+    stats = sampled(num_layers=5, head_dim=8, hidden=24, tokens=200).stats
+    steps: list[int] = []
+    config = PlanConfig(planner=planner, max_group_size=2, tier_size=TIER)
+    PLANNERS[planner](Spectra(stats), config, 200, steps.append)
+    if planner != "cluster":  # its number of groups is known only afterwards
+        assert sum(steps) == count_candidates(config, 5)
+    assert steps and set(steps) == {1}
+
+
+@given(
+    budget=st.floats(20, 2000),
+    context=st.integers(1, 20_000),
+    window=st.sampled_from((1, 16, 64, 128)),
+    sinks=st.integers(0, 8),
+    block=st.sampled_from((1, 16)),
+    source=st.sampled_from(("group", "first")),
+)
+@settings(deadline=None, max_examples=60)
+def test_latent_bits_fill_the_budget_and_no_more(
+    budget: float, context: int, window: int, sinks: int, block: int, source: str
+) -> None:
+    """Counted slot by slot: what is kept exactly, what is encoded, and for `first` the window's rows as well."""
+    config = PlanConfig(source=source, flush_block=block, tier_size=TIER)
+    source_bytes = 2000
+    exact = encoded = 0
+    for _ in range(context):
+        exact += 1
+        if exact == window + block:
+            exact, encoded = exact - block, encoded + block
+    buffer = window + block - 1
+    rows = encoded + (buffer if source == "first" else 0)
+    try:
+        bits = latent_bits(
+            config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks
+        )
+    except UsageError:
+        left = budget * context - (buffer + sinks) * source_bytes
+        assert rows == 0 or left * 8 / rows < bit_cost(1)
+        return
+    row_bytes = bits / 8
+    assert (buffer + sinks) * source_bytes + rows * row_bytes <= budget * context * (1 + 1e-12)
+    assert (buffer + sinks) * source_bytes + rows * (row_bytes + 0.25) > budget * context
+
+
+def test_latent_bits_without_a_context_are_the_budget() -> None:
+    assert latent_bits(PlanConfig(), budget=100.5, source_bytes=2000, context=None, window=16, sinks=4) == 804
+
+
+def test_no_window_needs_the_first_source() -> None:
+    def bits(source: str) -> int:
+        config = PlanConfig(source=source)
+        return latent_bits(config, budget=100, source_bytes=2000, context=1000, window=0, sinks=0)
+
+    assert bits("first") == 800
+    with pytest.raises(UsageError, match="--window 0"):
+        bits("group")
+
+
+def test_a_budget_that_the_window_eats_names_the_remedy() -> None:
+    with pytest.raises(UsageError, match="leaves nothing for latents") as caught:
+        latent_bits(PlanConfig(), budget=100, source_bytes=2000, context=256, window=128, sinks=4)
+    assert "--at-context" in caught.value.remedy
+
+
+@given(st.floats(20, 2000), st.integers(100, 40_000))
+@settings(deadline=None, max_examples=40)
+def test_the_derived_window_is_the_largest_that_fits(budget: float, context: int) -> None:
+    config = PlanConfig()
+    window = derive_window(config, budget=budget, source_bytes=2000, context=context, sinks=4)
+
+    def fits(size: int) -> bool:
+        return (size + config.flush_block - 1 + 4) * 2000 <= WINDOW_SHARE * budget * context
+
+    assert window == next((w for w in sorted(WINDOWS, reverse=True) if fits(w)), min(WINDOWS))
+
+
+def test_the_derived_window_without_a_context_is_the_largest() -> None:
+    assert derive_window(PlanConfig(), budget=1, source_bytes=10**6, context=None, sinks=4) == max(WINDOWS)
