@@ -107,7 +107,7 @@ def _variant(
             kv_dtype=run.source.dtype,
             prefill_chunk=max(window, 32),
         )
-        converted = attach(model, make_codec(spectra, plan), block)
+        converted = attach(model, make_codec(spectra, plan, stats), block)
         if not models:
             models = {k: v for k, v in candidates(converted, run.source.dtype).items() if k != "converted"}
         models[f"{name}|{budget}"] = Candidate(converted, converted.new_cache)

@@ -277,7 +277,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], kind: str, meta: dict[str, Any]) -> None:
-    header = {"kind": kind, "version": ARTIFACT_VERSION, "sha256": tensor_digest(tensors), **meta}
+    header = {"kind": kind, "version": ARTIFACT_VERSION, **meta}
+    header["sha256"] = _checksum(header, tensors)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"clla": json.dumps(header)})
     os.replace(partial, path)
@@ -290,12 +291,19 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, str(error)) from error
-    _check_version(path, header.pop("version", None))
-    if header.pop("kind", None) != kind:
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no object")
+    _check_version(path, header.get("version"))
+    if header.get("kind") != kind:
         raise _damaged(path, f"it is no {kind} file")
-    if header.pop("sha256", None) != tensor_digest(tensors):
+    if header.pop("sha256", None) != _checksum(header, tensors):
         raise _damaged(path, "its checksum does not match its contents")
-    return tensors, header
+    return tensors, {k: v for k, v in header.items() if k not in ("kind", "version")}
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    text = json.dumps(header, sort_keys=True) + tensor_digest(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_version(path: Path, version: Any) -> None:

@@ -69,7 +69,7 @@ class PlanConfig(_Section):
     )
     max_group_size: int = Field(6, ge=1, le=64, description="most layers that share a latent")
     bits: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6, 8), description="bit widths a component may take")
-    tier_size: int = Field(16, description="neighbouring components that share a bit width")
+    tier_size: int = Field(8, description="neighbouring components that share a bit width")
     metric: Literal["fisher", "pca", "weights", "asvd"] = Field(
         "fisher", description="what makes a direction worth keeping; all but 'fisher' are baselines"
     )

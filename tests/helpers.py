@@ -75,7 +75,7 @@ def plan_of(
 def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_chunk: int = 24) -> CllaForCausalLM:
     """The pico model running on the plan's cache."""
     recipe = Recipe().override({"plan": {"source": plan.source}})
-    codec: Codec = make_codec(weigh(stats, recipe), plan)
+    codec: Codec = make_codec(weigh(stats, recipe), plan, stats)
     block = clla_block(
         plan,
         interleaved_rope=family_of(model.config).interleaved_rope,

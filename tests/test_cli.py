@@ -147,8 +147,16 @@ def test_another_budget_replans_without_the_model(
     assert second["row_bytes"] < first["row_bytes"]
 
 
-@pytest.mark.parametrize("options", [["--source", "first"], ["--planner", "uniform"], ["--planner", "cluster"],
-                                     ["--planner", "pyramid"], ["--bits", "2,4,8", "--max-group-size", "2"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--source", "first"],
+        ["--planner", "uniform"],
+        ["--planner", "cluster"],
+        ["--planner", "pyramid"],
+        ["--bits", "2,4,8", "--max-group-size", "2"],
+    ],
+)
 def test_planners_and_sources(pico_dir: Path, text_file: Path, tmp_path: Path, options: list[str]) -> None:
     common = ["convert", pico_dir, "-o", tmp_path / "out", "--dataset", text_file, *SMALL, "--no-report", "--json"]
     done = json.loads(ok(*common, *options).stdout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import resources
 from itertools import islice
@@ -206,7 +207,7 @@ def _read_text(path: Path) -> list[str]:
     try:
         data = path.read_bytes()
         return [readers[path.suffix](data).decode() if path.suffix in readers else data.decode()]
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}", remedy="check the file") from error
 
 

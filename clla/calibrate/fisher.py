@@ -26,7 +26,7 @@ def sampled_label_gradient(logits: Tensor, generator: torch.Generator) -> Tensor
     Returns:
         [B, T, V] in the dtype of `logits`.
     """
-    gradient = torch.empty_like(logits)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows_in, rows_out = logits.flatten(0, 1), gradient.flatten(0, 1)
     for start in range(0, len(rows_in), ROWS):
         probabilities = rows_in[start : start + ROWS].float().softmax(-1)

@@ -14,41 +14,40 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clla.artifacts import Codec, GroupCodec, Plan
+from clla.artifacts import Codec, GroupCodec, Plan, Stats
 from clla.convert.quantize import ERROR_SHARE
-from clla.convert.spectra import Spectra
+from clla.convert.spectra import Spectra, assemble
 
 
-def make_codec(spectra: Spectra, plan: Plan, *, on_step: Callable[[], None] = lambda: None) -> Codec:
+def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[[], None] = lambda: None) -> Codec:
     """Codecs of all layer groups of a plan, with the loss that they predict.
 
     Args:
         spectra: weighted moments that the plan was made from.
         plan: layer groups and tiers.
+        stats: measured moments and Fisher metric, for the prediction (a baseline's spectra pretend others).
         on_step: called after each group, for progress.
     """
     groups, kl = [], 0.0
     for group in plan.groups:
-        start, size = spectra.stats.layers.index(group.layers[0]), len(group.layers)
-        codec, missing = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)
-        fisher = spectra.stats.fisher[start : start + size]
-        kl += predicted_kl(codec, missing, fisher, group.tier_bits, plan.tier_size)
+        start, size = stats.layers.index(group.layers[0]), len(group.layers)
+        codec = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)
+        shares = error_shares(group.tier_bits, plan.tier_size)
+        error = error_covariance(codec, stats, start, size, source=spectra.source, shares=shares)
+        kl += predicted_kl(error, stats.fisher[start : start + size])
         groups.append(codec)
         on_step()
     return Codec(tuple(groups), made_from=plan.made_from, predicted_kl=kl)
 
 
-def factor(spectra: Spectra, start: int, size: int, rank: int) -> tuple[GroupCodec, Tensor]:
-    """Codec of one layer group.
+def factor(spectra: Spectra, start: int, size: int, rank: int) -> GroupCodec:
+    """Codec of one layer group, fp32.
 
     Args:
         spectra: weighted moments.
         start: first layer of the group, among the convertible ones.
         size: number of layers G.
         rank: r.
-
-    Returns:
-        The codec in fp32, and the decoder's error covariance when nothing is quantized, per layer [G, n, n].
     """
     stats, n = spectra.stats, spectra.stats.kv.values
     metric, inverse = spectra.metric[start : start + size], spectra.inverse_metric[start : start + size]
@@ -64,32 +63,50 @@ def factor(spectra: Spectra, start: int, size: int, rank: int) -> tuple[GroupCod
         encoder = (per_layer / values.sqrt()[:, None]).transpose(0, 1).flatten(1)  # [r, G·n]
         loadings, offset = vectors * values.sqrt(), stats.mean[start : start + size].flatten().clone()
     decoder = inverse @ loadings.unflatten(0, (size, n))  # [G, n, r]
-    covariance = stats.covariance[start : start + size, 0].double()
-    missing = covariance - decoder @ decoder.mT  # latents are white and uncorrelated with what is left out
-    codec = GroupCodec(
+    return GroupCodec(
         encoder=encoder.float(),
         offset=offset.float(),
         decoder=decoder.float(),
         mean=stats.mean[start : start + size].float(),
     )
-    return codec, missing
 
 
-def predicted_kl(
-    codec: GroupCodec, missing: Tensor, fisher: Tensor, tier_bits: tuple[int, ...], tier_size: int
-) -> float:
-    """Second-order KL (nats a token) of one group's error: ½ Σ_l tr(F_l·Err_l).
-
-    Errors of different layers and tokens are taken as uncorrelated, and every token as coded.
+def error_covariance(
+    codec: GroupCodec, stats: Stats, start: int, size: int, *, source: str, shares: Tensor | None = None
+) -> Tensor:
+    """Covariance of each layer's reconstruction error y - ŷ, [G, n, n], fp64.
 
     Args:
-        codec: of the group.
-        missing: error covariance of truncation, [G, n, n].
-        fisher: [G, n, n].
-        tier_bits: bits of each tier.
-        tier_size: components a tier.
+        codec: any linear codec of the group.
+        stats: measured moments.
+        start: first layer of the group, among the convertible ones.
+        size: number of layers G.
+        source: `group` or `first`.
+        shares: [r] error of quantization as a share of each component's variance; None for no quantization.
     """
-    shares = torch.tensor([ERROR_SHARE[b] for b in tier_bits for _ in range(tier_size)], dtype=torch.float64)
-    decoder = codec.decoder.double()
-    error = missing + (decoder * shares) @ decoder.mT
+    n, encoder, decoder = stats.kv.values, codec.encoder.double(), codec.decoder.double()
+    own = stats.covariance[start : start + size, 0].double()
+    if source == "first":
+        assert stats.input_covariance is not None and stats.input_cross is not None
+        inputs, cross = stats.input_covariance[start].double(), stats.input_cross[start, :size].double()  # [G, h, n]
+    else:
+        inputs = assemble(stats.covariance, start, size).double()
+        cross = inputs.unflatten(1, (size, n)).transpose(0, 1)  # [G, G·n, n]
+    latent = encoder @ inputs @ encoder.mT  # [r, r]
+    explained = decoder @ (encoder @ cross)  # [G, n, n]
+    if shares is not None:
+        latent = latent + torch.diag(shares.double() * latent.diagonal())
+    return own - explained - explained.mT + decoder @ latent @ decoder.mT
+
+
+def error_shares(tier_bits: tuple[int, ...], tier_size: int) -> Tensor:
+    """Quantization error of each component as a share of its variance, [r]."""
+    return torch.tensor([ERROR_SHARE[bits] for bits in tier_bits for _ in range(tier_size)], dtype=torch.float64)
+
+
+def predicted_kl(error: Tensor, fisher: Tensor) -> float:
+    """Second-order KL (nats a token) of errors: ½ Σ_l tr(F_l·Err_l), with both [G, n, n].
+
+    Errors of different layers and tokens are taken as uncorrelated, and every token as coded.
+    """
     return 0.5 * float((fisher.double() * error).sum())

@@ -93,7 +93,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     stats = run.stats()
     spectra = weigh(stats, recipe)
     plan = run.plan(stats, spectra)
-    codec = run.codec(spectra, plan)
+    codec = run.codec(stats, spectra, plan)
     if options.dry_run:
         return Conversion(plan, recipe, codec.predicted_kl, None, None)
 
@@ -256,7 +256,7 @@ class Run:
         plan.save(path)
         return plan
 
-    def codec(self, spectra: Spectra, plan: Plan) -> Codec:
+    def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
         path = self.work / f"codec-{self.plan_key}.safetensors"
         if path.exists():
             try:
@@ -264,7 +264,7 @@ class Run:
             except CorruptArtifactError as error:
                 console.say(f"Factoring again: {error.got}")
         with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
-            result = make_codec(spectra, plan, on_step=advance)
+            result = make_codec(spectra, plan, stats, on_step=advance)
         result.save(path)
         return result
 

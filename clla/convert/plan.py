@@ -109,7 +109,7 @@ def solve(
     def size(choices: dict[Segment, Choice]) -> int:
         return sum(choice.total_bits for choice in choices.values())
 
-    worth = max(float(c.tiers[0]) for c in candidates.values())
+    worth = max((float(c.tiers[0]) for c in candidates.values() if len(c.tiers)), default=0.0)
     low, high = math.log(max(worth, 1e-30)) - 60.0, math.log(max(worth, 1e-30)) + 5.0  # of the price
     choices = at(math.exp(low))
     if size(choices) > budget_bits:

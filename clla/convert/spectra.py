@@ -82,14 +82,7 @@ class Spectra:
 
     def assembled(self, start: int, size: int) -> Tensor:
         """M·Cov(y_G)·M of layers start … start + size - 1, [n·G, n·G], fp32."""
-        n = self.stats.kv.values
-        out = torch.empty(size * n, size * n)
-        for a in range(size):
-            for b in range(a, size):
-                block = self.weighted[start + a, b - a]
-                out[a * n : (a + 1) * n, b * n : (b + 1) * n] = block
-                out[b * n : (b + 1) * n, a * n : (a + 1) * n] = block.mT
-        return out
+        return assemble(self.weighted, start, size)
 
     def energy(self, start: int, size: int) -> float:
         """Total weighted variance of a group: the loss if nothing were kept."""
@@ -102,3 +95,15 @@ class Spectra:
         else:
             values = torch.linalg.eigvalsh(self.assembled(start, size)).flip(0).double()
         return values.clamp_min(0)
+
+
+def assemble(blocks: Tensor, start: int, size: int) -> Tensor:
+    """Moments of a group, [n·G, n·G], from blocks [L, K, n, n] of layers l and l + j."""
+    n = blocks.shape[-1]
+    out = torch.empty(size * n, size * n, dtype=blocks.dtype)
+    for a in range(size):
+        for b in range(a, size):
+            block = blocks[start + a, b - a]
+            out[a * n : (a + 1) * n, b * n : (b + 1) * n] = block
+            out[b * n : (b + 1) * n, a * n : (a + 1) * n] = block.mT
+    return out

@@ -38,13 +38,21 @@ def surrogate_stats(stats: Stats, metric: str) -> Stats:
     ridge = RIDGE * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(inputs.shape[-1], dtype=torch.float64)
     weights = torch.linalg.solve(inputs + ridge[:, None, None] * eye, stats.input_cross[:, 0].double())  # [L, h, n]
+    power = torch.ones_like(inputs[..., 0])
     if metric == "asvd":
         power = inputs.diagonal(dim1=-2, dim2=-1) + stats.input_mean.double().square()
-        weights = power.sqrt()[:, :, None] * weights
-    covariance = torch.zeros_like(stats.covariance)
+    weights = power.sqrt()[:, :, None] * weights
+    covariance, cross = torch.zeros_like(stats.covariance), torch.zeros_like(stats.input_cross)
     for j in range(min(covariance.shape[1], count)):
         covariance[: count - j, j] = (weights[: count - j].mT @ weights[j:]).float()
-    return replace(stats, covariance=covariance, fisher=flat)
+        cross[: count - j, j] = (power[: count - j].sqrt()[:, :, None] * weights[j:]).float()
+    return replace(
+        stats,
+        covariance=covariance,
+        fisher=flat,
+        input_covariance=torch.diag_embed(power).float(),
+        input_cross=cross,
+    )
 
 
 def needs_inputs(metric: str, source: str) -> bool:

@@ -81,14 +81,16 @@ def quantize(x: Tensor, bits: int) -> "tuple[Tensor, Tensor]":
     x = x.float()
     half = 1 << (bits - 1)
     start = _encode_scale(x.square().mean(-1, keepdim=True).sqrt())
-    best_error = torch.full_like(start, torch.inf, dtype=torch.float32)
-    scale, codes = start, torch.zeros_like(x)
+    best_error = scale = codes = torch.empty(0)
     for offset in SCALE_OFFSETS:
         tried = torch.where(start > 0, (start.int() + offset).clamp(1, 255), 0).to(torch.uint8)
         step = _step(bits, x.shape[-1]) * _decode_scale(tried)
         # A zero scale (all zeros) must not divide: its codes are never used.
         level = torch.where(step > 0, x / step, 0.0).floor().clamp(-half, half - 1)
         error = ((level + 0.5) * step - x).square().sum(-1, keepdim=True)
+        if offset == 0:
+            best_error, scale, codes = error, tried, level + half
+            continue
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         scale, codes = torch.where(better, tried, scale), torch.where(better, level + half, codes)
