@@ -24,8 +24,8 @@ from clla.convert.factor import make_codec
 from clla.convert.pipeline import Run, resolve, weigh
 from clla.convert.planners import make_plan
 from clla.evaluate.figures import draw_quality
-from clla.evaluate.perplexity import Candidate, Quality, compare
-from clla.evaluate.report import candidates
+from clla.evaluate.perplexity import Quality, Subject, compare
+from clla.evaluate.report import subjects
 from clla.recipe import Recipe, parse_budget
 from clla.source import open_source, pick_device
 
@@ -86,7 +86,7 @@ def _variant(
     latent_source, window, group_size = VARIANTS[name]
     recipe = recipe.override({"plan": {"source": latent_source, "max_group_size": group_size}})
     spectra, model = weigh(stats, recipe), run.model()
-    models: dict[str, Candidate] = {}
+    models: dict[str, Subject] = {}
     planned: dict[str, float] = {}
     for budget in args.budgets.split(","):
         plan = make_plan(
@@ -109,8 +109,8 @@ def _variant(
         )
         converted = attach(model, make_codec(spectra, plan, stats), block)
         if not models:
-            models = {k: v for k, v in candidates(converted, run.source.dtype).items() if k != "converted"}
-        models[f"{name}|{budget}"] = Candidate(converted, converted.new_cache)
+            models = {k: v for k, v in subjects(converted, run.source.dtype).items() if k != "converted"}
+        models[f"{name}|{budget}"] = Subject(converted, converted.new_cache)
         planned[f"{name}|{budget}"] = float(plan.row_bytes)
     with console.progress(name, len(windows)) as advance:
         found = compare(models, windows, chunk=max(window, 32), on_window=advance)

@@ -14,6 +14,7 @@ from clla.errors import CllaError, CorruptArtifactError
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
+from clla.source import pick_dtype
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,22 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
     try:
         config = CllaConfig.from_pretrained(path)
         plan = Plan.from_json(config.clla)
-        compute = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        compute = pick_dtype(dtype, stored, device)
         model: Any = CllaForCausalLM.from_pretrained(path, config=config, dtype=compute)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except CllaError:
+        raise
     except Exception as error:  # safetensors, huggingface_hub and transformers raise classes of their own
         raise CorruptArtifactError(
             f"{path} cannot be loaded: {error}",
             expected="a complete checkpoint written by clla convert",
             remedy="copy or download it again, or convert the source model anew",
         ) from error
-    codec = {k: v.to(config.dtype) for k, v in model.codec.state_dict().items()}
+    codec = {k: v.to(stored) for k, v in model.codec.state_dict().items()}
     wanted = config.clla.get("codec_sha256")
-    if dtype == "auto" and wanted is not None and tensor_digest(codec) != wanted:
+    exact = compute in (stored, torch.float32)  # nothing is lost on the way to it and back
+    if exact and wanted is not None and tensor_digest(codec) != wanted:
         raise CorruptArtifactError(
             f"the codec in {path} does not have the checksum that its config names",
             expected=f"sha256 {wanted[:16]}…",

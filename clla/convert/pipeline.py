@@ -31,6 +31,7 @@ from clla.recipe import Provenance, Recipe, parse_budget
 from clla.source import Source, open_source, pick_device, pick_dtype
 
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
+DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
 MAX_DEFAULT_CONTEXT = 32_768
 REPORT_LENGTH = 2048  # tokens a window of the before-and-after report
 
@@ -144,10 +145,11 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
         sinks=sinks,
     )
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
-    dtype = str(pick_dtype(recipe.runtime.compute_dtype, source, device)).removeprefix("torch.")
+    batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
+    dtype = str(pick_dtype(recipe.runtime.compute_dtype, source.dtype, device)).removeprefix("torch.")
     filled = recipe.override(
         {
-            "calibration": {"tokens": tokens},
+            "calibration": {"tokens": tokens, "batch_size": batch_size},
             "budget": {"at_context": context, "window": window},
             "plan": {"max_group_size": min(recipe.plan.max_group_size, len(source.layers))},
             "runtime": {"compute_dtype": dtype},
@@ -214,7 +216,7 @@ class Run:
 
     def _batches(self, model: PreTrainedModel | None) -> list[Tensor] | Iterator[Tensor]:
         c = self.recipe.calibration
-        assert c.tokens is not None
+        assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
         if model is not None:
             return self_written(model, self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed)
         batches = token_batches(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clla.evaluate.perplexity import Candidate
+from clla.evaluate.perplexity import Subject
 
 
 @torch.no_grad()
-def measured_bytes(candidate: Candidate, contexts: list[int], *, chunk: int, device: torch.device) -> dict[int, int]:
+def measured_bytes(subject: Subject, contexts: list[int], *, chunk: int, device: torch.device) -> dict[int, int]:
     """Fill a cache to each context length and count what it holds.
 
     Args:
-        candidate: model and cache.
+        subject: model and cache.
         contexts: tokens, any order.
         chunk: tokens a forward pass.
         device: of the model.
@@ -21,13 +21,13 @@ def measured_bytes(candidate: Candidate, contexts: list[int], *, chunk: int, dev
     Returns:
         Bytes of one sequence's cache by context length.
     """
-    cache, filled, found = candidate.new_cache(), 0, {}
+    cache, filled, found = subject.new_cache(), 0, {}
     for context in sorted(set(contexts)):
         while filled < context:
             count = min(chunk, context - filled)
             ids: Tensor = torch.full((1, count), 1, device=device)
             positions = torch.arange(filled, filled + count, device=device)[None]
-            candidate.model(
+            subject.model(
                 input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             filled += count

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Subject:
     """A model with a way to make its cache.
 
     Attributes:
@@ -37,36 +37,36 @@ class Quality:
 
 
 @torch.no_grad()
-def stream_logits(candidate: Candidate, input_ids: Tensor, chunk: int) -> Iterator[tuple[Tensor, Any]]:
+def stream_logits(subject: Subject, input_ids: Tensor, chunk: int) -> Iterator[tuple[Tensor, Any]]:
     """Log-probabilities [chunk, V] (fp32) of one sequence [1, T], chunk by chunk, and the cache after each."""
-    cache = candidate.new_cache()
+    cache = subject.new_cache()
     for start in range(0, input_ids.shape[1], chunk):
         part = input_ids[:, start : start + chunk]
         position_ids = torch.arange(start, start + part.shape[1], device=part.device)[None]
-        output = candidate.model(input_ids=part, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        output = subject.model(input_ids=part, position_ids=position_ids, past_key_values=cache, use_cache=True)
         yield output.logits[0].float().log_softmax(-1), cache
 
 
 def compare(
-    candidates: dict[str, Candidate],
+    subjects: dict[str, Subject],
     windows: Tensor,
     *,
     chunk: int,
     on_window: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Quality]:
-    """Run candidates side by side over the same text.
+    """Run subjects side by side over the same text.
 
     Args:
-        candidates: by name; the first is the reference of the KL.
+        subjects: by name; the first is the reference of the KL.
         windows: [N, T] token ids, each window from an empty cache.
         chunk: tokens a forward pass.
         on_window: called with 1 after each window.
     """
-    names = list(candidates)
+    names = list(subjects)
     nll, kl, nbytes = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for row in windows:
         ids = row[None]
-        streams = [stream_logits(candidates[name], ids, chunk) for name in names]
+        streams = [stream_logits(subjects[name], ids, chunk) for name in names]
         for start, steps in zip(range(0, ids.shape[1], chunk), zip(*streams, strict=True), strict=True):
             targets = row[start + 1 : start + 1 + chunk]  # the window's last token has none
             reference = steps[0][0][: len(targets)]

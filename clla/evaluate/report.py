@@ -16,7 +16,7 @@ from clla.artifacts import Plan, write_text
 from clla.baselines.stored import SourceCache
 from clla.evaluate.figures import draw_plan, draw_quality
 from clla.evaluate.memory import measured_bytes
-from clla.evaluate.perplexity import Candidate, compare
+from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import RowLayout
@@ -101,13 +101,13 @@ class Report:
         return tables
 
 
-def candidates(converted: CllaForCausalLM, kv_dtype: torch.dtype) -> dict[str, Candidate]:
+def subjects(converted: CllaForCausalLM, kv_dtype: torch.dtype) -> dict[str, Subject]:
     """Source, source with an int4 cache, and converted model; the weights are shared."""
     source, layers = converted.source, converted.config.text_config.num_hidden_layers
     return {
-        "source": Candidate(source, lambda: SourceCache(layers, kv_dtype)),
-        "int4": Candidate(source, lambda: SourceCache(layers, "int4")),
-        "converted": Candidate(converted, converted.new_cache),
+        "source": Subject(source, lambda: SourceCache(layers, kv_dtype)),
+        "int4": Subject(source, lambda: SourceCache(layers, "int4")),
+        "converted": Subject(converted, converted.new_cache),
     }
 
 
@@ -141,7 +141,7 @@ def before_and_after(
     windows = windows.to(device)
     chunk = chunk or plan.window or converted.prefill_chunk
     kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
-    models = candidates(converted, kv_dtype)
+    models = subjects(converted, kv_dtype)
     length = windows.shape[1]
     quality = {
         name: {

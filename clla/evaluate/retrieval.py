@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.evaluate.perplexity import Candidate, stream_logits
+from clla.evaluate.perplexity import Subject, stream_logits
 
 STATEMENT = "\nThe secret code is {code}. Remember it.\n"
 QUESTION = "\nWhat is the secret code? The secret code is "
@@ -49,20 +49,20 @@ def make_trials(tokenizer: Any, filler: Tensor, *, context: int, count: int, see
         statement, answer = encode(STATEMENT.format(code=code)), encode(code)
         room = context - len(prefix) - len(statement) - len(question) - len(answer)
         start = rng.randrange(max(1, len(filler) - room))
-        text = filler[start : start + room].tolist()
+        text = filler.repeat(room // len(filler) + 1)[start : start + room].tolist()
         depth = int(len(text) * (i + 0.5) / count)
         ids = prefix + text[:depth] + statement + text[depth:] + question + answer
         trials.append(Trial(torch.tensor([ids]), len(answer)))
     return trials
 
 
-def retrieve(candidate: Candidate, trials: list[Trial], *, chunk: int, device: torch.device) -> Retrieval:
-    """NLL of the planted codes, and the share that greedy decoding would give, through a candidate's cache."""
+def retrieve(subject: Subject, trials: list[Trial], *, chunk: int, device: torch.device) -> Retrieval:
+    """NLL of the planted codes, and the share that greedy decoding would give, through a subject's cache."""
     nll, exact = 0.0, 0
     for trial in trials:
         ids = trial.input_ids.to(device)
         # Only the end is scored, but the whole text streams through the cache.
-        tail = torch.cat([log_probs[-trial.answer - 1 :] for log_probs, _ in stream_logits(candidate, ids, chunk)])
+        tail = torch.cat([log_probs[-trial.answer - 1 :] for log_probs, _ in stream_logits(subject, ids, chunk)])
         predicted, code = tail[-trial.answer - 1 : -1], ids[0, -trial.answer :]
         nll -= float(predicted.gather(1, code[:, None]).double().sum())
         exact += int((predicted.argmax(-1) == code).all())

@@ -67,6 +67,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             config.text_config, attn_implementation=config._attn_implementation
         )
         self.codec = CodecModule(config)
+        self._no_split_modules = getattr(self.source, "_no_split_modules", None)
         self.prefill_chunk = config.clla["prefill_chunk"]
         self.watch_inputs()
         self.post_init()
