@@ -275,3 +275,9 @@ def test_self_written_text_has_the_size_wanted_and_follows_the_seed() -> None:
     assert bool((torch.cat(written(0, WordTokenizer()))[:, 0] == EOS).all())
     with pytest.raises(DatasetError, match="no start token"):
         written(0, WordTokenizer(eos=False))
+
+
+def test_line_ends_of_other_systems_are_translated(tmp_path: Path) -> None:
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"one\r\ntwo\r\n")
+    assert load_documents(str(path)) == ["one\ntwo\n"]

@@ -206,7 +206,8 @@ def _read_text(path: Path) -> list[str]:
     readers: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
     try:
         data = path.read_bytes()
-        return [readers[path.suffix](data).decode() if path.suffix in readers else data.decode()]
+        text = readers.get(path.suffix, bytes)(data).decode()
+        return [text.replace("\r\n", "\n")]
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}", remedy="check the file") from error
 
