@@ -151,7 +151,7 @@ def pick_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.
 
 def _fast_in_16_bits() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware; without, fp32 is several times faster."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
