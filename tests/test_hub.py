@@ -1,0 +1,61 @@
+"""Model card and upload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+
+from clla.artifacts import KVShape, LayerGroup, Plan
+from clla.errors import CllaError
+from clla.evaluate.report import Report
+from clla.hub import push, write_card
+from clla.recipe import Recipe
+
+PLAN = Plan(
+    groups=(LayerGroup((0, 1), (4, 2)),),
+    kv=KVShape(2, 16),
+    kv_itemsize=2,
+    tier_size=8,
+    window=16,
+    sinks=4,
+    flush_block=16,
+    source="group",
+    budget_bytes=20.0,
+    at_context=4096,
+    made_from="test",
+)
+
+
+def test_card_names_base_model_tags_and_figures(tmp_path: Path) -> None:
+    quality = {
+        "source": {"perplexity": 10.0, "bytes_per_token": 256.0},
+        "converted": {"perplexity": 10.1, "kl": 0.01, "bytes_per_token": 20.0},
+    }
+    report = Report(quality=quality, context=2048, windows=2, chunk=16)
+    write_card(tmp_path, "maker/model-1b", PLAN, Recipe(), report)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "maker/model-1b" and card.data.base_model_relation == "quantized"
+    assert {"clla", "kv-cache-compression"} <= set(card.data.tags)
+    assert "10.100" in card.text and "256" in card.text
+    write_card(tmp_path, str(tmp_path), PLAN, Recipe(), None)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+def test_push_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kw: calls.append((repo_id, kw["private"])))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, *, repo_id, folder_path: f"{repo_id}@{folder_path}")
+    assert push(tmp_path, "me/model", private=True) == f"me/model@{tmp_path}"
+    assert calls == [("me/model", True)]
+
+
+def test_push_without_access_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: HfApi, *args: Any, **kwargs: Any) -> None:
+        raise OSError("401")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(CllaError, match="hf auth login"):
+        push(tmp_path, "me/model", private=False)
