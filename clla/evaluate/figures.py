@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clla.artifacts import Plan
+from clla.modeling.quantize_clla import RowLayout
 
 SOURCE_COLOUR, OWN_COLOUR = "#7a7a7a", "#c8452d"
 
@@ -20,7 +21,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Layer groups as bars, one cell a tier, darker with more bits.
+    """Layer groups as bars of latent components, darker with more bits.
 
     Args:
         plan: what to draw.
@@ -28,19 +29,10 @@ def draw_plan(plan: Plan, path: Path) -> None:
     """
     figure, axes = _axes(8, 0.6 + 0.32 * len(plan.groups))
     for y, group in enumerate(plan.groups):
-        for tier, bits in enumerate(group.tier_bits):
-            shade = 0.25 + 0.75 * min(bits, 8) / 8
-            axes.barh(
-                y,
-                plan.tier_size,
-                left=tier * plan.tier_size,
-                height=0.8,
-                color=OWN_COLOUR,
-                alpha=shade,
-                edgecolor="white",
-                linewidth=0.5,
-            )
-            axes.text((tier + 0.5) * plan.tier_size, y, str(bits), ha="center", va="center", fontsize=6)
+        for bits, first, stop in RowLayout(group.tier_bits, plan.tier_size).classes:
+            shade = 0.2 + 0.8 * min(bits, 8) / 8
+            axes.barh(y, stop - first, left=first, height=0.8, color=OWN_COLOUR, alpha=shade, edgecolor="white")
+            axes.text((first + stop) / 2, y, str(bits), ha="center", va="center", fontsize=7)
     labels = [f"{g.layers[0]}–{g.layers[-1]}" if len(g.layers) > 1 else str(g.layers[0]) for g in plan.groups]
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()

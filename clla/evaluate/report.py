@@ -175,16 +175,17 @@ def before_and_after(
 def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
     """The plan for the terminal: groups, ranks, bits by tier, bytes, predicted loss."""
     table = Table(title="Plan")
-    for title in ("layers", "rank", "bits by tier", "bytes/token", "predicted loss"):
-        table.add_column(title, justify="right" if title not in ("layers", "bits by tier") else "left")
+    for title in ("layers", "rank", "bits:components", "bytes/token", "predicted loss"):
+        table.add_column(title, justify="right" if title not in ("layers", "bits:components") else "left")
     total = plan.predicted_loss or 1.0
     for group in plan.groups:
         first, last = group.layers[0], group.layers[-1]
+        layout = RowLayout(group.tier_bits, plan.tier_size)
         table.add_row(
             f"{first}–{last}" if first != last else str(first),
-            str(len(group.tier_bits) * plan.tier_size),
-            _runs(group.tier_bits),
-            str(RowLayout(group.tier_bits, plan.tier_size).row_bytes),
+            str(layout.rank),
+            _runs(layout),
+            str(layout.row_bytes),
             f"{100 * group.predicted_loss / total:.1f} %",
         )
     at = plan.at_context
@@ -221,12 +222,6 @@ def write_report(folder: Path, plan: Plan, recipe: Any, report: Report | None, *
         draw_quality(points, folder / "clla_quality.png", title=f"{report.context} tokens of context")
 
 
-def _runs(bits: tuple[int, ...]) -> str:
-    """`8 6×2 4×5` for (8, 6, 6, 4, 4, 4, 4, 4)."""
-    parts: list[list[int]] = []
-    for b in bits:
-        if parts and parts[-1][0] == b:
-            parts[-1][1] += 1
-        else:
-            parts.append([b, 1])
-    return " ".join(f"{b}×{n}" if n > 1 else str(b) for b, n in parts)
+def _runs(layout: RowLayout) -> str:
+    """Bits and how many components have them, most important first: `6:16 4:120 2:64`."""
+    return " ".join(f"{bits}:{stop - first}" for bits, first, stop in layout.classes)
