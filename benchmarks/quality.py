@@ -51,7 +51,7 @@ def main() -> None:
     if any(VARIANTS[name][0] == "first" for name in names):
         recipe = recipe.override({"plan": {"source": "first"}})  # so that the inputs' moments are collected
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(source, recipe, device, args.work_dir)
+    run = Run(source, recipe, device, args.work_dir, hold_out=False)  # another text is measured on
     stats = run.stats()
     windows = whole_windows(load_documents(args.text), run.tokenizer, count=args.windows, length=args.window_length).to(
         device
@@ -98,6 +98,7 @@ def _variant(
             sinks=4,
             kv_itemsize=run.source.dtype.itemsize,
             kept_layers=run.source.kept_layers,
+            kept_window=run.source.kept_window,
             made_from="",
             spectra=spectra,
         )

@@ -24,5 +24,6 @@ def register() -> None:
 
 
 # The command line must answer --help without importing torch; its commands register when they need to.
-if Path(sys.argv[0]).stem != "clla":
+# (sys.argv[0] is "-m" while `python -m clla` imports the package.)
+if Path(sys.argv[0]).name not in ("clla", "clla.exe", "-m"):
     register()

@@ -95,7 +95,7 @@ class LayerGroup:
     Attributes:
         layers: model layer indices.
         tier_bits: bits a component of each coded tier, most important tier first.
-        predicted_loss: share of the group in the plan's predicted loss.
+        predicted_loss: what the group adds to the plan's loss, in the units of its metric.
     """
 
     layers: tuple[int, ...]
@@ -115,6 +115,7 @@ class Plan:
         sinks: first tokens kept exact.
         flush_block: tokens that leave the window at once.
         kept_layers: layers left with the source's own cache (bounded by a sliding window).
+        kept_window: that sliding window.
         source: `group` or `first`, where the latent comes from.
         budget_bytes: bytes a token that were asked for, at `at_context`.
         at_context: context length in tokens at which the budget holds; None counts latents only.
@@ -134,6 +135,7 @@ class Plan:
     at_context: int | None
     made_from: str
     kept_layers: tuple[int, ...] = ()
+    kept_window: int = 0
 
     @property
     def predicted_loss(self) -> float:
@@ -163,6 +165,11 @@ class Plan:
     def bytes_at(self, context: int) -> float:
         """Cache bytes of one sequence of `context` tokens, layers left alone not included."""
         return self.exact_bytes + encoded_slots(context, self.window, self.flush_block) * self.row_bytes
+
+    def kept_bytes_at(self, context: int) -> int:
+        """Cache bytes of the layers left alone: a sliding window keeps one token less than its width."""
+        slots = min(context, max(0, self.kept_window - 1))
+        return len(self.kept_layers) * slots * self.kv.values * self.kv_itemsize
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))

@@ -45,8 +45,12 @@ def _errors(as_json: bool = False) -> Iterator[None]:
         if as_json:
             print(json.dumps({"error": error.got, "expected": error.expected, "remedy": error.remedy}))
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        console.messages.print(f"[red]Error:[/red] {_escape(str(error))}", soft_wrap=True)
+        console.messages.print("  remedy:   check that the path exists and may be written to", soft_wrap=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        console.say("Interrupted; clla convert --resume takes up the finished stages")
+        console.say("Interrupted; a conversion goes on with --resume")
         raise typer.Exit(130) from None
 
 
@@ -147,14 +151,15 @@ def convert(
                 "budget": {"kv_budget": kv_budget, "at_context": at_context, "window": window, "sinks": sinks},
                 "plan": {
                     "max_group_size": max_group_size,
-                    "bits": bits.split(",") if bits else None,
+                    "bits": bits.split(",") if bits is not None else None,
                     "source": source,
                     "planner": planner,
                 },
                 "runtime": {"compute_dtype": dtype},
             }
         )
-        folder = output or Path(f"{Path(model).name.removesuffix('.gguf')}-clla")
+        folder = (output or Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-clla")).resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
         _start()
         from clla.convert.pipeline import Options
         from clla.convert.pipeline import convert as run
@@ -277,11 +282,14 @@ def generate(
         _start()
         import torch
 
+        from clla.errors import UsageError
         from clla.load import load_checkpoint
         from clla.source import pick_device
 
         loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
         text = sys.stdin.read() if prompt == "-" else prompt
+        if not text:
+            raise UsageError("the prompt is empty", expected="some text", remedy='pass --prompt "…"')
         if chat and loaded.tokenizer.chat_template:
             turns = [{"role": "user", "content": text}]
             text = loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -301,9 +309,14 @@ def generate(
         )
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         print(loaded.tokenizer.decode(new, skip_special_tokens=True))
-        cache, total = output.past_key_values, output.sequences.shape[1]
-        source = loaded.plan.source_bytes_per_token * total
-        console.say(f"{total} tokens; cache {cache.nbytes:,} bytes, the source's would take {source:,}")
+        cache, plan = output.past_key_values, loaded.plan
+        total = cache.get_seq_length()
+        source = plan.source_bytes_per_token * total * num_beams
+        fixed = plan.exact_bytes / (plan.source_bytes_per_token - plan.row_bytes)
+        console.say(
+            f"{total} tokens: cache {cache.nbytes:,} bytes, the source's would take {source:,}; each further token "
+            f"{plan.row_bytes:,} against {plan.source_bytes_per_token:,} (smaller from about {fixed:,.0f} tokens on)"
+        )
 
 
 @recipes_app.command("ls")

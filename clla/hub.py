@@ -50,7 +50,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 """
 
 
-def write_card(folder: Path, name: str, plan: Plan, recipe: Recipe, report: Report | None) -> None:
+def write_card(folder: Path, name: str, plan: Plan, recipe: Recipe, report: Report | None, *, tokens: int) -> None:
     """README.md of a converted checkpoint.
 
     Args:
@@ -59,6 +59,7 @@ def write_card(folder: Path, name: str, plan: Plan, recipe: Recipe, report: Repo
         plan: what was planned.
         recipe: resolved.
         report: what was measured, if anything.
+        tokens: that calibration read.
     """
     hub_id = name if "/" in name and not Path(name).exists() else None
     data = ModelCardData(
@@ -87,8 +88,8 @@ def write_card(folder: Path, name: str, plan: Plan, recipe: Recipe, report: Repo
         window=plan.window,
         sinks=plan.sinks,
         source_kind=plan.source,
-        tokens=recipe.calibration.tokens or 0,
-        dataset=recipe.calibration.dataset,
+        tokens=tokens,
+        dataset=Path(recipe.calibration.dataset).name,  # no local path leaves the machine
     )
     write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n{body}")
     ModelCard.load(folder / "README.md")  # fails on a card that the Hub would not read
@@ -115,8 +116,9 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
 def _measured(report: Report | None) -> str:
     if report is None:
         return ""
+    seen = ", left out of the calibration" if report.unseen else " of the calibration text"
     rows: list[Any] = [
-        f"Measured on {report.windows} held-out windows of {report.context} tokens:",
+        f"Measured on {report.windows} windows of {report.context} tokens{seen}:",
         "",
         "| | perplexity | cache bytes a token |",
         "|---|---|---|",

@@ -14,7 +14,7 @@ from clla.errors import CllaError, CorruptArtifactError
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
-from clla.source import pick_dtype
+from clla.source import check_complete, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         plan = Plan.from_json(config.clla)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         compute = pick_dtype(dtype, stored, device)
-        model: Any = CllaForCausalLM.from_pretrained(path, config=config, dtype=compute)
+        loaded: Any = CllaForCausalLM.from_pretrained(path, config=config, dtype=compute, output_loading_info=True)
+        model, info = loaded
+        check_complete(info, path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except CllaError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from importlib import resources
 from pathlib import Path
@@ -52,7 +53,7 @@ class BudgetConfig(_Section):
     @classmethod
     def _readable(cls, value: str) -> str:
         try:
-            parse_budget(value, source_bytes=1e9)
+            parse_budget(value, source_bytes=math.inf)
         except UsageError as error:
             raise ValueError(str(error)) from error
         return value
@@ -141,7 +142,7 @@ def parse_budget(text: str, *, source_bytes: float) -> float:
 
     Args:
         text: as the user wrote it.
-        source_bytes: the source's KV bytes a token.
+        source_bytes: the source's KV bytes a token; infinite to check the syntax alone.
 
     Raises:
         UsageError: not readable, not positive, or above 100 % of the source.
@@ -158,10 +159,11 @@ def parse_budget(text: str, *, source_bytes: float) -> float:
         )
     factor = {"%": source_bytes / 100, "KB": 1000.0, "KiB": 1024.0}.get(unit or "", 1.0)
     bytes_per_token = number * (source_bytes if unit is None and number <= 1 else factor)
-    if not 0 < bytes_per_token <= source_bytes:
+    known = f" ({source_bytes:.0f})" if math.isfinite(source_bytes) else ""
+    if not number > 0 or not bytes_per_token <= source_bytes or (unit == "%" and number > 100):
         raise UsageError(
-            f"--kv-budget {text} is {bytes_per_token:.0f} bytes a token",
-            expected=f"more than 0 and at most 100 % of the source's {source_bytes:.0f} bytes",
+            f"--kv-budget {text} is out of range",
+            expected=f"more than 0 and at most 100 % of the source's bytes a token{known}",
             remedy="the built-in recipes use 12.5, 6.25, 3 and 2 %",
         )
     return bytes_per_token

@@ -48,6 +48,11 @@ class Source:
     dtype: torch.dtype
 
     @property
+    def kept_window(self) -> int:
+        """Sliding window of the kept layers; 0 where there are none."""
+        return int(getattr(self.config, "sliding_window", None) or 0) if self.kept_layers else 0
+
+    @property
     def bytes_per_token(self) -> int:
         """Source KV bytes of one token over the convertible layers."""
         return len(self.layers) * self.kv.values * self.dtype.itemsize
@@ -77,13 +82,17 @@ class Source:
         if options:
             options["quantization_config"] = _dequantize()
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, output_loading_info=True, **options
+            )
         except Exception as error:  # safetensors, torch and gguf raise classes of their own
             raise CorruptArtifactError(
                 f"the weights of {self.name} cannot be read: {error}",
                 expected="a complete checkpoint",
                 remedy="download it again",
             ) from error
+        model, info = loaded
+        check_complete(info, self.name)
         model.config._name_or_path = self.name
         return model.to(device).eval().requires_grad_(False)
 
@@ -114,6 +123,25 @@ def open_source(name: str) -> Source:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
     revision = getattr(config, "_commit_hash", None) or _fingerprint(Path(path), gguf_file)
     return Source(name, path, gguf_file, config, family, kv_shape(config), layers, kept, revision, dtype)
+
+
+def check_complete(info: dict[str, Any], name: str) -> None:
+    """Refuse a checkpoint that lacks weights: transformers would put random ones in their place.
+
+    Args:
+        info: what `from_pretrained(output_loading_info=True)` returned.
+        name: of the model.
+
+    Raises:
+        CorruptArtifactError: a weight is missing or has another shape.
+    """
+    lacking = [str(key) for name in ("missing_keys", "mismatched_keys") for key in info.get(name, ())]
+    if lacking:
+        raise CorruptArtifactError(
+            f"{name} lacks {len(lacking)} weights, among them {lacking[0]}",
+            expected="a complete checkpoint",
+            remedy="copy or download it again",
+        )
 
 
 def pick_device(name: str) -> torch.device:

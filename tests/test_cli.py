@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import byte_tokenizer, pico
 from helpers import tokens
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -183,6 +184,9 @@ def test_sliding_layers_are_left_alone(text_file: Path, tmp_path: Path) -> None:
     assert done["plan"]["kept_layers"] == [2, 3]
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(tokens(1, 60), max_new_tokens=20)
     assert out.shape[1] > 60
+    measure = ["--text", text_file, "--windows", "1", "--window-length", "300", "--no-retrieval", "--json"]
+    cache = json.loads(ok("eval", tmp_path / "out", *measure).stdout)["cache"]
+    assert cache["bytes_per_token"] == pytest.approx(cache["planned_bytes_per_token"], rel=0.01)
 
 
 def test_the_model_can_write_its_own_calibration_text(pico_dir: Path, tmp_path: Path) -> None:
@@ -331,14 +335,78 @@ def test_recipe_mistakes_come_all_at_once(pico_dir: Path, tmp_path: Path) -> Non
     assert "balanced" in mistake(2, "convert", pico_dir, "--recipe", "unheard-of")
 
 
-def test_output_that_holds_something_is_kept(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_output_that_holds_something_is_kept(pico_dir: Path, text_file: Path, converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    assert "--overwrite" in mistake(2, "convert", pico_dir, "-o", out, "--dataset", text_file, *SMALL)
+    command = ["convert", pico_dir, "-o", out, "--dataset", text_file, *SMALL, "--no-report"]
+    assert "--overwrite" in mistake(2, *command)
+    assert "did not write" in mistake(2, *command, "--overwrite")
     assert (out / "precious").read_text() == "x"
-    ok("convert", pico_dir, "-o", out, "--dataset", text_file, *SMALL, "--no-report", "--overwrite")
-    assert not (out / "precious").exists() and (out / "config.json").is_file()
+    earlier = shutil.copytree(converted, tmp_path / "earlier")
+    (earlier / "stale").write_text("x")
+    ok(*command[:2], "-o", earlier, *command[4:], "--overwrite")
+    assert not (earlier / "stale").exists() and (earlier / "config.json").is_file()
+
+
+def test_the_source_is_never_overwritten(pico_dir: Path, text_file: Path) -> None:
+    common = ["convert", pico_dir, "--dataset", text_file, *SMALL, "--overwrite"]
+    for output in (pico_dir, pico_dir.parent, pico_dir / "inside"):
+        assert "inside each other" in mistake(2, *common, "-o", output)
+    assert (pico_dir / "model.safetensors").is_file()
+
+
+def test_missing_weights_are_noticed(pico_dir: Path, converted: Path, text_file: Path, tmp_path: Path) -> None:
+    """transformers alone would put random numbers in their place."""
+    for folder, run in ((pico_dir, "convert"), (converted, "eval")):
+        copy = Path(shutil.copytree(folder, tmp_path / run))
+        tensors = load_file(copy / "model.safetensors")
+        name = next(name for name in tensors if "down_proj" in name)
+        save_file({k: v for k, v in tensors.items() if k != name}, copy / "model.safetensors", {"format": "pt"})
+        options = ["-o", tmp_path / "out", "--dataset", text_file, *SMALL] if run == "convert" else ["--windows", "1"]
+        assert "lacks 1 weights" in mistake(1, run, copy, *options)
+
+
+def test_models_too_wide_for_memory_are_refused(
+    pico_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(1000))
+    assert "--max-group-size" in mistake(1, "convert", pico_dir, "-o", tmp_path / "out", output=tmp_path / "out")
+
+
+def test_changed_text_is_calibrated_on_again(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    common = ["convert", pico_dir, "-o", tmp_path / "out", "--dataset", text, *SMALL, "--dry-run", "--json"]
+    first = json.loads(ok(*common, "--work-dir", tmp_path / "work").stdout)
+    text.write_text(text_file.read_text().replace("cold", "warm"))
+    second = json.loads(ok(*common, "--work-dir", tmp_path / "work").stdout)
+    assert first["plan"]["made_from"] != second["plan"]["made_from"]
+
+
+def test_saving_a_loaded_model_again(converted: Path, tmp_path: Path) -> None:
+    """Also in another dtype: code, checksum and weights go with it."""
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "again")
+    byte_tokenizer().save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "modeling_clla.py").is_file()
+    ok("generate", tmp_path / "again", "--prompt", "x", "--max-new-tokens", "2", "--dtype", "float16")
+
+
+def test_codec_for_another_base_model_is_refused(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pico_dir, tmp_path / "base"))
+    folder = tmp_path / "adapter"
+    ok("convert", base, "-o", folder, "--dataset", text_file, *SMALL, "--adapter-only", "--no-report")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    again.save_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+        torch.testing.assert_close(whole(tokens(1, 60)).logits, again(tokens(1, 60)).logits)
+    pico("gpt_neox").save_pretrained(base)
+    assert "gpt_neox" in mistake(1, "generate", folder, "--prompt", "x")
+    shutil.rmtree(base)
+    assert "base model" in mistake(1, "generate", folder, "--prompt", "x")
 
 
 def test_full_disk_is_noticed_first(pico_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

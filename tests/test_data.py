@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clla.calibrate.data import bundled_path, load_documents, self_written, token_batches, whole_windows
+from clla.calibrate.data import (
+    bundled_path,
+    load_documents,
+    self_written,
+    split_held_out,
+    token_batches,
+    whole_windows,
+)
 from clla.errors import DatasetError
 
 BOS, EOS, FIRST_WORD = 1, 2, 10
@@ -128,13 +135,10 @@ def test_a_directory_is_no_data_set(tmp_path: Path) -> None:
         load_documents(str(tmp_path))
 
 
-@pytest.mark.parametrize("from_end", (False, True))
-def test_the_same_seed_gives_the_same_sequences(from_end: bool) -> None:
+def test_the_same_seed_gives_the_same_sequences() -> None:
     def batches(seed: int) -> Tensor:
         texts = documents(40, 20)
-        found = token_batches(
-            texts, WordTokenizer(), tokens=320, sequence_length=32, seed=seed, from_end=from_end, batch_size=2
-        )
+        found = token_batches(texts, WordTokenizer(), tokens=320, sequence_length=32, seed=seed, batch_size=2)
         return torch.cat(found)
 
     assert torch.equal(batches(5), batches(5))
@@ -165,11 +169,10 @@ def test_documents_are_shuffled_and_packed() -> None:
     words=st.integers(1, 60),
     bos=st.booleans(),
     eos=st.booleans(),
-    from_end=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
 def test_batches_have_the_shape_and_prefix_that_were_asked_for(
-    sequence_length: int, tokens: int, batch_size: int, words: int, bos: bool, eos: bool, from_end: bool
+    sequence_length: int, tokens: int, batch_size: int, words: int, bos: bool, eos: bool
 ) -> None:
     texts = documents(1500 // words + 1, words)
     batches = token_batches(
@@ -178,7 +181,6 @@ def test_batches_have_the_shape_and_prefix_that_were_asked_for(
         tokens=tokens,
         sequence_length=sequence_length,
         batch_size=batch_size,
-        from_end=from_end,
     )
     sequences = torch.cat(batches)
     assert sequences.shape[1] == sequence_length and len(sequences) <= -(-tokens // sequence_length)
@@ -190,23 +192,22 @@ def test_batches_have_the_shape_and_prefix_that_were_asked_for(
     assert len(set(words_used)) == len(words_used), "no text is used twice"
 
 
-def test_enough_text_gives_all_the_tokens_wanted() -> None:
-    for tokens, sequences in ((1, 1), (32, 1), (33, 2), (320, 10)):
-        batches = token_batches(documents(100, 30), WordTokenizer(), tokens=tokens, sequence_length=32)
-        assert sum(len(batch) for batch in batches) == sequences
+def test_held_out_blocks_are_not_calibrated_on() -> None:
+    """The split does not depend on sequence length or seed, and together the parts are the whole text."""
+    texts = [numbered(0, 60_000), numbered(60_000, 60_000)]
+    kept, held = split_held_out(texts)
+    assert sum(map(len, kept)) + sum(map(len, held)) == sum(map(len, texts))
+    assert 0.04 < sum(map(len, held)) / sum(map(len, texts)) < 0.08
+    assert not set(held) & set(kept) and split_held_out(texts) == (kept, held)
+    assert split_held_out(["short"]) == (["short"], [])
 
 
-@pytest.mark.parametrize("words", (5, 30, 4000))
-def test_the_end_is_disjoint_from_the_front(words: int) -> None:
-    """Text to measure on is not calibrated on, also when one long document is cut into pieces."""
-    texts = documents(4000 // words, words)
-    front, end = (
-        token_batches(texts, WordTokenizer(bos=True), tokens=320, sequence_length=32, seed=1, from_end=from_end)
-        for from_end in (False, True)
-    )
-    used, unused = ids_in(front), ids_in(end)
-    assert len(used) > 200 and len(unused) > 200
-    assert not set(used) & set(unused)
+def test_every_token_is_used_when_many_are_wanted() -> None:
+    """The rests of pieces are packed too, once all pieces were begun."""
+    texts = documents(12, 300)
+    total = sum(len(text.split()) for text in texts)
+    batches = token_batches(texts, WordTokenizer(), tokens=10**6, sequence_length=64)
+    assert sum(batch.numel() for batch in batches) > 0.95 * total
 
 
 def test_long_documents_are_mixed_with_others() -> None:

@@ -35,12 +35,12 @@ def test_card_names_base_model_tags_and_figures(tmp_path: Path) -> None:
         "converted": {"perplexity": 10.1, "kl": 0.01, "bytes_per_token": 20.0},
     }
     report = Report(quality=quality, context=2048, windows=2, chunk=16)
-    write_card(tmp_path, "maker/model-1b", PLAN, Recipe(), report)
+    write_card(tmp_path, "maker/model-1b", PLAN, Recipe(), report, tokens=1000)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "maker/model-1b" and card.data.base_model_relation == "quantized"
     assert {"clla", "kv-cache-compression"} <= set(card.data.tags)
     assert "10.100" in card.text and "256" in card.text
-    write_card(tmp_path, str(tmp_path), PLAN, Recipe(), None)
+    write_card(tmp_path, str(tmp_path), PLAN, Recipe(), None, tokens=1000)
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
 
 

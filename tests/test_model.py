@@ -129,6 +129,26 @@ def test_generate_gives_the_sources_tokens(source: str, options: dict[str, objec
     assert torch.equal(found.sequences, expected)
 
 
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}])
+def test_assisted_decoding_gives_the_same_tokens(options: dict[str, object]) -> None:
+    model, _ = source_and_stats("llama")
+    converted, ids = full_rank(), tokens(1, 12).repeat(1, 3)
+    common = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": 257, "pad_token_id": 258}
+    helper = {"assistant_model": model} if options.pop("assistant", False) else {}
+    found = converted.generate(ids, **common, **helper, **options)
+    assert torch.equal(found, model.generate(ids, **common))
+
+
+def test_other_cache_implementations_are_refused() -> None:
+    with pytest.raises(ValueError, match="compressed cache"):
+        full_rank().generate(tokens(1, 5), cache_implementation="static", max_new_tokens=2)
+
+
+def test_tuples_where_they_are_asked_for() -> None:
+    logits, cache = lossy()(tokens(1, 30), return_dict=False)
+    assert logits.shape[:2] == (1, 30) and isinstance(cache, CllaCache)
+
+
 def test_several_turns_equal_one_long_input() -> None:
     converted = full_rank()
     first, more = tokens(1, 40), tokens(1, 21, seed=9)
@@ -181,6 +201,7 @@ def test_planned_bytes_are_the_measured_bytes(source: str, context: int) -> None
     cache = converted.new_cache()
     with torch.no_grad():
         converted(tokens(1, context), past_key_values=cache)
+    assert not vars(cache.timeline)["_memo"]  # nothing of a forward pass outlives it
     bookkeeping = sum(t.nbytes for t in cache.timeline.tensors())
     assert cache.nbytes - bookkeeping == plan.bytes_at(context)
     assert bookkeeping <= 32

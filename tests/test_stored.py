@@ -7,12 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaConfig
 
 from clla.baselines.stored import SourceCache, pack_int4, unpack_int4
 
 B, H, D = 2, 3, 16
 HALF = 2.0**-11  # relative rounding of fp16
 SUBNORMAL = 2.0**-25  # absolute rounding of fp16 next to zero
+
+
+def config_of(layers: int) -> LlamaConfig:
+    """Only the number of layers matters."""
+    return LlamaConfig(num_hidden_layers=layers)
 
 
 def vectors(tokens: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,7 +100,7 @@ def stored_bytes(cache: SourceCache) -> int:
 
 @pytest.mark.parametrize("storage", ("int4", torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn))
 def test_nbytes_is_what_is_stored(storage: torch.dtype | str) -> None:
-    cache = SourceCache(2, storage)
+    cache = SourceCache(config_of(2), storage)
     assert cache.nbytes == 0
     tokens = 0
     per_vector = D // 2 + 4 if storage == "int4" else D * torch.empty(0, dtype=storage).element_size()
@@ -109,7 +115,11 @@ def test_nbytes_is_what_is_stored(storage: torch.dtype | str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_int4_cache_hands_out_decoded_past_and_exact_present(dtype: torch.dtype) -> None:
     """The same whether tokens come one by one or at once."""
-    cache, keys, values = SourceCache(1, "int4"), vectors(6, seed=1, dtype=dtype), vectors(6, seed=2, dtype=dtype)
+    cache, keys, values = (
+        SourceCache(config_of(1), "int4"),
+        vectors(6, seed=1, dtype=dtype),
+        vectors(6, seed=2, dtype=dtype),
+    )
     for start, stop in ((0, 3), (3, 4), (4, 6)):
         new_keys, new_values = keys[:, :, start:stop], values[:, :, start:stop]
         for handed, new, whole in zip(
@@ -122,7 +132,7 @@ def test_int4_cache_hands_out_decoded_past_and_exact_present(dtype: torch.dtype)
 
 @pytest.mark.parametrize("storage", (torch.bfloat16, torch.float8_e4m3fn))
 def test_a_storage_dtype_rounds_once(storage: torch.dtype) -> None:
-    cache, keys, values = SourceCache(1, storage), vectors(5, seed=1), vectors(5, seed=2)
+    cache, keys, values = SourceCache(config_of(1), storage), vectors(5, seed=1), vectors(5, seed=2)
     cache.update(keys[:, :, :3], values[:, :, :3], 0)
     handed = cache.update(keys[:, :, 3:], values[:, :, 3:], 0)
     for got, whole in zip(handed, (keys, values), strict=True):

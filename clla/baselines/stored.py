@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 TINY = 1e-6  # a constant vector has no range; its codes are all zero
 
@@ -83,19 +83,28 @@ def unpack_int4(codes: Tensor, affine: Tensor) -> Tensor:
 
 
 class SourceCache(Cache):
-    """A source model's cache whose bytes are measured.
+    """A source model's cache whose bytes are measured. Sliding-window layers stay bounded, as the model has them.
 
     Args:
-        num_layers: of the model.
+        config: the model's config.
         storage: a dtype, or `int4`.
     """
 
-    def __init__(self, num_layers: int, storage: torch.dtype | Literal["int4"]) -> None:
-        self._stored: list[StoredLayer | Int4Layer] = [
-            StoredLayer(storage) if isinstance(storage, torch.dtype) else Int4Layer() for _ in range(num_layers)
-        ]
-        super().__init__(layers=list(self._stored))
+    def __init__(self, config: Any, storage: torch.dtype | Literal["int4"]) -> None:
+        layers: list[Any] = []
+        for own in DynamicCache(config=config).layers:
+            if type(own) is not DynamicLayer:
+                layers.append(own)
+            else:
+                layers.append(StoredLayer(storage) if isinstance(storage, torch.dtype) else Int4Layer())
+        self._stored = layers
+        super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self._stored)
+        return sum(_nbytes(layer) for layer in self._stored)
+
+
+def _nbytes(layer: Any) -> int:
+    own = getattr(layer, "nbytes", None)
+    return own if own is not None else sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)

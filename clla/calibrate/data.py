@@ -7,9 +7,11 @@ documents. The same seed and files give the same sequences.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import lzma
 import random
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import resources
 from itertools import islice
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from clla.errors import DatasetError
 
+BLOCK_CHARS = 16_000  # of text; every HELD_OUT-th block is never calibrated on
+HELD_OUT = 16
 CHARS_PER_TOKEN = 8  # generous: a piece must not run out of tokens in ordinary text
 MAX_DOCUMENTS = 100_000  # of a streamed data set, before shuffling
 TEXT_FIELDS = ("text", "content", "document", "body")
@@ -67,6 +71,12 @@ def load_documents(dataset: str) -> list[str]:
     return documents
 
 
+def fingerprint(dataset: str) -> str:
+    """SHA-256 of a local or bundled file; empty for a Hub data set and for `self`, which have no file."""
+    path = bundled_path() if dataset == "bundled" else Path(dataset).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 def token_batches(
     documents: list[str],
     tokenizer: Any,
@@ -75,7 +85,6 @@ def token_batches(
     sequence_length: int,
     batch_size: int = 1,
     seed: int = 0,
-    from_end: bool = False,
 ) -> list[Tensor]:
     """Pack documents into batches of token ids [batch_size, sequence_length].
 
@@ -86,7 +95,6 @@ def token_batches(
         sequence_length: T.
         batch_size: sequences a batch.
         seed: of the shuffling.
-        from_end: start with the pieces that would come last, for text to measure on.
 
     Raises:
         DatasetError: the text is shorter than one sequence.
@@ -96,13 +104,17 @@ def token_batches(
     body = sequence_length - len(prefix)
     pieces = _pieces(documents, body * CHARS_PER_TOKEN)
     random.Random(seed).shuffle(pieces)
-    if from_end:
-        pieces.reverse()
     wanted = -(-tokens // sequence_length)
     sequences: list[list[int]] = []
     buffer: list[int] = []
-    for piece in pieces:
-        ids = tokenizer(piece, add_special_tokens=False)["input_ids"][: body - len(buffer)]
+    # A piece's rest waits until all pieces were begun: few tokens should see many documents.
+    waiting: deque[str | list[int]] = deque(pieces)
+    while waiting:
+        piece = waiting.popleft()
+        ids = tokenizer(piece, add_special_tokens=False)["input_ids"] if isinstance(piece, str) else piece
+        ids, rest = ids[: body - len(buffer)], ids[body - len(buffer) :]
+        if rest:
+            waiting.append(rest)
         buffer += ids
         if len(buffer) == body:
             sequences.append(prefix + buffer)
@@ -121,17 +133,27 @@ def token_batches(
     return list(stacked.split(batch_size))
 
 
+def split_held_out(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Blocks to calibrate on, and blocks that are kept for measuring; the same for every length and seed.
+
+    A text of fewer than `HELD_OUT` blocks keeps nothing back.
+    """
+    blocks = [block for text in documents for block in _cut(text, BLOCK_CHARS)]
+    held = [block for i, block in enumerate(blocks) if i % HELD_OUT == HELD_OUT - 1]
+    return [block for i, block in enumerate(blocks) if i % HELD_OUT != HELD_OUT - 1], held
+
+
 def evaluation_windows(dataset: str, tokenizer: Any, *, count: int, length: int) -> Tensor:
-    """Windows [count, length] to measure on: a text from its start, or of the bundled text what calibration
-    reads last.
+    """Windows [count, length] to measure on: a text from its start, or what calibration leaves out of the
+    bundled text.
 
     Raises:
         DatasetError: as `load_documents`, or the text is shorter than one window.
     """
     documents = load_documents(dataset)
-    if dataset != "bundled":
-        return whole_windows(documents, tokenizer, count=count, length=length)
-    return torch.cat(token_batches(documents, tokenizer, tokens=count * length, sequence_length=length, from_end=True))
+    if dataset == "bundled":
+        _, documents = split_held_out(documents)
+    return whole_windows(documents, tokenizer, count=count, length=length)
 
 
 def whole_windows(documents: list[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
@@ -191,15 +213,18 @@ def self_written(
 
 def _pieces(documents: list[str], length: int) -> list[str]:
     """Cut long documents at line ends, so that shuffling mixes them."""
-    pieces = []
-    for text in documents:
-        start = 0
-        while start < len(text):
-            end = text.rfind("\n", start + length // 2, start + length) + 1 if start + length < len(text) else len(text)
-            end = end if end > start else start + length
-            pieces.append(text[start:end])
-            start = end
-    return [piece for piece in pieces if piece.strip()]
+    return [piece for text in documents for piece in _cut(text, length) if piece.strip()]
+
+
+def _cut(text: str, length: int) -> list[str]:
+    """Parts of at most `length` characters, cut at line ends where there are any."""
+    parts, start = [], 0
+    while start < len(text):
+        end = text.rfind("\n", start + length // 2, start + length) + 1 if start + length < len(text) else len(text)
+        end = end if end > start else start + length
+        parts.append(text[start:end])
+        start = end
+    return parts
 
 
 def _read_text(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors.torch import save_file
 
 from clla.errors import CllaError, UsageError
@@ -21,16 +22,36 @@ from clla.modeling.quantize_clla import tensor_digest
 FREE_SPACE_MARGIN = 1.1
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
     """Refuse an output directory that holds something.
 
+    Args:
+        path: of the output.
+        source: of the model that is converted, if it is a directory.
+        overwrite: replace an earlier conversion.
+
     Raises:
-        UsageError: it is a file, or not empty and `overwrite` was not given.
+        UsageError: it is a file, part of the source, or not empty and `overwrite` was not given.
     """
+    own, model = path.resolve(), source.resolve()
+    if source.is_dir() and (own == model or own in model.parents or model in own.parents):
+        raise UsageError(
+            f"{path} and the source model in {source} lie inside each other",
+            expected="a directory apart from the source",
+            remedy="choose another --output",
+        )
     if path.is_file():
         raise UsageError(f"{path} is a file", expected="a directory to write to", remedy="choose another --output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise UsageError(f"{path} is not empty", expected="a new or empty directory", remedy="pass --overwrite")
+    if not (path / "clla_report.json").is_file():
+        raise UsageError(
+            f"{path} holds something that clla did not write",
+            expected="a checkpoint of an earlier conversion, for --overwrite to replace",
+            remedy="choose another --output, or remove the directory yourself",
+        )
 
 
 def check_disk(path: Path, needed: int) -> None:
@@ -49,6 +70,21 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
+def check_memory(needed: int) -> None:
+    """Refuse a model whose moments do not fit.
+
+    Raises:
+        CllaError: more bytes are needed than the machine has free.
+    """
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise CllaError(
+            f"the moments of this model take about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
+            expected="a model with grouped heads, or smaller groups: memory grows with (values a token and layer)²",
+            remedy="lower --max-group-size, or use a machine with more memory",
+        )
+
+
 @contextmanager
 def finished_directory(path: Path) -> Iterator[Path]:
     """A partial directory beside `path` that replaces it once the block ends without an error."""
@@ -62,6 +98,7 @@ def finished_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
@@ -85,17 +122,15 @@ def write_checkpoint(
         base_model: where the source's weights are, to save the codec alone; None saves everything.
         max_shard_size: of the weight files.
     """
-    codec = {k: v.detach().cpu().contiguous() for k, v in model.codec.state_dict().items()}
-    model.config.clla["codec_sha256"] = tensor_digest(codec)
-    model.config.base_model = base_model
     model.config.architectures = [type(model).__name__]
-    type(model.config).register_for_auto_class()
-    type(model).register_for_auto_class("AutoModelForCausalLM")
     if base_model is None:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
         from transformers.dynamic_module_utils import custom_object_save
 
+        codec = {k: v.detach().cpu().contiguous() for k, v in model.codec.state_dict().items()}
+        model.config.clla["codec_sha256"] = tensor_digest(codec)
+        model.config.base_model = base_model
         save_file(codec, folder / CODEC_FILE, metadata={"format": "pt"})
         config: Any = model.config
         custom_object_save(model, folder, config=config)

@@ -16,9 +16,16 @@ from transformers import PreTrainedModel
 from clla import console
 from clla.artifacts import Codec, Plan, Stats, digest, write_text
 from clla.calibrate.collect import Collector, collect
-from clla.calibrate.data import load_documents, self_written, token_batches
+from clla.calibrate.data import (
+    fingerprint,
+    load_documents,
+    self_written,
+    split_held_out,
+    token_batches,
+    whole_windows,
+)
 from clla.convert.assemble import attach, clla_block
-from clla.convert.checkpoint import check_disk, check_output, finished_directory, write_checkpoint
+from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.factor import make_codec
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
 from clla.convert.spectra import Spectra
@@ -86,8 +93,10 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     source = open_source(name)
     device = pick_device(options.device)
     recipe = resolve(recipe, source, device)
-    check_output(options.output, overwrite=options.overwrite)
-    check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
+    if not options.dry_run:
+        check_output(options.output, Path(source.path), overwrite=options.overwrite)
+        check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
+    check_memory(_moment_bytes(source, recipe))
     work = _work_dir(options)
     run = Run(source, recipe, device, work)
 
@@ -96,6 +105,8 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     plan = run.plan(stats, spectra)
     codec = run.codec(stats, spectra, plan)
     if options.dry_run:
+        if options.work_dir is None:
+            shutil.rmtree(work)
         return Conversion(plan, recipe, codec.predicted_kl, None, None)
 
     model = run.model()
@@ -109,13 +120,15 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     tokenizer = run.tokenizer
     report = None
     if options.report:
-        report = before_and_after(converted, tokenizer, plan, run.held_out())
+        windows, unseen = run.report_windows()
+        report = before_and_after(converted, tokenizer, plan, windows, unseen=unseen)
     with finished_directory(options.output) as folder:
-        torch.nn.Module.to(converted, source.dtype)
+        for parameter in converted.parameters():  # buffers keep the precision that the model wants
+            parameter.data = parameter.data.to(source.dtype)
         write_checkpoint(folder, converted, tokenizer, base_model=_base_model(source) if options.adapter_only else None)
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
         write_report(folder, plan, recipe, report, predicted_kl=codec.predicted_kl)
-        write_card(folder, source.name, plan, recipe, report)
+        write_card(folder, source.name, plan, recipe, report, tokens=stats.tokens)
     if options.work_dir is None:
         shutil.rmtree(work)
     return Conversion(plan, recipe, codec.predicted_kl, report, converted)
@@ -169,14 +182,20 @@ def weigh(stats: Stats, recipe: Recipe) -> Spectra:
 class Run:
     """Stages of one conversion; each looks for its result in the work directory before it computes it."""
 
-    def __init__(self, source: Source, recipe: Recipe, device: torch.device, work: Path) -> None:
+    def __init__(
+        self, source: Source, recipe: Recipe, device: torch.device, work: Path, *, hold_out: bool = True
+    ) -> None:
+        self.hold_out = hold_out  # False: calibrate on all of the text, when another one is measured on
         self.source, self.recipe, self.device, self.work = source, recipe, device, work
         self.tokenizer = source.load_tokenizer()
         self._model: PreTrainedModel | None = None
         plan = recipe.plan
         inputs = needs_inputs(plan.metric, plan.source)
         calibration = recipe.calibration.model_dump(mode="json")
-        self.stats_key = digest(source.revision, calibration, plan.max_group_size, inputs, recipe.runtime.compute_dtype)
+        text = fingerprint(recipe.calibration.dataset)
+        self.stats_key = digest(
+            source.revision, calibration, text, hold_out, plan.max_group_size, inputs, recipe.runtime.compute_dtype
+        )
         self.plan_key = digest(self.stats_key, plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
 
     def model(self) -> PreTrainedModel:
@@ -208,7 +227,10 @@ class Run:
             with_inputs=needs_inputs(plan.metric, plan.source),
             seed=calibration.seed,
         )
-        total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
+        if isinstance(batches, list):
+            total = sum(batch.numel() for batch in batches)
+        else:
+            total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
         with console.progress("Calibrating (tokens)", total) as advance:
             stats = collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
         stats.save(path)
@@ -219,8 +241,9 @@ class Run:
         assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
         if model is not None:
             return self_written(model, self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed)
+        documents = load_documents(c.dataset)
         batches = token_batches(
-            load_documents(c.dataset),
+            split_held_out(documents)[0] if self.hold_out else documents,
             self.tokenizer,
             tokens=c.tokens,
             sequence_length=c.sequence_length,
@@ -229,7 +252,7 @@ class Run:
         )
         found = sum(batch.numel() for batch in batches)
         if found < c.tokens:
-            console.say(f"The text holds only {found} tokens of the {c.tokens} wanted")
+            console.say(f"The text has only {found} tokens of the {c.tokens} wanted, in whole sequences")
         return batches
 
     def plan(self, stats: Stats, spectra: Spectra) -> Plan:
@@ -251,6 +274,7 @@ class Run:
                 sinks=budget.sinks,
                 kv_itemsize=self.source.dtype.itemsize,
                 kept_layers=self.source.kept_layers,
+                kept_window=self.source.kept_window,
                 made_from=self.plan_key,
                 spectra=spectra,
                 on_step=advance,
@@ -270,21 +294,19 @@ class Run:
         result.save(path)
         return result
 
-    def held_out(self) -> Tensor:
-        """Token ids [N, T] of text for the report that the calibration did not read where there is enough of it."""
+    def report_windows(self) -> tuple[Tensor, bool]:
+        """Token ids [N, T] to measure on, and whether calibration left them out.
+
+        A text too short to keep enough back is measured on as a whole, and the report says so.
+        """
         dataset = self.recipe.calibration.dataset
         documents = load_documents("bundled" if dataset == "self" else dataset)
-        for length in (REPORT_LENGTH, self.recipe.calibration.sequence_length):
-            try:
-                windows = token_batches(
-                    documents, self.tokenizer, tokens=2 * length, sequence_length=length, from_end=True
-                )
-            except DatasetError:
-                if length != REPORT_LENGTH:
-                    raise
-            else:
-                break
-        return torch.cat(windows)
+        try:
+            held = split_held_out(documents)[1]
+            return whole_windows(held, self.tokenizer, count=2, length=REPORT_LENGTH), True
+        except DatasetError:
+            length = min(REPORT_LENGTH, self.recipe.calibration.sequence_length)
+            return whole_windows(documents, self.tokenizer, count=2, length=length), dataset == "self"
 
 
 def _work_dir(options: Options) -> Path:
@@ -299,6 +321,17 @@ def _work_dir(options: Options) -> Path:
     return work
 
 
+def _moment_bytes(source: Source, recipe: Recipe) -> int:
+    """Peak memory of moments and spectra: fp64 sums, fp32 moments and weighted moments, metric and its inverse."""
+    layers, n = len(source.layers), source.kv.values
+    band = min(recipe.plan.max_group_size, layers)
+    total = layers * n * n * (16 * band + 40)
+    if needs_inputs(recipe.plan.metric, recipe.plan.source):
+        hidden = source.config.hidden_size
+        total += layers * hidden * (12 * band * n + 28 * hidden)
+    return total
+
+
 def _bytes_needed(source: Source, *, adapter_only: bool) -> int:
     """Rough size of what will be written: the weights as they are now, the stats and the codec."""
     stats = len(source.layers) * 8 * source.kv.values**2 * 4
@@ -310,4 +343,5 @@ def _bytes_needed(source: Source, *, adapter_only: bool) -> int:
 
 
 def _base_model(source: Source) -> dict[str, Any]:
-    return {"path": source.path, "gguf_file": source.gguf_file, "revision": source.revision}
+    hub_revision = None if Path(source.path).exists() else source.revision
+    return {"path": source.path, "gguf_file": source.gguf_file, "hub_revision": hub_revision}

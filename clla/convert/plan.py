@@ -11,7 +11,7 @@ Shape legend: L layers, n values a token and layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,10 +171,6 @@ def _tables(widths: Sequence[int], tier_size: int) -> tuple[Tensor, Tensor]:
     shares = torch.tensor([ERROR_SHARE[b] for b in order], dtype=torch.float64)
     costs = torch.tensor([b * tier_size for b in order], dtype=torch.float64)
     return shares, costs
-
-
-# Partitioners: which segments the solver may use. Each takes eigenvalue access, L and the largest size.
-Partitioner = Callable[..., list[Segment]]
 
 
 def every_segment(num_layers: int, max_group_size: int) -> list[Segment]:

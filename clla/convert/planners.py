@@ -65,7 +65,7 @@ def latent_bits(
             f"the budget of {budget:.0f} bytes a token at {context} tokens leaves nothing for latents: "
             f"the exact window ({window} + {config.flush_block - 1}) and {sinks} sinks take {fixed / context:.0f}",
             expected=f"more than {share:.0f} bytes ({100 * share / source_bytes:.2f} % of the source)",
-            remedy="raise --kv-budget or --at-context, or lower --window",
+            remedy="raise --kv-budget or --at-context, lower --window, or lower plan.flush_block in a recipe",
         )
     return bits
 
@@ -80,6 +80,7 @@ def make_plan(
     sinks: int,
     kv_itemsize: int,
     kept_layers: tuple[int, ...],
+    kept_window: int,
     made_from: str,
     spectra: Spectra,
     on_step: Callable[[int], None] = lambda _: None,
@@ -95,6 +96,7 @@ def make_plan(
         sinks: S.
         kv_itemsize: bytes of an exact component.
         kept_layers: left with the source's own cache.
+        kept_window: their sliding window.
         made_from: hash of the stats and settings.
         spectra: weighted moments of `stats`.
         on_step: called after each candidate group, for progress.
@@ -122,6 +124,7 @@ def make_plan(
         at_context=context,
         made_from=made_from,
         kept_layers=kept_layers,
+        kept_window=kept_window,
     )
 
 

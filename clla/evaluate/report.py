@@ -38,6 +38,7 @@ class Report:
         cache_bytes: measured and planned bytes of the converted cache by context length.
         source_bytes: measured bytes of the source's cache by context length.
         retrieval: nll and exact by name, where it was asked for.
+        unseen: calibration left the text out.
     """
 
     quality: dict[str, dict[str, float]]
@@ -47,6 +48,7 @@ class Report:
     cache_bytes: dict[int, dict[str, float]] = field(default_factory=dict)
     source_bytes: dict[int, float] = field(default_factory=dict)
     retrieval: dict[str, dict[str, float]] = field(default_factory=dict)
+    unseen: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """The report as nested objects, figures a token."""
@@ -62,11 +64,13 @@ class Report:
             "context": self.context,
             "windows": self.windows,
             "chunk": self.chunk,
+            "unseen": self.unseen,
         }
 
     def tables(self) -> list[Table]:
         """Tables for the terminal."""
-        quality = Table(title=f"{self.windows} windows of {self.context} tokens, {self.chunk} a step")
+        seen = "" if self.unseen else ", calibrated on too"
+        quality = Table(title=f"{self.windows} windows of {self.context} tokens, {self.chunk} a step{seen}")
         for title in ("model", "perplexity", "ratio", "KL (nats)", "cache bytes/token", "of source"):
             quality.add_column(title, justify="left" if title == "model" else "right")
         base = self.quality["source"]
@@ -103,10 +107,10 @@ class Report:
 
 def subjects(converted: CllaForCausalLM, kv_dtype: torch.dtype) -> dict[str, Subject]:
     """Source, source with an int4 cache, and converted model; the weights are shared."""
-    source, layers = converted.source, converted.config.text_config.num_hidden_layers
+    source, config = converted.source, converted.config.text_config
     return {
-        "source": Subject(source, lambda: SourceCache(layers, kv_dtype)),
-        "int4": Subject(source, lambda: SourceCache(layers, "int4")),
+        "source": Subject(source, lambda: SourceCache(config, kv_dtype)),
+        "int4": Subject(source, lambda: SourceCache(config, "int4")),
         "converted": Subject(converted, converted.new_cache),
     }
 
@@ -121,6 +125,7 @@ def before_and_after(
     contexts: tuple[int, ...] = (),
     retrieval_context: int = 0,
     retrieval_trials: int = 16,
+    unseen: bool = True,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Report:
     """Run source and converted model over the same text, through the caches they really keep.
@@ -135,6 +140,7 @@ def before_and_after(
         contexts: lengths at which caches are measured; T is always among them.
         retrieval_context: tokens around a planted code; 0 leaves retrieval out.
         retrieval_trials: number of codes.
+        unseen: calibration left the windows out.
         on_step: called with 1 after each window.
     """
     device = converted.device
@@ -165,17 +171,22 @@ def before_and_after(
         windows=len(windows),
         chunk=chunk,
         cache_bytes={
-            c: {"bytes_per_token": cache[c] / c, "planned_bytes_per_token": plan.bytes_at(c) / c} for c in lengths
+            c: {
+                "bytes_per_token": cache[c] / c,
+                "planned_bytes_per_token": (plan.bytes_at(c) + plan.kept_bytes_at(c)) / c,
+            }
+            for c in lengths
         },
         source_bytes={c: source[c] / c for c in lengths},
         retrieval=codes,
+        unseen=unseen,
     )
 
 
 def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
     """The plan for the terminal: groups, ranks, bits by tier, bytes, predicted loss."""
     table = Table(title="Plan")
-    for title in ("layers", "rank", "bits:components", "bytes/token", "predicted loss"):
+    for title in ("layers", "rank", "bits:components", "bytes/token", "share of loss"):
         table.add_column(title, justify="right" if title not in ("layers", "bits:components") else "left")
     total = plan.predicted_loss or 1.0
     for group in plan.groups:

@@ -75,6 +75,10 @@ class Timeline:
             self._padding = torch.where(self._padding >= self.length, leading, self._padding)
             self.max_padding = int(self._padding.max())
 
+    def end(self) -> None:
+        """After the forward pass: nothing but bookkeeping is kept."""
+        self._memo = {}
+
     @property
     def padding(self) -> Tensor:
         """[B] padded slots before each sequence's first token."""
@@ -269,14 +273,15 @@ class LatentGroup:
         """The tensors kept, allocated at the first token on its device."""
         if self.held is None:
             batch, slots, row = like.shape[0], exact_slots(self.window, self.block), self.layout.row_bytes
-            exact = torch.zeros(
-                len(self.layers), batch, 2 * self.heads, slots + self.sinks, self.head_dim,
-                dtype=self.storage_dtype, device=like.device,
-            )  # fmt: skip
+
+            def zeros(slots: int) -> Tensor:
+                shape = (len(self.layers), batch, 2 * self.heads, slots, self.head_dim)
+                return torch.zeros(*shape, dtype=self.storage_dtype, device=like.device)
+
             self.held = _Storage(
                 rows=torch.empty(batch, 0, row, dtype=torch.uint8, device=like.device),
-                exact=exact[:, :, :, :slots].clone(),
-                sink=exact[:, :, :, slots:].clone(),
+                exact=zeros(slots),
+                sink=zeros(self.sinks),
                 pending=torch.zeros(batch, slots if self.first else 0, row, dtype=torch.uint8, device=like.device),
             )
         return self.held
@@ -357,16 +362,23 @@ class CllaCache(Cache):
             for spec, module in zip(settings["groups"], codec.groups, strict=True)
         ]
         kept = DynamicCache(config=config.text_config).layers if settings["kept_layers"] else []
-        layers: dict[int, Any] = {i: kept[i] for i in settings["kept_layers"]}
+        self.kept: dict[int, Any] = {i: kept[i] for i in settings["kept_layers"]}
+        layers: dict[int, Any] = dict(self.kept)
         layers.update({i: CllaLayer(group, i) for group in self.groups for i in group.layers})
         self.group_of_first_layer = {group.layers[0]: group for group in self.groups}
         super().__init__(layers=[layers[i] for i in sorted(layers)])
 
+    def end(self) -> None:
+        """After a forward pass: drop what was only needed during it."""
+        self.timeline.end()
+        for layer in self.kept.values():
+            if layer.keys is not None:  # a sliding layer keeps a view of the whole chunk
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that is kept between forward passes, counted by storage."""
-        own = [t for layer in self.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-        kept = [t for t in own if t is not None]
+        kept = [t for layer in self.kept.values() for t in (layer.keys, layer.values) if t is not None]
         held = kept + self.timeline.tensors() + [t for group in self.groups for t in group.tensors()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 

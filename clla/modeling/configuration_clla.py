@@ -19,6 +19,7 @@ class CllaConfig(PreTrainedConfig):
     """
 
     model_type = "clla"
+    _auto_class = "AutoConfig"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - as the base class has it
     has_no_defaults_at_init = True
 

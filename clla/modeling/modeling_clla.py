@@ -56,7 +56,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = CllaConfig
     base_model_prefix = "source"
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = False  # recomputation would see a cache that has moved on
+    _auto_class = "AutoModelForCausalLM"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -90,7 +91,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
-    ) -> "CllaForCausalLM":
+    ) -> Any:
         """As in transformers; a codec-only checkpoint takes its weights from `config.base_model`.
 
         Raises:
@@ -104,21 +105,44 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         codec = load_file(str(cached_file(path, CODEC_FILE)))
         if tensor_digest(codec) != config.clla["codec_sha256"]:
             raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it anew")
-        kwargs = {k: v for k, v in kwargs.items() if k in ("dtype", "device_map", "attn_implementation")}
+        unfit = ("revision", "subfolder", "code_revision", "state_dict")  # these speak of the codec's files
+        kwargs = {k: v for k, v in kwargs.items() if k not in unfit}
         kwargs["dtype"] = kwargs.get("dtype") or config.dtype
         gguf_file = config.base_model.get("gguf_file")
         if gguf_file:
             kwargs["gguf_file"] = gguf_file
             if hasattr(transformers, "GgufConfig"):
                 kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        source = AutoModelForCausalLM.from_pretrained(config.base_model["path"], **kwargs)
+        if config.base_model.get("hub_revision"):
+            kwargs["revision"] = config.base_model["hub_revision"]
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(config.base_model["path"], **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"this checkpoint holds the codec alone and its base model {config.base_model['path']!r} cannot be "
+                f"opened: put it there again, or set base_model.path in config.json ({error})"
+            ) from error
+        source, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            wanted, found = getattr(config.text_config, name), getattr(source.config, name)
+            if wanted != found:
+                raise ValueError(
+                    f"the base model {config.base_model['path']!r} has {name} {found}, the codec was made for {wanted}"
+                )
         with torch.device("meta"):
             model = cls(config)
         model.source = source
         model.codec.load_state_dict(codec, assign=True)
         model.codec.to(device=source.device, dtype=source.dtype)
         model.watch_inputs()
-        return model.eval()
+        return (model.eval(), *info) if info else model.eval()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the weights are written whole, also those of a codec-only checkpoint."""
+        codec = {k: v.detach().cpu().contiguous() for k, v in self.codec.state_dict().items()}
+        self.config.clla["codec_sha256"] = tensor_digest(codec)
+        self.config.base_model = None
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def new_cache(self) -> CllaCache:
         """An empty compressed cache for one batch of sequences."""
@@ -146,8 +170,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Optional[Tensor] = None,
         use_cache: Optional[bool] = None,
         logits_to_keep: "int | Tensor" = 0,
+        return_dict: Optional[bool] = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> "CausalLMOutputWithPast | tuple[Any, ...]":
         """Run the source through the compressed cache, chunk by chunk.
 
         Args:
@@ -158,6 +183,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             labels: [B, T], for the loss.
             use_cache: False only means that the cache is not returned.
             logits_to_keep: number of last positions whose logits are wanted (0: all), or their indices.
+            return_dict: False gives a tuple.
 
         Returns:
             Loss, logits and cache; hidden states of all chunks where asked for.
@@ -191,8 +217,10 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=min(stop - start, max(1, stop - keep)),
+                return_dict=True,
                 **kwargs,
             )
+            cache.end()
             if stop > keep:
                 outputs.append(output)
         logits = torch.cat([output.logits for output in outputs], dim=1)
@@ -206,18 +234,28 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = tuple(
                 torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs), strict=True)
             )
-        return CausalLMOutputWithPast(
+        result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=cache if use_cache or (use_cache is None and self.config.use_cache) else None,
             hidden_states=hidden,
             attentions=outputs[0].attentions if len(outputs) == 1 else None,
         )
+        return result.to_tuple() if return_dict is False else result
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` must not make a cache of its own: the forward pass does."""
-        return False
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: "dict[str, Any]", *args: Any, **kwargs: Any
+    ) -> None:
+        """Give `generate` the compressed cache (versions differ in the parameters that follow)."""
+        if generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not for converted models: "
+                "leave it out, the compressed cache is used by itself"
+            )
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
 
 
 def _kept_from(count: int, logits_to_keep: "int | Tensor") -> int:
