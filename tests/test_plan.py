@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
 import pytest
@@ -37,13 +37,15 @@ from clla.convert.planners import (
 from clla.convert.quantize import ERROR_SHARE
 from clla.convert.spectra import Spectra
 from clla.errors import UsageError
+from clla.modeling.quantize_clla import RowLayout
 from clla.recipe import PlanConfig
 
 TIER = 8
 
 
-def bit_cost(bits: int) -> int:
-    return bits * TIER + 8 if bits else 0
+def row_bits(tier_bits: Sequence[int], tier_size: int = TIER) -> int:
+    """Codes, and 8 bits of scale for every width in use; width 0 is not stored."""
+    return sum(tier_bits) * tier_size + 8 * len(set(tier_bits) - {0})
 
 
 def partitions(num_layers: int, largest: int, start: int = 0) -> Iterator[list[Segment]]:
@@ -77,7 +79,7 @@ def cheapest_by_cost(option: Candidate, widths: tuple[int, ...]) -> dict[int, fl
     best: dict[int, float] = {}
     for bits in product((0, *widths), repeat=len(option.tiers)):
         if list(bits) == sorted(bits, reverse=True):
-            cost = sum(map(bit_cost, bits))
+            cost = row_bits(bits)
             best[cost] = min(best.get(cost, math.inf), loss_of(option, bits))
     return best
 
@@ -102,9 +104,9 @@ def exhaustive(candidates: dict[Segment, Candidate], num_layers: int, budget: in
 
 
 def total(choices: dict[Segment, Choice]) -> tuple[int, float]:
-    """Bits and loss, reckoned anew from the widths."""
+    """Bits and loss; the bits are those of the widths, and of the rows that the layout stores."""
     for choice in choices.values():
-        assert choice.total_bits == sum(map(bit_cost, choice.bits))
+        assert choice.total_bits == row_bits(choice.bits) == RowLayout(choice.bits, TIER).row_bytes * 8
     return sum(c.total_bits for c in choices.values()), sum(c.loss for c in choices.values())
 
 
@@ -132,12 +134,10 @@ def test_choose_bits_equals_brute_force(tiers: int, log_price: float, widths: tu
     option, price = Candidate(torch.tensor(worth, dtype=torch.float64), 0.25), math.exp(log_price)
     choice = choose_bits(option, price, widths, TIER)
     assert list(choice.bits) == sorted(choice.bits, reverse=True) and 0 not in choice.bits
-    assert choice.total_bits == sum(map(bit_cost, choice.bits))
+    assert choice.total_bits == row_bits(choice.bits) == RowLayout(choice.bits, TIER).row_bytes * 8
     assert choice.loss == pytest.approx(loss_of(option, choice.bits))
-    best = 0.25
-    for w in worth:
-        best += min(ERROR_SHARE[b] * w + price * bit_cost(b) for b in (0, *widths))
-    assert choice.loss + price * choice.total_bits == pytest.approx(best)
+    least = min(loss + price * cost for cost, loss in cheapest_by_cost(option, widths).items())
+    assert choice.loss + price * choice.total_bits == pytest.approx(least)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -151,6 +151,24 @@ def test_solve_is_close_to_exhaustive_search(seed: int, widths: tuple[int, ...])
         assert bits <= budget
         assert loss == pytest.approx(sum(loss_of(candidates[s], c.bits) for s, c in choices.items()))
         assert best - 1e-9 <= loss <= best * 1.35 + 1e-9
+
+
+@given(
+    tiers=st.integers(1, 6),
+    log_price=st.floats(-9, 3),
+    tier_size=st.sampled_from((8, 16, 64)),
+    widths=st.sampled_from([(2,), (1, 3, 16), (1, 2, 3, 4, 5, 6, 7, 8, 16)]),
+    budget=st.integers(0, 4000),
+)
+@settings(deadline=None, max_examples=40)
+def test_total_bits_are_the_stored_rows(
+    tiers: int, log_price: float, tier_size: int, widths: tuple[int, ...], budget: int
+) -> None:
+    option = Candidate(10.0 ** -torch.arange(tiers, dtype=torch.float64), 0.0)
+    solved = solve({(0, 1): option}, num_layers=1, budget_bits=budget, widths=widths, tier_size=tier_size)
+    for choice in (choose_bits(option, math.exp(log_price), widths, tier_size), solved[0, 1]):
+        assert choice.total_bits == RowLayout(choice.bits, tier_size).row_bytes * 8
+    assert solved[0, 1].total_bits <= budget
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6), st.integers(0, 1500))
@@ -184,12 +202,43 @@ def test_a_budget_for_everything_buys_the_widest_of_everything() -> None:
     assert all(choice.bits == (8, 8) for choice in choices.values())
 
 
-@pytest.mark.parametrize("budget", (23, 24, 40, 41, 71, 72))
+@pytest.mark.parametrize("budget", (7, 8, 23, 24, 39, 40, 55, 56, 1000))
 def test_what_is_left_is_spent(budget: int) -> None:
     """Three equal tiers: the price jumps over all of them at once, so the rest must buy single upgrades."""
     candidates = {(0, 1): Candidate(torch.ones(3, dtype=torch.float64), 0.0)}
     choices = solve(candidates, num_layers=1, budget_bits=budget, widths=(2,), tier_size=TIER)
-    assert choices[0, 1].bits == (2,) * (budget // 24)
+    assert choices[0, 1].bits == (2,) * min(3, max(0, budget - 8) // 16)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    budget=st.integers(0, 1200),
+    widths=st.sampled_from([(2,), (2, 4), (1, 3, 8), (1, 2, 3, 4, 5, 6, 8)]),
+)
+@settings(deadline=None, max_examples=40)
+def test_no_single_upgrade_is_left_that_fits(seed: int, budget: int, widths: tuple[int, ...]) -> None:
+    """Every other width of every tier, the scales of the row counted anew."""
+    candidates = random_candidates(4, 2, 3, seed)
+    choices = solve(candidates, num_layers=4, budget_bits=budget, widths=widths, tier_size=TIER)
+    left = budget - total(choices)[0]
+    for segment, choice in choices.items():
+        option = candidates[segment]
+        padded = [*choice.bits, *([0] * (len(option.tiers) - len(choice.bits)))]
+        for tier, width in product(range(len(padded)), widths):
+            changed = [*padded[:tier], width, *padded[tier + 1 :]]
+            if width > padded[tier] and changed == sorted(changed, reverse=True):
+                assert row_bits(changed) - choice.total_bits > left
+    if any(c.bits != (widths[-1],) * len(candidates[s].tiers) for s, c in choices.items()):
+        steps = [b - a for a, b in pairwise((0, *widths))]
+        assert left < max(steps) * TIER + 8  # less than one tier's next width and its scale
+
+
+def test_the_rest_buys_a_width_that_frees_a_scale() -> None:
+    """(2, 1) and (2, 2) take the same bits at 8 components a tier: nothing may be left of it."""
+    candidates = {(0, 1): Candidate(torch.tensor([1.0, 0.3], dtype=torch.float64), 0.0)}
+    assert row_bits((2, 1)) == row_bits((2, 2)) == 40
+    choices = solve(candidates, num_layers=1, budget_bits=40, widths=(1, 2), tier_size=TIER)
+    assert choices[0, 1].bits == (2, 2)
 
 
 def test_candidate_counts_what_lies_beyond_whole_tiers_as_residual() -> None:
@@ -206,6 +255,17 @@ def test_a_layer_narrower_than_a_tier_can_only_be_shared() -> None:
     candidates = {(0, 1): empty, (1, 1): empty, (0, 2): Candidate(torch.ones(1, dtype=torch.float64), 0.0)}
     choices = solve(candidates, num_layers=2, budget_bits=100, widths=(2, 4), tier_size=TIER)
     assert {s: c.bits for s, c in choices.items()} == {(0, 2): (4,)}
+
+
+def test_a_group_narrower_than_a_tier_is_left_uncoded() -> None:
+    choices = solve(
+        {(0, 1): Candidate(torch.zeros(0, dtype=torch.float64), 1.0)},
+        num_layers=1,
+        budget_bits=100,
+        widths=(2, 4),
+        tier_size=TIER,
+    )
+    assert choices == {(0, 1): Choice((), 0, 1.0)}
 
 
 def test_segments() -> None:
@@ -278,7 +338,7 @@ def test_pyramid_gives_lower_layers_more() -> None:
     stats = sampled(num_layers=6, head_dim=8, hidden=24, tokens=400).stats
     config = PlanConfig(planner="pyramid", max_group_size=2, tier_size=TIER, bits=(2, 4))
     plan = planned(stats, config, 30.0, None, 16)
-    bits = [sum(map(bit_cost, group.tier_bits)) for group in plan.groups]
+    bits = [row_bits(group.tier_bits) for group in plan.groups]
     assert bits == sorted(bits, reverse=True) and bits[0] > bits[-1]
 
 
@@ -321,7 +381,7 @@ def test_latent_bits_fill_the_budget_and_no_more(
         )
     except UsageError:
         left = budget * context - (buffer + sinks) * source_bytes
-        assert rows == 0 or left * 8 / rows < bit_cost(1)
+        assert rows == 0 or left * 8 / rows < row_bits([1])
         return
     row_bytes = bits / 8
     assert (buffer + sinks) * source_bytes + rows * row_bytes <= budget * context * (1 + 1e-12)

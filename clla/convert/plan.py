@@ -52,13 +52,26 @@ def candidate(eigenvalues: Tensor, energy: float, tier_size: int) -> Candidate:
 
 
 def choose_bits(option: Candidate, price: float, widths: Sequence[int], tier_size: int) -> Choice:
-    """Best width of each tier at a price a bit."""
+    """Never increasing widths of least loss plus price, scales included, by dynamic programming over the tiers."""
+    order = [0, *sorted(widths)]
     shares, costs = _tables(widths, tier_size)
-    total = option.tiers[:, None] * shares + price * costs  # [tiers, widths]
-    best = total.argmin(1)
-    bits = tuple(([0, *sorted(widths)])[int(i)] for i in best if int(i) > 0)
-    loss = float((option.tiers * shares[best]).sum()) + option.residual
-    return Choice(bits, int(costs[best].sum()) + SCALE_BITS * len(set(bits)), loss)
+    steps: list[list[int]] = []  # width of the tier before, by width of this tier
+    best = [price * SCALE_BITS * (b > 0) for b in order]  # least cost so far, by width of the last tier
+    for i, added in enumerate((option.tiers[:, None] * shares + price * costs).tolist()):
+        if i:
+            before, least, wider = [], math.inf, 0
+            for level in reversed(range(len(order))):
+                opened = least + price * SCALE_BITS * (level > 0)
+                before.append(level if best[level] <= opened else wider)
+                if best[level] < least:
+                    least, wider = best[level], level
+                best[level] = min(best[level], opened)
+            steps.append(before[::-1])
+        best = [a + b for a, b in zip(best, added, strict=True)]
+    levels = [min(range(len(order)), key=best.__getitem__)] if len(option.tiers) else []
+    for before in reversed(steps):
+        levels.append(before[levels[-1]])
+    return _choice(option, [level for level in reversed(levels) if level], order, shares, costs)
 
 
 def cheapest_partition(costs: dict[Segment, float], num_layers: int) -> list[Segment]:
@@ -159,7 +172,7 @@ def _spend_rest(
 
 
 def _choice(option: Candidate, levels: list[int], order: list[int], shares: Tensor, costs: Tensor) -> Choice:
-    index = torch.tensor(levels + [0] * (len(option.tiers) - len(levels)))
+    index = torch.tensor(levels + [0] * (len(option.tiers) - len(levels)), dtype=torch.long)
     loss = float((option.tiers * shares[index]).sum()) + option.residual
     bits = tuple(order[i] for i in levels)
     return Choice(bits, int(costs[index].sum()) + SCALE_BITS * len(set(bits)), loss)
