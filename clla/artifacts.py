@@ -178,6 +178,8 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys."""
         names = {f.name for f in fields(cls)}
+        if lacking := names - data.keys():
+            raise KeyError(", ".join(sorted(lacking)))
         data = {k: v for k, v in data.items() if k in names}
         groups = tuple(
             LayerGroup(tuple(g["layers"]), tuple(g["tier_bits"]), g["predicted_loss"]) for g in data.pop("groups")

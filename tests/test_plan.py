@@ -284,6 +284,7 @@ def planned(stats: Stats, config: PlanConfig, budget: float, context: int | None
         sinks=sinks,
         kv_itemsize=2,
         kept_layers=(),
+        kept_window=0,
         made_from="test",
         spectra=Spectra(stats, source=config.source),
     )
