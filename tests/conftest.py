@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pico models gain nothing from more, and two runs side by side would block each other
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
