@@ -16,8 +16,7 @@ from dataclasses import replace
 import torch
 
 from clla.artifacts import Stats
-
-RIDGE = 1e-5
+from clla.convert.spectra import RIDGE
 
 
 def surrogate_stats(stats: Stats, metric: str) -> Stats:
