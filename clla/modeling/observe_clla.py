@@ -1,0 +1,62 @@
+"""Let a cache see the attention that reads it: token eviction needs the queries, not only keys and values.
+
+An attention function that does so is registered with `transformers` for every implementation asked for,
+and does nothing else while no cache listens.
+"""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Callable, Iterator, Optional
+
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+PREFIX = "clla_observed_"
+_listener: "ContextVar[Optional[Any]]" = ContextVar("clla_listener", default=None)
+
+
+@contextmanager
+def listening(cache: Any) -> "Iterator[None]":
+    """Within it, attention of a model with an observed implementation goes through `cache.attend`.
+
+    `cache.attend(layer_idx, query, key, value, scaling, plain)` gets the queries [B, H_q, T, d] after RoPE, what
+    `cache.update` returned [B, H, S, d], the scale of the logits, and `plain()`, which computes the attention as
+    the model would. It returns the output [B, T, H_q, d].
+    """
+    token = _listener.set(cache)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def observed(implementation: str) -> str:
+    """Name of the observed twin of an attention implementation, registered if it is not yet.
+
+    Args:
+        implementation: a name that `AttentionInterface` knows, e.g. `sdpa`.
+    """
+    name = PREFIX + implementation
+    if name not in AttentionInterface():
+        own = AttentionInterface()[implementation]
+        AttentionInterface.register(name, _observing(own))
+        AttentionMaskInterface.register(name, AttentionMaskInterface()[implementation])
+    return name
+
+
+def _observing(own: "Callable[..., Any]") -> "Callable[..., Any]":
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> "tuple[Tensor, Any]":
+        def plain() -> Tensor:
+            return own(module, query, key, value, attention_mask, **kwargs)[0]
+
+        cache = _listener.get()
+        if cache is None:
+            return own(module, query, key, value, attention_mask, **kwargs)
+        scaling = kwargs.get("scaling")
+        if scaling is None:
+            scaling = query.shape[-1] ** -0.5
+        return cache.attend(module.layer_idx, query, key, value, scaling, plain), None
+
+    return attention
