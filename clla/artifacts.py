@@ -25,6 +25,7 @@ from clla.modeling.cache_clla import exact_slots, leaving_slots
 from clla.modeling.quantize_clla import RowLayout, tensor_digest
 
 ARTIFACT_VERSION = 1
+EVICT_BYTES = 6  # a row of a group with a capacity: position (int32) and score (half)
 
 
 def digest(*parts: Any) -> str:
@@ -114,6 +115,7 @@ class Plan:
         window: newest tokens kept exact (the buffer holds up to `flush_block` more).
         sinks: first tokens kept exact.
         flush_block: tokens that leave the window at once.
+        capacity: latents a group keeps at most, the least attended leave; None keeps all.
         kept_layers: layers left with the source's own cache (bounded by a sliding window).
         kept_window: that sliding window.
         source: `group` or `first`, where the latent comes from.
@@ -136,6 +138,7 @@ class Plan:
     made_from: str
     kept_layers: tuple[int, ...] = ()
     kept_window: int = 0
+    capacity: int | None = None
 
     @property
     def predicted_loss(self) -> float:
@@ -164,7 +167,10 @@ class Plan:
 
     def bytes_at(self, context: int) -> float:
         """Cache bytes of one sequence of `context` tokens, layers left alone not included."""
-        return self.exact_bytes + encoded_slots(context, self.window, self.flush_block) * self.row_bytes
+        rows = encoded_slots(context, self.window, self.flush_block)
+        if self.capacity is None:
+            return self.exact_bytes + rows * self.row_bytes
+        return self.exact_bytes + min(rows, self.capacity) * (self.row_bytes + EVICT_BYTES * len(self.groups))
 
     def kept_bytes_at(self, context: int) -> int:
         """Cache bytes of the layers left alone: a sliding window keeps one token less than its width."""
@@ -178,7 +184,7 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys."""
         names = {f.name for f in fields(cls)}
-        if lacking := names - data.keys():
+        if lacking := names - data.keys() - {"capacity"}:  # checkpoints made before eviction have none
             raise KeyError(", ".join(sorted(lacking)))
         data = {k: v for k, v in data.items() if k in names}
         groups = tuple(

@@ -94,6 +94,10 @@ def convert(
     ] = None,
     window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
     sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,
+    evict: Annotated[
+        Optional[float],
+        typer.Option(help="Share of the latents that leaves again, least attended first.", rich_help_panel=PLAN),
+    ] = None,
     max_group_size: Annotated[
         Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
     ] = None,
@@ -148,7 +152,13 @@ def convert(
                     "sequence_length": sequence_length,
                     "seed": seed,
                 },
-                "budget": {"kv_budget": kv_budget, "at_context": at_context, "window": window, "sinks": sinks},
+                "budget": {
+                    "kv_budget": kv_budget,
+                    "at_context": at_context,
+                    "window": window,
+                    "sinks": sinks,
+                    "evict": evict,
+                },
                 "plan": {
                     "max_group_size": max_group_size,
                     "bits": bits.split(",") if bits is not None else None,

@@ -43,6 +43,13 @@ class BudgetConfig(_Section):
     )
     window: int | None = Field(None, ge=0, description="newest tokens kept exact; default: derived from the budget")
     sinks: int = Field(4, ge=0, description="first tokens kept exact")
+    evict: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the latents that leaves again at `at_context`: each group drops the least attended; "
+        "for budgets below what latents alone reach",
+    )
 
     @field_validator("kv_budget", mode="before")
     @classmethod

@@ -29,6 +29,7 @@ from clla.convert.planners import (
     PLANNERS,
     WINDOW_SHARE,
     WINDOWS,
+    Room,
     count_candidates,
     derive_window,
     latent_bits,
@@ -348,7 +349,7 @@ def test_progress_counts_every_spectrum(planner: str) -> None:
     stats = sampled(num_layers=5, head_dim=8, hidden=24, tokens=200).stats
     steps: list[int] = []
     config = PlanConfig(planner=planner, max_group_size=2, tier_size=TIER)
-    PLANNERS[planner](Spectra(stats), config, 200, steps.append)
+    PLANNERS[planner](Spectra(stats), config, Room(200), steps.append)
     if planner != "cluster":  # its number of groups is known only afterwards
         assert sum(steps) == count_candidates(config, 5)
     assert steps and set(steps) == {1}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from clla.modeling.observe_clla import PREFIX, listening, observed
+from clla.modeling.observe_clla import is_observed, listening, observed
 
 
 class ObservedModel(nn.Module):
@@ -24,7 +24,7 @@ class ObservedModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         own: str = model.config._attn_implementation
-        if not own.startswith(PREFIX):
+        if not is_observed(own):
             model.set_attn_implementation(observed(own if own in AttentionInterface() else "sdpa"))
         self.model = model
 
@@ -49,11 +49,3 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
     return out.transpose(1, 2)
-
-
-def attention_weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Softmax weights [B, H, G, T, S] in fp32, query heads grouped by their key-value head."""
-    grouped = query.float().unflatten(1, (key.shape[1], -1))
-    logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key.float()) * scaling
-    mask = causal_bias(query.shape[2], key.shape[2], query.device)
-    return logits.masked_fill(~mask, float("-inf")).softmax(-1)

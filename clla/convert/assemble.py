@@ -48,6 +48,6 @@ def attach(model: PreTrainedModel, codec: Codec, block: dict[str, Any]) -> CllaF
             stored = getattr(group, name).to(getattr(torch, block["kv_dtype"]))  # as the checkpoint will hold it
             value = stored.to(device=model.device, dtype=model.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
-    converted.watch_inputs()
+    converted.watch_source()
     converted.generation_config = model.generation_config
     return converted.eval()

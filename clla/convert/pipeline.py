@@ -156,6 +156,7 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
         context=context or None,
         window=window,
         sinks=sinks,
+        evict=recipe.budget.evict,
     )
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
     batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
@@ -272,6 +273,7 @@ class Run:
                 context=budget.at_context or None,
                 window=budget.window,
                 sinks=budget.sinks,
+                evict=budget.evict,
                 kv_itemsize=self.source.dtype.itemsize,
                 kept_layers=self.source.kept_layers,
                 kept_window=self.source.kept_window,

@@ -100,6 +100,7 @@ def solve(
     budget_bits: int,
     widths: Sequence[int],
     tier_size: int,
+    group_bits: int = 0,
 ) -> dict[Segment, Choice]:
     """Partition and bits whose loss is least within `budget_bits` a token.
 
@@ -109,6 +110,7 @@ def solve(
         budget_bits: for all latents of one token, scales included.
         widths: admissible bits a component.
         tier_size: components a tier.
+        group_bits: what every group takes beside its latent.
 
     Returns:
         The chosen segments in layer order with their choices.
@@ -116,11 +118,11 @@ def solve(
 
     def at(price: float) -> dict[Segment, Choice]:
         options = {s: choose_bits(c, price, widths, tier_size) for s, c in candidates.items()}
-        costs = {s: o.loss + price * o.total_bits for s, o in options.items()}
+        costs = {s: o.loss + price * (o.total_bits + group_bits) for s, o in options.items()}
         return {s: options[s] for s in cheapest_partition(costs, num_layers)}
 
     def size(choices: dict[Segment, Choice]) -> int:
-        return sum(choice.total_bits for choice in choices.values())
+        return sum(choice.total_bits + group_bits for choice in choices.values())
 
     worth = max((float(c.tiers[0]) for c in candidates.values() if len(c.tiers)), default=0.0)
     low, high = math.log(max(worth, 1e-30)) - 60.0, math.log(max(worth, 1e-30)) + 5.0  # of the price

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from clla.artifacts import LayerGroup, Plan, Stats, encoded_slots, exact_bytes_of
+from clla.artifacts import EVICT_BYTES, LayerGroup, Plan, Stats, encoded_slots, exact_bytes_of
 from clla.convert.plan import Candidate, Choice, Segment, candidate, every_segment, solve, uniform_segments
 from clla.convert.quantize import SCALE_BITS
 from clla.convert.spectra import Spectra
@@ -16,7 +17,16 @@ from clla.recipe import PlanConfig
 WINDOWS = (128, 64, 32, 16)
 WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
 
-Solver = Callable[[Spectra, PlanConfig, int, Callable[[int], None]], dict[Segment, Choice]]
+
+@dataclass(frozen=True)
+class Room:
+    """Attributes: bits: a token, for all latents; group_bits: of them, what every group takes beside its latent."""
+
+    bits: int
+    group_bits: int = 0
+
+
+Solver = Callable[[Spectra, PlanConfig, Room, Callable[[int], None]], dict[Segment, Choice]]
 
 
 def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int) -> int:
@@ -39,12 +49,20 @@ def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, conte
 
 
 def latent_bits(
-    config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, window: int, sinks: int
+    config: PlanConfig,
+    *,
+    budget: float,
+    source_bytes: int,
+    context: int | None,
+    window: int,
+    sinks: int,
+    evict: float | None = None,
 ) -> int:
-    """Bits a token that the budget leaves for latents.
+    """Bits a token that the budget leaves for the latents that stay.
 
     Raises:
-        UsageError: window and sinks alone take more than the budget, or it leaves less than one tier.
+        UsageError: eviction without a context or a window; window and sinks alone take more than the budget, or it
+            leaves less than one tier.
     """
     if window == 0 and config.source == "group":
         raise UsageError(
@@ -52,10 +70,16 @@ def latent_bits(
             expected="a window of at least 1: a group's latent is known only after its last layer",
             remedy="use --window 1 or more, or --source first",
         )
+    if evict is not None and (context is None or window == 0):
+        raise UsageError(
+            "eviction needs to know how many latents may stay, and an exact window whose queries choose them",
+            expected="a context length and a window of at least 1",
+            remedy="leave out --at-context 0 and --window 0, or --evict",
+        )
     if context is None:
         return int(budget * 8)
     fixed = exact_bytes_of(source_bytes, 0, window, sinks, config.flush_block, config.source)
-    encoded = encoded_slots(context, window, config.flush_block)
+    encoded = kept_rows(encoded_slots(context, window, config.flush_block), evict)
     carried = exact_bytes_of(0, 1, window, sinks, config.flush_block, config.source)  # rows of exact tokens
     bits = int((budget * context - fixed) / (encoded + carried) * 8) if encoded + carried else -1
     smallest = min(config.bits) * config.tier_size + SCALE_BITS
@@ -68,6 +92,11 @@ def latent_bits(
             remedy="raise --kv-budget or --at-context, lower --window, or lower plan.flush_block in a recipe",
         )
     return bits
+
+
+def kept_rows(encoded: int, evict: float | None) -> int:
+    """Latents that stay of those that a context has."""
+    return encoded if evict is None else max(1, round(encoded * (1 - evict)))
 
 
 def make_plan(
@@ -83,6 +112,7 @@ def make_plan(
     kept_window: int,
     made_from: str,
     spectra: Spectra,
+    evict: float | None = None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Choose layer groups, ranks and bits.
@@ -99,14 +129,23 @@ def make_plan(
         kept_window: their sliding window.
         made_from: hash of the stats and settings.
         spectra: weighted moments of `stats`.
+        evict: share of the latents that leaves again at `context`.
         on_step: called after each candidate group, for progress.
 
     Raises:
         UsageError: the budget does not hold window and sinks.
     """
     source_bytes = len(stats.layers) * stats.kv.values * kv_itemsize
-    bits = latent_bits(config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks)
-    choices = PLANNERS[config.planner](spectra, config, bits, on_step)
+    bits = latent_bits(
+        config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks, evict=evict
+    )
+    capacity, room = None, Room(bits)
+    if evict is not None and context is not None:
+        capacity, room = (
+            kept_rows(encoded_slots(context, window, config.flush_block), evict),
+            Room(bits, 8 * EVICT_BYTES),
+        )
+    choices = PLANNERS[config.planner](spectra, config, room, on_step)
     groups = tuple(
         LayerGroup(tuple(stats.layers[start : start + size]), choice.bits, choice.loss)
         for (start, size), choice in choices.items()
@@ -125,6 +164,7 @@ def make_plan(
         made_from=made_from,
         kept_layers=kept_layers,
         kept_window=kept_window,
+        capacity=capacity,
     )
 
 
@@ -146,19 +186,20 @@ def count_candidates(config: PlanConfig, num_layers: int) -> int:
     return -(-num_layers // config.max_group_size)
 
 
-def _dynamic(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _dynamic(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
     count = len(spectra.stats.layers)
-    return _within(spectra, every_segment(count, config.max_group_size), config, bits, on_step)
+    return _within(spectra, every_segment(count, config.max_group_size), config, room, on_step)
 
 
-def _uniform(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _uniform(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
     segments = uniform_segments(len(spectra.stats.layers), config.max_group_size)
-    return _within(spectra, segments, config, bits, on_step)
+    return _within(spectra, segments, config, room, on_step)
 
 
-def _pyramid(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _pyramid(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
     """Budgets falling linearly from the bottom to the top, as PyramidKV's (arXiv 2406.02069) shape."""
     segments = uniform_segments(len(spectra.stats.layers), config.max_group_size)
+    left = room.bits - room.group_bits * len(segments)
     slope = torch.linspace(1.5, 0.5, len(segments), dtype=torch.float64)
     weight = slope * torch.tensor([size for _, size in segments], dtype=torch.float64)
     choices: dict[Segment, Choice] = {}
@@ -166,19 +207,19 @@ def _pyramid(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[
         own = candidates_of(spectra, [segment], config.tier_size, on_step)
         alone = {(0, segment[1]): own[segment]}
         solved = solve(
-            alone, num_layers=segment[1], budget_bits=int(bits * share), widths=config.bits, tier_size=config.tier_size
+            alone, num_layers=segment[1], budget_bits=int(left * share), widths=config.bits, tier_size=config.tier_size
         )
         choices[segment] = solved[0, segment[1]]
     return choices
 
 
-def _cluster(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _cluster(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
     """Agglomerative clustering of neighbouring layers by how much weighted variance they share."""
     from sklearn.cluster import AgglomerativeClustering
 
     count = len(spectra.stats.layers)
     if count == 1 or config.max_group_size == 1:
-        return _uniform(spectra, config, bits, on_step)
+        return _uniform(spectra, config, room, on_step)
     distance = torch.ones(count, count, dtype=torch.float64)
     norms = spectra.weighted[:, 0].double().flatten(1).norm(dim=1)
     for j in range(min(spectra.weighted.shape[1], count)):
@@ -200,19 +241,20 @@ def _cluster(spectra: Spectra, config: PlanConfig, bits: int, on_step: Callable[
             segments[-1] = (start, size + 1)
         else:
             segments.append((layer, 1))
-    return _within(spectra, segments, config, bits, on_step)
+    return _within(spectra, segments, config, room, on_step)
 
 
 def _within(
-    spectra: Spectra, segments: list[Segment], config: PlanConfig, bits: int, on_step: Callable[[int], None]
+    spectra: Spectra, segments: list[Segment], config: PlanConfig, room: Room, on_step: Callable[[int], None]
 ) -> dict[Segment, Choice]:
     options = candidates_of(spectra, segments, config.tier_size, on_step)
     return solve(
         options,
         num_layers=len(spectra.stats.layers),
-        budget_bits=bits,
+        budget_bits=room.bits,
         widths=config.bits,
         tier_size=config.tier_size,
+        group_bits=room.group_bits,
     )
 
 

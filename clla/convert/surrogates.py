@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from clla.artifacts import Stats
 from clla.convert.spectra import RIDGE
@@ -32,14 +33,11 @@ def surrogate_stats(stats: Stats, metric: str) -> Stats:
     flat = torch.eye(n).expand(count, n, n).contiguous()
     if metric == "pca":
         return replace(stats, fisher=flat)
-    assert stats.input_covariance is not None and stats.input_cross is not None and stats.input_mean is not None
-    inputs = stats.input_covariance.double()
-    ridge = RIDGE * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(inputs.shape[-1], dtype=torch.float64)
-    weights = torch.linalg.solve(inputs + ridge[:, None, None] * eye, stats.input_cross[:, 0].double())  # [L, h, n]
-    power = torch.ones_like(inputs[..., 0])
-    if metric == "asvd":
-        power = inputs.diagonal(dim1=-2, dim2=-1) + stats.input_mean.double().square()
+    assert stats.input_cross is not None
+    weights, second_moment, _ = projections(stats)
+    power = second_moment.diagonal(dim1=-2, dim2=-1)
+    if metric == "weights":
+        power = torch.ones_like(power)
     weights = power.sqrt()[:, :, None] * weights
     covariance, cross = torch.zeros_like(stats.covariance), torch.zeros_like(stats.input_cross)
     for j in range(min(covariance.shape[1], count)):
@@ -52,6 +50,21 @@ def surrogate_stats(stats: Stats, metric: str) -> Stats:
         input_covariance=torch.diag_embed(power).float(),
         input_cross=cross,
     )
+
+
+def projections(stats: Stats) -> tuple[Tensor, Tensor, Tensor]:
+    """Key-value projections W [L, h, n], the inputs' second moments E[xxᵀ] [L, h, h] and biases [L, n], fp64.
+
+    Args:
+        stats: collected with inputs.
+    """
+    assert stats.input_covariance is not None and stats.input_cross is not None and stats.input_mean is not None
+    covariance, mean = stats.input_covariance.double(), stats.input_mean.double()
+    ridge = RIDGE * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    covariance = covariance + ridge[:, None, None] * torch.eye(covariance.shape[-1], dtype=torch.float64)
+    weights = torch.linalg.solve(covariance, stats.input_cross[:, 0].double())
+    bias = stats.mean.double() - (mean[:, None] @ weights)[:, 0]
+    return weights, covariance + mean[:, :, None] * mean[:, None], bias
 
 
 def needs_inputs(metric: str, source: str) -> bool:

@@ -199,7 +199,7 @@ def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
             str(layout.row_bytes),
             f"{100 * group.predicted_loss / total:.1f} %",
         )
-    at = plan.at_context
+    at, rows_kept = plan.at_context, plan.capacity
     summary = Table(show_header=False, box=None)
     source = plan.source_bytes_per_token
     rows = [
@@ -207,6 +207,8 @@ def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
         ("latents", f"{plan.row_bytes:,} bytes a token ({100 * plan.row_bytes / source:.2f} %)"),
         ("exact", f"window {plan.window} (+{plan.flush_block - 1}), {plan.sinks} sinks: {plan.exact_bytes:,.0f} bytes"),
     ]
+    if rows_kept is not None:
+        rows.append(("eviction", f"a group keeps at most {rows_kept:,} latents, the most attended"))
     if at is not None:
         total_bytes = plan.bytes_at(at) / at
         rows.append((f"in all at {at:,}", f"{total_bytes:,.0f} bytes a token ({100 * total_bytes / source:.2f} %)"))

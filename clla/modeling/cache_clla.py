@@ -1,12 +1,16 @@
 """The compressed cache: sinks and the newest tokens exact, everything older as packed latents.
 
 Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, G layers of a group,
-r rank, N bytes of a packed row, C = window + flush_block - 1 slots of the exact buffer, S sinks.
+r rank, N bytes of a packed row, K rows kept, C = window + flush_block - 1 slots of the exact buffer, S sinks.
 
 Slots count tokens as they came, padding included; a token's position is its slot minus an offset per
 sequence. The newest slots are exact. When a layer group's last layer has run and the buffer is full,
 the oldest exact tokens are encoded and leave it, `flush_block` at a time. Sinks are the first S tokens
 of each sequence that are no padding; they stay exact wherever they lie.
+
+With a `capacity` a group keeps at most so many rows: when more have come, those that the newest queries look
+at least are dropped (`evict_clla.py`). Rows stay in the order of their slots, padding leaves first, so the
+kept rows are masked like the last K slots before the exact ones.
 """
 
 from dataclasses import dataclass
@@ -17,105 +21,10 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from .evict_clla import best, observed_weight
 from .quantize_clla import RowLayout
 from .rotary_clla import rotate, unrotate
-
-Rope = Callable[[Tensor], "tuple[Tensor, Tensor]"]
-
-
-class Timeline:
-    """Slots, positions and padding of all sequences, shared by all layer groups.
-
-    Args:
-        rope: cosines and sines of positions [B, T]; None for models without rotation.
-    """
-
-    def __init__(self, rope: Optional[Rope]) -> None:
-        self.rope = rope
-        self.reset()
-
-    def reset(self) -> None:
-        self.length = 0  # slots before the current forward pass
-        self.incoming = 0  # slots of the current one
-        self._padding: Optional[Tensor] = None  # [B] padded slots before the first token
-        self.max_padding = 0
-        self._segments: list[tuple[int, Tensor]] = []  # (first slot, slot - position [B])
-        self._memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor]) -> None:
-        """Announce the tokens of the next forward pass.
-
-        Args:
-            position_ids: [B, T].
-            attention_mask: [B, length + T] of zeros and ones, or None for no padding.
-
-        Raises:
-            ValueError: positions jump inside the chunk.
-        """
-        batch, count = position_ids.shape
-        self.length += self.incoming
-        self.incoming = count
-        self._memo = {}
-        slots = torch.arange(self.length, self.length + count, device=position_ids.device)
-        offset = slots[-1] - position_ids[:, -1]
-        if count > 1:
-            expected = slots - offset[:, None]
-            real = expected >= 0 if attention_mask is None else attention_mask[:, self.length :].bool()
-            if bool(((expected != position_ids) & real).any()):
-                raise ValueError(
-                    "position_ids jump inside one call; tokens of one call must stand next to each other: "
-                    "pad on the left, or pass the parts in calls of their own"
-                )
-        if not self._segments or not torch.equal(self._segments[-1][1], offset):
-            self._segments.append((self.length, offset))
-        if self._padding is None:
-            self._padding = torch.zeros(batch, dtype=torch.long, device=position_ids.device)
-        if attention_mask is not None and self.max_padding >= self.length:  # some saw nothing but padding yet
-            leading = (attention_mask.cumsum(-1) == 0).sum(-1)
-            self._padding = torch.where(self._padding >= self.length, leading, self._padding)
-            self.max_padding = int(self._padding.max())
-
-    def end(self) -> None:
-        """After the forward pass: nothing but bookkeeping is kept."""
-        self._memo = {}
-
-    @property
-    def padding(self) -> Tensor:
-        """[B] padded slots before each sequence's first token."""
-        assert self._padding is not None, "begin() announces the tokens first"
-        return self._padding
-
-    def rotation(self, start: int, stop: int) -> "Optional[tuple[Tensor, Tensor]]":
-        """Cosines and sines [B or 1, stop - start, p] of a range of slots."""
-        if self.rope is None:
-            return None
-        if (start, stop) not in self._memo:
-            self._memo[start, stop] = self.rope(self._positions(start, stop))
-        return self._memo[start, stop]
-
-    def _positions(self, start: int, stop: int) -> Tensor:
-        parts = []
-        ends = [first for first, _ in self._segments[1:]] + [stop]
-        for (first, offset), end in zip(self._segments, ends, strict=True):
-            low, high = max(first, start), min(end, stop)
-            if low < high:
-                shared = offset[:1] if bool((offset == offset[0]).all()) else offset
-                parts.append(torch.arange(low, high, device=offset.device) - shared[:, None])
-        rows = max(part.shape[0] for part in parts)
-        return torch.cat([part.expand(rows, -1) for part in parts], dim=1).clamp_(min=0)
-
-    def crop(self, length: int) -> None:
-        self.length, self.incoming, self._memo = length, 0, {}
-        self._segments = [s for s in self._segments if s[0] < length]
-
-    def rebatch(self, select: Callable[[Tensor], Tensor]) -> None:
-        self._memo = {}
-        self._segments = [(first, select(offset)) for first, offset in self._segments]
-        if self._padding is not None:
-            self._padding = select(self._padding)
-
-    def tensors(self) -> "list[Tensor]":
-        return [offset for _, offset in self._segments] + ([self._padding] if self._padding is not None else [])
+from .timeline_clla import Rope, Timeline
 
 
 @dataclass
@@ -123,16 +32,20 @@ class _Storage:
     """What one layer group keeps between forward passes.
 
     Attributes:
-        rows: [B, encoded, N] uint8, packed latents.
+        rows: [B, K, N] uint8, packed latents; K = encoded slots unless some were evicted.
         exact: [G, B, 2H, C, d], newest keys (after RoPE) and values.
         sink: [G, B, 2H, S, d].
         pending: [B, C, N] rows of the exact tokens (`first` only, else [B, 0, N]).
+        positions: [B, K] int32, of the rows (with a capacity only, else [B, 0]).
+        score: [B, K + …] half, attention that rows and the next to join them got since rows last joined.
     """
 
     rows: Tensor
     exact: Tensor
     sink: Tensor
     pending: Tensor
+    positions: Tensor
+    score: Tensor
 
 
 class LatentGroup:
@@ -150,6 +63,7 @@ class LatentGroup:
         self.layout = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
         self.window, self.sinks, self.block = settings["window"], settings["sinks"], settings["flush_block"]
         self.first, self.interleaved = settings["source"] == "first", settings["interleaved_rope"]
+        self.capacity: Optional[int] = settings.get("capacity")
         self.heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
         self.storage_dtype = getattr(torch, settings["kv_dtype"])
         self.codec, self.timeline = codec, timeline
@@ -157,11 +71,14 @@ class LatentGroup:
 
     def reset(self) -> None:
         self.held: Optional[_Storage] = None
-        self.encoded = 0  # slots that are latents
+        self.encoded = 0  # slots that left the exact buffer
+        self.evicted = 0  # how many of them are no longer kept
+        self._judged = 0  # `encoded` when rows were last judged
         self.filled = 0  # slots in `exact`
         self._incoming: dict[int, Tensor] = {}  # layer -> [B, 2H, T, d] of this forward pass
         self._incoming_rows: Optional[Tensor] = None  # [B, T, N] of this forward pass (`first` only)
         self._latents: Optional[Tensor] = None  # unpacked, for the layers of one forward pass
+        self._turns: "Optional[tuple[Tensor, Tensor]]" = None  # rotation of the rows, likewise
 
     @property
     def strict(self) -> bool:
@@ -188,27 +105,30 @@ class LatentGroup:
             both = self._decode(held, index, keys.dtype)
         else:
             self._incoming[layer] = new
-            parts = [self._decode(held, index, keys.dtype)] if self.encoded else []
+            parts = [self._decode(held, index, keys.dtype)] if held.rows.shape[1] else []
             both = torch.cat([*parts, held.exact[index, :, :, : self.filled].to(keys.dtype), new], dim=2)
         if layer == self.layers[-1]:
-            self._latents = None
+            self._latents = self._turns = None
             if not self.strict:
                 self._settle(held)
         return both[:, : self.heads], both[:, self.heads :]
 
     def _decode(self, held: _Storage, index: int, dtype: torch.dtype) -> Tensor:
-        """Keys after RoPE and values of all encoded slots, [B, 2H, encoded, d]; sinks put in their places."""
+        """Keys after RoPE and values of all rows, [B, 2H, K, d]; sinks put in their places."""
         if self._latents is None:
             self._latents = self.layout.unpack(held.rows, self.codec.decoder.dtype)
+            if self.capacity is None:
+                self._turns = self.timeline.rotation(0, self.encoded)
+            else:
+                self._turns = self.timeline.rotation_at(held.positions)
         flat = nn.functional.linear(self._latents, self.codec.decoder[index], self.codec.mean[index])  # [B, T, n]
         both = flat.to(dtype).unflatten(-1, (2 * self.heads, self.head_dim)).transpose(1, 2)
-        rotation = self.timeline.rotation(0, self.encoded)
-        if rotation is not None:
-            keys = rotate(both[:, : self.heads], *rotation, interleaved=self.interleaved)
+        if self._turns is not None:
+            keys = rotate(both[:, : self.heads], *self._turns, interleaved=self.interleaved)
             both = torch.cat((keys.to(dtype), both[:, self.heads :]), dim=1)
-        reach = min(self.encoded, self.timeline.max_padding + self.sinks)
+        reach = min(both.shape[2], self.timeline.max_padding + self.sinks)
         if reach and self.sinks:
-            order = torch.arange(reach, device=both.device) - self.timeline.padding[:, None]  # [B, reach]
+            order = torch.arange(reach, device=both.device) - self._padding_kept[:, None]  # [B, reach]
             sink = held.sink[index].to(dtype).gather(2, self._spread(order, self.sinks))
             is_sink = ((order >= 0) & (order < self.sinks))[:, None, :, None]
             both = torch.cat((torch.where(is_sink, sink, both[:, :, :reach]), both[:, :, reach:]), dim=2)
@@ -243,7 +163,43 @@ class LatentGroup:
             held.pending[:, : total - leaving] = recent_rows[:, leaving:]
             rows = recent_rows[:, :leaving]
         held.rows = torch.cat((held.rows, rows), dim=1)
+        if self.capacity is not None:
+            positions = self.timeline.positions(self.encoded, self.encoded + leaving).to(torch.int32)
+            held.positions = torch.cat((held.positions, positions.expand(len(rows), -1)), dim=1)
         self.encoded += leaving
+
+    @property
+    def _padding_kept(self) -> Tensor:
+        """[B] padded slots that still have a row; they are the first rows."""
+        return (self.timeline.padding - self.evicted).clamp(min=0)
+
+    def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Note how much the newest queries [B, H_q, T, d] of one layer look at each row [B, H, S, d]."""
+        assert self.held is not None and self.capacity is not None
+        reach = self.encoded - self.evicted + self.block  # no more than these can be rows when one is dropped
+        weight = observed_weight(query, key, scaling, self.block, self._padding_kept)[:, :reach].to(
+            self.held.score.dtype
+        )
+        score = self.held.score
+        grown = weight.shape[1] - score.shape[1]
+        self.held.score = nn.functional.pad(score, (0, max(0, grown))) + nn.functional.pad(weight, (0, max(0, -grown)))
+
+    def evict(self) -> None:
+        """After a forward pass: drop the rows beyond the capacity that were looked at least."""
+        held = self.held
+        if held is None or self.capacity is None:
+            return
+        if self.encoded == self._judged:
+            return  # no row has joined
+        excess = held.rows.shape[1] - self.capacity
+        if excess > 0:
+            score = held.score[:, : held.rows.shape[1]].float()
+            stay = best(score, self.capacity, self._padding_kept, self.sinks)
+            held.rows = held.rows.gather(1, stay[:, :, None].expand(-1, -1, held.rows.shape[2]))
+            held.positions = held.positions.gather(1, stay)
+            self.evicted += excess
+        # Zeros rather than nothing, so that the cache has the same size between evictions.
+        held.score, self._judged = held.score.new_zeros(held.rows.shape[:2]), self.encoded
 
     def _before_rope(self, gone: "list[Tensor]") -> Tensor:
         """The group's keys before RoPE and values of slots that leave the window, [B, T, n·G], fp32."""
@@ -283,19 +239,32 @@ class LatentGroup:
                 exact=zeros(slots),
                 sink=zeros(self.sinks),
                 pending=torch.zeros(batch, slots if self.first else 0, row, dtype=torch.uint8, device=like.device),
+                positions=torch.zeros(batch, 0, dtype=torch.int32, device=like.device),
+                score=torch.zeros(batch, 0, dtype=torch.float16, device=like.device),
             )
         return self.held
 
     def crop(self, length: int) -> None:
         self.filled = max(0, min(self.filled, length - self.encoded))
         if self.held is not None and length < self.encoded:
+            if self.evicted:
+                raise ValueError("tokens were evicted meanwhile: the cache can only go back within its exact window")
             self.encoded = length
             self.held.rows = self.held.rows[:, :length].clone()
+            self.held.positions = self.held.positions[:, :length].clone()
+            self.held.score = self.held.score[:, :length].clone()
 
     def rebatch(self, select: Callable[..., Tensor]) -> None:
         held = self.held
         if held is not None:
-            self.held = _Storage(select(held.rows), select(held.exact, 1), select(held.sink, 1), select(held.pending))
+            self.held = _Storage(
+                rows=select(held.rows),
+                exact=select(held.exact, 1),
+                sink=select(held.sink, 1),
+                pending=select(held.pending),
+                positions=select(held.positions),
+                score=select(held.score),
+            )
 
     def tensors(self) -> "list[Tensor]":
         return list(vars(self.held).values()) if self.held is not None else []
@@ -319,7 +288,7 @@ class CllaLayer(CacheLayerMixin):
         return self.group.update(key_states, value_states, self.layer)
 
     def get_mask_sizes(self, query_length: int) -> "tuple[int, int]":
-        return self.seen + query_length, 0
+        return self.seen - self.group.evicted + query_length, self.group.evicted
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -365,15 +334,30 @@ class CllaCache(Cache):
         self.kept: dict[int, Any] = {i: kept[i] for i in settings["kept_layers"]}
         layers: dict[int, Any] = dict(self.kept)
         layers.update({i: CllaLayer(group, i) for group in self.groups for i in group.layers})
-        self.group_of_first_layer = {group.layers[0]: group for group in self.groups}
+        self.group_of_layer = {i: group for group in self.groups for i in group.layers}
         super().__init__(layers=[layers[i] for i in sorted(layers)])
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
+    ) -> Tensor:
+        """Let the layer's group see the queries; the attention itself is the model's (see `observe_clla.py`)."""
+        if layer_idx in self.group_of_layer:
+            self.group_of_layer[layer_idx].watch(query, key, scaling)
+        return plain()
 
     def end(self) -> None:
         """After a forward pass: drop what was only needed during it."""
         self.timeline.end()
+        for group in self.groups:
+            group.evict()
         for layer in self.kept.values():
             if layer.keys is not None:  # a sliding layer keeps a view of the whole chunk
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the cache must see the queries."""
+        return any(group.capacity is not None for group in self.groups)
 
     @property
     def nbytes(self) -> int:

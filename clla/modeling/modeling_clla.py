@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from .cache_clla import CllaCache
 from .configuration_clla import CllaConfig
 from .hooks_clla import attention_modules, rotary_module
+from .observe_clla import is_observed, listening, observed
 from .quantize_clla import RowLayout, tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
@@ -70,11 +71,15 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.codec = CodecModule(config)
         self._no_split_modules = getattr(self.source, "_no_split_modules", None)
         self.prefill_chunk = config.clla["prefill_chunk"]
-        self.watch_inputs()
+        self.watch_source()
         self.post_init()
 
-    def watch_inputs(self) -> None:
-        """Show the first layers' attention inputs to the cache (`first` source only)."""
+    def watch_source(self) -> None:
+        """Show the cache what it needs: queries for eviction, the first layers' attention inputs (`first` source)."""
+        if self.config.clla.get("capacity") is not None:
+            own = self.source.config._attn_implementation
+            if not is_observed(own):
+                self.source.set_attn_implementation(observed(own))
         if self.config.clla["source"] != "first":
             return
         attention = attention_modules(self.source)
@@ -86,7 +91,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         # One source may carry several conversions: only the cache made for this one listens.
         if isinstance(cache, CllaCache) and cache.codec is self.codec:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            cache.group_of_first_layer[module.layer_idx].observe(hidden)
+            cache.group_of_layer[module.layer_idx].observe(hidden)
 
     @classmethod
     def from_pretrained(
@@ -134,7 +139,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         model.source = source
         model.codec.load_state_dict(codec, assign=True)
         model.codec.to(device=source.device, dtype=source.dtype)
-        model.watch_inputs()
+        model.watch_source()
         return (model.eval(), *info) if info else model.eval()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -209,17 +214,18 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         for start in range(0, count, self.prefill_chunk):
             stop = min(start + self.prefill_chunk, count)
             mask = None if attention_mask is None else attention_mask[:, : past + stop]
-            cache.timeline.begin(position_ids[:, start:stop], mask)
-            output = self.source(
-                **{name: inputs[:, start:stop]},
-                attention_mask=mask,
-                position_ids=position_ids[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=min(stop - start, max(1, stop - keep)),
-                return_dict=True,
-                **kwargs,
-            )
+            cache.timeline.begin(position_ids[:, start:stop], mask, left_padded=cache.evicts)
+            with listening(cache if cache.evicts else None):
+                output = self.source(
+                    **{name: inputs[:, start:stop]},
+                    attention_mask=mask,
+                    position_ids=position_ids[:, start:stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=min(stop - start, max(1, stop - keep)),
+                    return_dict=True,
+                    **kwargs,
+                )
             cache.end()
             if stop > keep:
                 outputs.append(output)

@@ -16,7 +16,7 @@ _listener: "ContextVar[Optional[Any]]" = ContextVar("clla_listener", default=Non
 
 
 @contextmanager
-def listening(cache: Any) -> "Iterator[None]":
+def listening(cache: "Optional[Any]") -> "Iterator[None]":
     """Within it, attention of a model with an observed implementation goes through `cache.attend`.
 
     `cache.attend(layer_idx, query, key, value, scaling, plain)` gets the queries [B, H_q, T, d] after RoPE, what
@@ -30,14 +30,24 @@ def listening(cache: Any) -> "Iterator[None]":
         _listener.reset(token)
 
 
+def is_observed(implementation: str) -> bool:
+    """Whether an attention implementation is an observed one."""
+    return implementation.startswith(PREFIX)
+
+
 def observed(implementation: str) -> str:
     """Name of the observed twin of an attention implementation, registered if it is not yet.
 
     Args:
         implementation: a name that `AttentionInterface` knows, e.g. `sdpa`.
+
+    Raises:
+        ValueError: the implementation is the model's own (`eager`).
     """
     name = PREFIX + implementation
     if name not in AttentionInterface():
+        if implementation not in AttentionInterface():
+            raise ValueError(f"eviction cannot observe attn_implementation={implementation!r}: load with 'sdpa'")
         own = AttentionInterface()[implementation]
         AttentionInterface.register(name, _observing(own))
         AttentionMaskInterface.register(name, AttentionMaskInterface()[implementation])
