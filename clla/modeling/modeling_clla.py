@@ -87,9 +87,10 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             attention[spec["layers"][0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
 
     def _show_input_to_cache(self, module: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
-        cache = kwargs.get("past_key_values")
-        # One source may carry several conversions: only the cache made for this one listens.
-        if isinstance(cache, CllaCache) and cache.codec is self.codec:
+        # Families name the cache differently (`past_key_values`, `layer_past`). One source may carry several
+        # conversions: only the cache made for this one listens.
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, CllaCache)]
+        for cache in (cache for cache in caches if cache.codec is self.codec):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cache.group_of_layer[module.layer_idx].observe(hidden)
 
