@@ -1,0 +1,135 @@
+"""What baselines share that store several layers together: exact newest tokens, and blocks that leave them.
+
+A block is compressed when the last layer of its group has run, so the forward pass that brings a token still
+attends to it exactly. Blocks begin at fixed slots: the same keys and values give the same state however they
+were cut into chunks. What a chunk attends to does depend on the cut, as its own tokens are exact.
+
+Shape legend: G layers of a group, B sequences, H key-value heads, T new tokens, M compressed tokens,
+N exact tokens, S all tokens, d head dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from clla.errors import UsageError
+
+
+class GroupStore(ABC):
+    """Storage of neighbouring layers that are compressed together, block by block.
+
+    Args:
+        layers: indices in the order in which the model runs them.
+        block: tokens compressed at a time.
+        sinks: first tokens, handed to `compress` along with the first block.
+    """
+
+    def __init__(self, layers: Sequence[int], *, block: int, sinks: int = 0) -> None:
+        self.layers = list(layers)
+        self.block, self.due = block, block + sinks
+        self.exact: Tensor | None = None  # [G, B, 2H, N, d], keys after RoPE and values
+        self._incoming: list[Tensor] = []  # [B, 2H, T, d] a layer, during one forward pass
+
+    @abstractmethod
+    def compress(self, block: Tensor) -> None:
+        """Take over the oldest exact tokens [G, B, 2H, block, d]; the first time the sinks stand before them."""
+
+    @abstractmethod
+    def past(self, index: int) -> list[Tensor]:
+        """Parts [B, 2H, …, d] that make up all that was compressed of the group's layer number `index`."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """What `compress` has stored, no storage twice."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.tensors(), *([] if self.exact is None else [self.exact])))
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Take one layer's new keys and values [B, H, T, d]; return all of them [B, H, S, d]."""
+        index, new = self.layers.index(layer), torch.cat((keys, values), dim=1)
+        exact = [] if self.exact is None else [self.exact[index]]
+        both = torch.cat([*(part.to(new.dtype) for part in self.past(index)), *exact, new], dim=2)
+        self._incoming.append(new)
+        if layer == self.layers[-1]:
+            self._settle()
+        return both.split((keys.shape[1], values.shape[1]), dim=1)
+
+    def _settle(self) -> None:
+        new = torch.stack(self._incoming)
+        self._incoming = []
+        exact = new if self.exact is None else torch.cat((self.exact, new), dim=3)
+        while exact.shape[3] >= self.due:
+            self.compress(exact[:, :, :, : self.due])
+            exact = exact[:, :, :, self.due :]
+            self.due = self.block
+        self.exact = exact.clone()  # a view would keep the block that has left
+
+
+class GroupLayer(CacheLayerMixin):
+    """One layer's view of its group, as `transformers` expects it."""
+
+    is_sliding = False
+
+    def __init__(self, store: GroupStore, layer: int) -> None:
+        super().__init__()
+        self.store, self.layer, self.seen = store, layer, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.is_initialized = True
+        self.seen += key_states.shape[-2]
+        return self.store.update(key_states, value_states, self.layer)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class GroupedCache(Cache):
+    """A cache some of whose layers are stored in groups; the others stay as the model has them.
+
+    Args:
+        config: the model's text config.
+        stores: one a group.
+    """
+
+    def __init__(self, config: Any, stores: Sequence[GroupStore]) -> None:
+        layers: list[Any] = list(DynamicCache(config=config).layers)
+        for store in stores:
+            for layer in store.layers:
+                layers[layer] = GroupLayer(store, layer)
+        self._stores = stores
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        plain = [layer for layer in self.layers if not isinstance(layer, GroupLayer)]
+        return plain_nbytes(plain) + sum(store.nbytes for store in self._stores)
+
+
+def plain_nbytes(layers: Sequence[Any]) -> int:
+    """Bytes of layers that hold nothing but `keys` and `values`."""
+    return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
+
+
+def check_at_least(least: float, **settings: float) -> None:
+    """Raises UsageError for a setting below the least value it may have."""
+    for name, value in settings.items():
+        if value < least:
+            raise UsageError(f"{name} is {value}", expected=f"{name} of at least {least}", remedy=f"raise {name}")
