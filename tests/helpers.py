@@ -83,3 +83,25 @@ def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_ch
         prefill_chunk=prefill_chunk,
     )
     return attach(model, codec, block)
+
+
+def kept_bytes(owner: object) -> int:
+    """Bytes of every tensor storage reachable from an object of ours, each counted once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [owner]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif hasattr(value, "__dict__") and not isinstance(value, type):
+            waiting += vars(value).values()
+    return sum(storages.values())

@@ -1,21 +1,104 @@
-"""The source model's own cache as it is served: in its checkpoint's dtype, or in int4 a token.
+"""The source model's own cache as it is served: in its checkpoint's dtype, in fp8, or in int4 a token.
 
-What is claimed is what is stored: half-precision tensors, or packed nibbles with fp16 scale and minimum
-per token and head (asymmetric min-max, 4.5 bits a component at head dim 64).
+What is claimed is what is stored: tensors of the dtype, packed nibbles with fp16 scale and minimum per token
+and head (asymmetric min-max, 4.5 bits a component at head dim 64), or fp8 e4m3 codes with either one scale for
+the keys and one for the values of a layer, as engines serve it, or an fp16 scale per token and head.
 
 Shape legend: B sequences, H key-value heads, T tokens, d head dim.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-TINY = 1e-6  # a constant vector has no range; its codes are all zero
+from clla.baselines import minmax
+from clla.errors import UsageError
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+HEADROOM = 4.0  # later tokens may exceed the first chunk; a power of two costs a floating format no precision
+SMALLEST_SCALE = torch.finfo(torch.float16).tiny  # fp16 keeps its relative precision down to here
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 codes of x / scale. Clamped first: some versions and devices cast what is larger to NaN."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+class Codec(Protocol):
+    """How keys, or values, of one layer are kept: encoded parts [B, H, T, …], and what belongs to no token."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of what belongs to no token."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Parts [B, H, T, …] of [B, H, T, d]."""
+
+    def decode(self, *parts: Tensor) -> Tensor:
+        """Inverse of `encode`, fp32."""
+
+
+class Int4:
+    """4 bits, one scale and minimum per token and head."""
+
+    nbytes = 0
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return minmax.pack(x, 4)
+
+    def decode(self, *parts: Tensor) -> Tensor:
+        codes, affine = parts
+        return minmax.unpack(codes, affine, 4)
+
+
+class Fp8TokenHead:
+    """e4m3, one fp16 scale per token and head."""
+
+    nbytes = 0
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        largest = x.float().abs().amax(-1, keepdim=True)
+        scale = (largest / FP8_MAX).clamp_min(SMALLEST_SCALE).half()
+        return to_fp8(x, scale.float()), scale
+
+    def decode(self, *parts: Tensor) -> Tensor:
+        codes, scale = parts
+        return codes.float() * scale.float()
+
+
+class Fp8Tensor:
+    """e4m3, one scale fixed by the first chunk's largest magnitude times `HEADROOM`; larger ones later are clamped.
+
+    So the scale depends on what the first chunk is.
+    """
+
+    def __init__(self) -> None:
+        self.scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.scale is None else self.scale.nbytes
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.scale is None:
+            largest = x.float().abs().amax()
+            self.scale = torch.where(largest > 0, largest * (HEADROOM / FP8_MAX), 1.0)
+        return (to_fp8(x, self.scale),)
+
+    def decode(self, *parts: Tensor) -> Tensor:
+        assert self.scale is not None
+        return parts[0].float() * self.scale
+
+
+CODECS: dict[str, Callable[[], Codec]] = {"int4": Int4, "fp8": Fp8Tensor, "fp8-token-head": Fp8TokenHead}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class StoredLayer(DynamicLayer):
@@ -38,71 +121,75 @@ class StoredLayer(DynamicLayer):
         return sum(t.nbytes for t in (self.keys, self.values) if t is not None)
 
 
-class Int4Layer(DynamicLayer):
-    """Keys (after RoPE) and values in 4 bits, one scale and minimum per token and head."""
+class EncodedLayer(DynamicLayer):
+    """Keys (after RoPE) and values kept encoded; hands out the decoded past and the exact present.
 
-    def __init__(self) -> None:
+    Args:
+        new_codec: called once for keys and once for values.
+    """
+
+    def __init__(self, new_codec: Callable[[], Codec]) -> None:
         super().__init__()
-        self.packed: list[tuple[Tensor, Tensor] | None] = [None, None]
+        self.codecs = (new_codec(), new_codec())
+        self.parts: list[tuple[Tensor, ...]] = [(), ()]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         out = []
-        for i, new in enumerate((key_states, value_states)):
-            codes, affine = pack_int4(new)
-            held = self.packed[i]
-            if held is not None:
-                codes, affine = torch.cat((held[0], codes), 2), torch.cat((held[1], affine), 2)
-            self.packed[i] = (codes, affine)
-            past = codes.shape[2] - new.shape[2]
-            out.append(torch.cat((unpack_int4(codes[:, :, :past], affine[:, :, :past]).to(new.dtype), new), 2))
+        for i, (codec, new) in enumerate(zip(self.codecs, (key_states, value_states), strict=True)):
+            past, encoded = self.parts[i], codec.encode(new)
+            self.parts[i] = tuple(torch.cat(both, 2) for both in zip(past, encoded, strict=True)) if past else encoded
+            out.append(torch.cat((codec.decode(*past).to(new.dtype), new), 2) if past else new)
         return out[0], out[1]
 
     def get_seq_length(self) -> int:
-        return 0 if self.packed[0] is None else self.packed[0][0].shape[2]
+        return self.parts[0][0].shape[2] if self.parts[0] else 0
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for pair in self.packed if pair is not None for t in pair)
+        return sum(t.nbytes for parts in self.parts for t in parts) + sum(codec.nbytes for codec in self.codecs)
 
 
-def pack_int4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [B, H, T, d/2] uint8 and fp16 (scale, minimum) [B, H, T, 2] of [B, H, T, d]."""
-    x = x.float()
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    affine = torch.cat((((high - low) / 15).clamp_min(TINY), low), -1).half()
-    codes = ((x - affine[..., 1:].float()) / affine[..., :1].float()).round().clamp(0, 15).to(torch.uint8)
-    return codes[..., ::2] | (codes[..., 1::2] << 4), affine
-
-
-def unpack_int4(codes: Tensor, affine: Tensor) -> Tensor:
-    """Inverse of `pack_int4`, fp32."""
-    values = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).float()
-    return values * affine[..., :1].float() + affine[..., 1:].float()
-
-
-class SourceCache(Cache):
-    """A source model's cache whose bytes are measured. Sliding-window layers stay bounded, as the model has them.
+class MeasuredCache(Cache):
+    """A cache whose bytes are measured. Sliding-window layers stay bounded, as the model has them.
 
     Args:
         config: the model's config.
-        storage: a dtype, or `int4`.
+        new_layer: makes a layer with `nbytes`, called for each layer whose cache grows with the text.
     """
 
-    def __init__(self, config: Any, storage: torch.dtype | Literal["int4"]) -> None:
-        layers: list[Any] = []
-        for own in DynamicCache(config=config).layers:
-            if type(own) is not DynamicLayer:
-                layers.append(own)
-            else:
-                layers.append(StoredLayer(storage) if isinstance(storage, torch.dtype) else Int4Layer())
-        self._stored = layers
-        super().__init__(layers=layers)
+    def __init__(self, config: Any, new_layer: Callable[[], DynamicLayer]) -> None:
+        own = DynamicCache(config=config).layers
+        super().__init__(layers=[new_layer() if type(layer) is DynamicLayer else layer for layer in own])
 
     @property
     def nbytes(self) -> int:
-        return sum(_nbytes(layer) for layer in self._stored)
+        return sum(_nbytes(layer) for layer in self.layers)
+
+
+class SourceCache(MeasuredCache):
+    """A source model's cache as it is served.
+
+    Args:
+        config: the model's config.
+        storage: a dtype of 16 or 32 bits, `int4`, `fp8` (a scale a tensor) or `fp8-token-head`.
+
+    Raises:
+        UsageError: another storage; among them fp8 as a bare dtype, whose cast without a scale saturates.
+    """
+
+    def __init__(self, config: Any, storage: torch.dtype | Literal["int4", "fp8", "fp8-token-head"]) -> None:
+        if storage not in DTYPES and storage not in CODECS:
+            raise UsageError(
+                f"the cache's storage is {storage}",
+                expected="one of " + ", ".join(map(str, (*DTYPES, *CODECS))),
+                remedy="choose one; for fp8 take fp8 or fp8-token-head, which are scaled",
+            )
+        super().__init__(
+            config,
+            lambda: StoredLayer(storage) if isinstance(storage, torch.dtype) else EncodedLayer(CODECS[storage]),
+        )
 
 
 def _nbytes(layer: Any) -> int:

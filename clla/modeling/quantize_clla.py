@@ -59,7 +59,7 @@ class RowLayout:
         for bits, first, stop in self.classes:
             scale, codes = quantize(latents[..., first:stop], bits)
             scales.append(scale)
-            planes += _to_planes(codes, bits)
+            planes += to_planes(codes, bits)
         if not scales:
             return torch.zeros(*latents.shape[:-1], 0, dtype=torch.uint8, device=latents.device)
         return torch.cat(scales + planes, dim=-1)
@@ -68,7 +68,7 @@ class RowLayout:
         """Latents [..., r] from rows [..., N] of uint8."""
         position, parts = len(self.classes), []
         for i, (bits, first, stop) in enumerate(self.classes):
-            codes, position = _from_planes(rows, bits, stop - first, position)
+            codes, position = from_planes(rows, bits, stop - first, position)
             step = _step(bits, stop - first) * _decode_scale(rows[..., i : i + 1])
             parts.append(((codes + (0.5 - (1 << (bits - 1)))) * step).to(dtype))
         if not parts:
@@ -114,7 +114,8 @@ def _decode_scale(code: Tensor) -> Tensor:
     return torch.where(code > 0, exponent.exp2(), 0.0)
 
 
-def _to_planes(codes: Tensor, bits: int) -> "list[Tensor]":
+def to_planes(codes: Tensor, bits: int) -> "list[Tensor]":
+    """Planes [..., size * w / 8] of uint8, one for each width w of `PLANES[bits]`, of codes [..., size]."""
     planes, shift = [], 0
     for width in PLANES[bits]:
         per_byte = 8 // width
@@ -126,7 +127,8 @@ def _to_planes(codes: Tensor, bits: int) -> "list[Tensor]":
     return planes
 
 
-def _from_planes(rows: Tensor, bits: int, size: int, position: int) -> "tuple[Tensor, int]":
+def from_planes(rows: Tensor, bits: int, size: int, position: int) -> "tuple[Tensor, int]":
+    """Codes [..., size] whose planes begin at byte `position` of rows [..., N], and the byte after them."""
     codes, shift = torch.zeros((), dtype=torch.int32 if bits > 8 else torch.uint8, device=rows.device), 0
     for width in PLANES[bits]:
         per_byte = 8 // width
