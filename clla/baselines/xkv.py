@@ -26,8 +26,8 @@ from torch import Tensor
 
 from clla.baselines.grouped import GroupedCache, GroupStore, check_at_least
 from clla.families import split_layers
-from clla.modeling.timeline_clla import Rope
 from clla.modeling.rotary_clla import rotate, unrotate
+from clla.modeling.timeline_clla import Rope
 
 VALUE_RANK = 1.5  # rank of values to that of keys, as in the paper
 
