@@ -1,0 +1,86 @@
+"""A cache whose layers see the queries of the chunk that brings new tokens, and settle after its attention.
+
+Shape legend: B sequences, H_q query heads, H key-value heads, T new tokens, S keys handed out, d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from clla.errors import UsageError
+
+
+class AttendingLayer(DynamicLayer):
+    """One layer: `update` hands out what is held and the new tokens, `attend` reads them and then makes room."""
+
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = self.attended = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.attended != self.seen:
+            raise UsageError(
+                "a cache that needs the queries was not shown them",
+                expected="attention that goes through the cache",
+                remedy="run the model as ObservedModel(model)",
+            )
+        self.seen += key_states.shape[2]
+        return super().update(key_states, value_states)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]) -> Tensor:
+        """Output [B, T, H_q, d] of queries [B, H_q, T, d] over what `update` handed out [B, H, S, d]."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Keys and values; a layer that holds more adds it."""
+        return self.keys.nbytes + self.values.nbytes if self.keys is not None and self.values is not None else 0
+
+
+class AttendingCache(Cache):
+    """Layers of one method. Sliding-window layers stay as the model has them.
+
+    Args:
+        config: the model's text config.
+        new_layer: makes a layer from its number among the layers that are not sliding.
+    """
+
+    def __init__(self, config: Any, new_layer: Callable[[int], AttendingLayer]) -> None:
+        layers: list[Any] = list(DynamicCache(config=config).layers)
+        for number, i in enumerate(full_layers(config)):
+            layers[i] = new_layer(number)
+        self._held = layers
+        super().__init__(layers=layers)
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
+    ) -> Tensor:
+        layer = self._held[layer_idx]
+        if not isinstance(layer, AttendingLayer):
+            return plain()
+        layer.attended = layer.seen
+        return layer.attend(query, key, value, scaling, plain)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            layer.nbytes
+            if isinstance(layer, AttendingLayer)
+            else sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
+            for layer in self._held
+        )
+
+
+def full_layers(config: Any) -> list[int]:
+    """Indices of a model's layers that are not sliding."""
+    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
