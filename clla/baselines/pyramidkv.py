@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from clla.baselines.attending import AttendingCache, AttendingLayer, full_layers
-from clla.baselines.attention import attention_weights, causal_attention
+from clla.baselines.attention import causal_attention
 from clla.errors import UsageError
+from clla.modeling.evict_clla import attention_weights
 
 BETA = 20  # the paper's: how much smaller than the average the top layer's budget is
 

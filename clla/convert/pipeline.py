@@ -214,10 +214,7 @@ class Run:
             except CorruptArtifactError as error:
                 console.say(f"Calibrating again: {error.got}")
         calibration, plan = self.recipe.calibration, self.recipe.plan
-        model = None
-        if calibration.dataset == "self":
-            model = self.model()
-        batches = self._batches(model)
+        batches = self.batches()
         collector = Collector(
             self.model(),
             layers=self.source.layers,
@@ -237,11 +234,14 @@ class Run:
         stats.save(path)
         return stats
 
-    def _batches(self, model: PreTrainedModel | None) -> list[Tensor] | Iterator[Tensor]:
+    def batches(self) -> list[Tensor] | Iterator[Tensor]:
+        """Token ids [B, T] of the calibration text; an iterator while the model writes it."""
         c = self.recipe.calibration
         assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
-        if model is not None:
-            return self_written(model, self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed)
+        if c.dataset == "self":
+            return self_written(
+                self.model(), self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed
+            )
         documents = load_documents(c.dataset)
         batches = token_batches(
             split_held_out(documents)[0] if self.hold_out else documents,

@@ -11,7 +11,7 @@ from clla.modeling.quantize_clla import RowLayout
 SOURCE_COLOUR, OWN_COLOUR = "#7a7a7a", "#c8452d"
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def axes_of(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -27,7 +27,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         plan: what to draw.
         path: PNG to write.
     """
-    figure, axes = _axes(8, 0.6 + 0.32 * len(plan.groups))
+    figure, axes = axes_of(8, 0.6 + 0.32 * len(plan.groups))
     for y, group in enumerate(plan.groups):
         for bits, first, stop in RowLayout(group.tier_bits, plan.tier_size).classes:
             shade = 0.2 + 0.8 * min(bits, 8) / 8
@@ -50,7 +50,7 @@ def draw_quality(points: dict[str, tuple[float, float]], path: Path, *, title: s
         title: above the picture.
         curve: labels that start with this are joined by a line.
     """
-    figure, axes = _axes(7, 4)
+    figure, axes = axes_of(7, 4)
     for i, (label, (nbytes, perplexity)) in enumerate(points.items()):
         own = label.startswith(curve) if curve else i == len(points) - 1
         axes.plot(nbytes, perplexity, "o" if own else "s", color=OWN_COLOUR if own else SOURCE_COLOUR)

@@ -7,13 +7,15 @@ Shape legend: B sequences, H_q query heads, H key-value heads, G query heads a k
 d head dim.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor, nn
 
 POOL = 7  # neighbouring tokens that lend each other their score: a word is seldom one token
 
 
-def attention_weights(query: Tensor, key: Tensor, scaling: float, padding: Tensor) -> Tensor:
+def attention_weights(query: Tensor, key: Tensor, scaling: float, padding: Optional[Tensor] = None) -> Tensor:
     """Softmax weights [B, H, G, T, S] in fp32 of queries [B, H_q, T, d] whose own tokens are the last of the keys.
 
     The first `padding` [B] keys are hidden; queries that see nothing else give no weight.
@@ -22,7 +24,8 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, padding: Tenso
     logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key.float()) * scaling
     count, total = query.shape[2], key.shape[2]
     hidden = torch.ones(count, total, dtype=torch.bool, device=key.device).triu(total - count + 1)
-    hidden = hidden | (torch.arange(total, device=key.device) < padding[:, None])[:, None, None, None]
+    if padding is not None:
+        hidden = hidden | (torch.arange(total, device=key.device) < padding[:, None])[:, None, None, None]
     return logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
 
 
