@@ -18,6 +18,8 @@ from clla.artifacts import Codec, Plan, Stats, write_text
 from clla.baselines.attention import ObservedModel
 from clla.baselines.kivi import KiviCache
 from clla.baselines.kvsharer import KvSharerCache, Order, Score, replaced, search
+from clla.baselines.less import LessCache, LessMaps
+from clla.baselines.less_training import train_feature_maps
 from clla.baselines.minicache import MiniCacheCache
 from clla.baselines.palu import palu
 from clla.baselines.pyramidkv import PyramidKvCache
@@ -41,6 +43,7 @@ from clla.source import Source, open_source, pick_device
 
 KIVI_BITS = (4, 3, 2)
 PYRAMID_WINDOW, PYRAMID_BLOCK = 8, 16
+LESS_RANK, LESS_SINKS = 8, 4
 SEARCH_SEQUENCES = 2
 SEARCH_TOKENS = 256  # of the calibration sequences that KVSharer's search runs on
 
@@ -156,6 +159,24 @@ def _pyramidkv(bench: Bench, capacity: int, pyramid: bool) -> Callable[[], Any]:
     )
 
 
+def less(bench: Bench, budgets: list[float]) -> Settings:
+    """Feature maps are trained on the calibration sequences, anew for each budget."""
+    model = ObservedModel(bench.model)
+    for budget in budgets:
+        kv = bench.source.kv
+        # The fp32 state takes R·(d + 1) values a head, as many bytes as so many tokens; the blocks come on top.
+        state = -(-LESS_RANK * (kv.head_dim + 1) * 4 // (2 * kv.head_dim * bench.source.dtype.itemsize))
+        capacity = int(budget * bench.context) - LESS_SINKS - PYRAMID_BLOCK - state
+        if capacity < 1 or any(batch.shape[1] <= capacity + LESS_SINKS for batch in bench.batches):
+            continue  # nothing would be kept, or nothing evicted to train on
+        maps = train_feature_maps(bench.model, bench.batches, capacity=capacity, sinks=LESS_SINKS, rank=LESS_RANK)
+        yield f"{capacity} tokens and {LESS_RANK} rows", Subject(model, _less(bench, maps, capacity))
+
+
+def _less(bench: Bench, maps: LessMaps, capacity: int) -> Callable[[], Any]:
+    return lambda: LessCache(bench.source.config, maps, capacity=capacity, sinks=LESS_SINKS, block=PYRAMID_BLOCK)
+
+
 def _queries_per_key(bench: Bench) -> int:
     """Tokens of cache that one token's queries take, rounded up."""
     return -(-bench.source.config.num_attention_heads // (2 * bench.source.kv.num_key_value_heads))
@@ -262,6 +283,7 @@ METHODS: dict[str, Builder] = {
     "kvsharer": kvsharer,
     "think": think,
     "pyramidkv": pyramidkv,
+    "less": less,
     "palu": palu_settings,
     "xkv": xkv,
     "cskv": low_rank({"metric": "asvd"}, 32),
@@ -269,6 +291,9 @@ METHODS: dict[str, Builder] = {
     "clla": own(None),
     "clla-evict": own(0.5),
 }
+
+
+TRAINED = {"less"}  # methods that learn weights
 
 
 def pick_methods(names: str | None) -> list[str]:
@@ -344,7 +369,7 @@ def run_methods(
                     kl=found.kl,
                     retrieval_nll=codes.nll if codes else None,
                     retrieval_exact=codes.exact if codes else None,
-                    trained=False,
+                    trained=method in TRAINED,
                 )
             )
             advance()
