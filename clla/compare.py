@@ -167,7 +167,7 @@ def less(bench: Bench, budgets: list[float]) -> Settings:
         # The fp32 state takes R·(d + 1) values a head, as many bytes as so many tokens; the blocks come on top.
         state = -(-LESS_RANK * (kv.head_dim + 1) * 4 // (2 * kv.head_dim * bench.source.dtype.itemsize))
         capacity = int(budget * bench.context) - LESS_SINKS - PYRAMID_BLOCK - state
-        if capacity < 1 or any(batch.shape[1] <= capacity + LESS_SINKS for batch in bench.batches):
+        if capacity < 1 or any(batch.shape[1] <= capacity + LESS_SINKS + 1 for batch in bench.batches):
             continue  # nothing would be kept, or nothing evicted to train on
         maps = train_feature_maps(bench.model, bench.batches, capacity=capacity, sinks=LESS_SINKS, rank=LESS_RANK)
         yield f"{capacity} tokens and {LESS_RANK} rows", Subject(model, _less(bench, maps, capacity))
