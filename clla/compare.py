@@ -6,6 +6,8 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from clla.artifacts import Codec, Plan, Stats, write_text
 from clla.baselines.attention import ObservedModel
 from clla.baselines.kivi import KiviCache
 from clla.baselines.kvsharer import KvSharerCache, Order, Score, replaced, search
-from clla.baselines.less import LessCache, LessMaps
+from clla.baselines.less import LessCache
 from clla.baselines.less_training import train_feature_maps
 from clla.baselines.minicache import MiniCacheCache
 from clla.baselines.palu import palu
@@ -31,13 +33,14 @@ from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.pipeline import Run, resolve, weigh
 from clla.convert.planners import derive_window, make_plan
+from clla.convert.spectra import Spectra
 from clla.errors import UsageError
 from clla.evaluate.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject
 from clla.evaluate.perplexity import compare as measure
 from clla.evaluate.retrieval import make_trials, retrieve
-from clla.modeling.hooks_clla import rotary_module
+from clla.modeling.hooks_clla import rope_of
 from clla.recipe import Recipe
 from clla.source import Source, open_source, pick_device
 
@@ -72,6 +75,17 @@ class Bench:
     context: int
     chunk: int
 
+    @cached_property
+    def _spectra(self) -> dict[tuple[str, float, str], Spectra]:
+        return {}
+
+    def spectra(self, recipe: Recipe) -> Spectra:
+        """Weighted moments, the same for every budget and bit width."""
+        key = (recipe.plan.metric, recipe.plan.metric_power, recipe.plan.source)
+        if key not in self._spectra:
+            self._spectra[key] = weigh(self.stats, recipe)
+        return self._spectra[key]
+
     def converted(self, plan: Plan, codec: Codec) -> Subject:
         """The model running on a plan and codec."""
         plan = replace(plan, kept_layers=self.source.kept_layers, kept_window=self.source.kept_window)
@@ -101,11 +115,7 @@ def kivi(bench: Bench, budgets: list[float]) -> Settings:
     for sinks in (0, 4):
         for bits in KIVI_BITS:
             setting = f"{bits} bit, residual 128" + (f", {sinks} sinks" if sinks else "")
-            yield setting, Subject(bench.model, _kivi(bench, bits, sinks))
-
-
-def _kivi(bench: Bench, bits: int, sinks: int) -> Callable[[], Any]:
-    return lambda: KiviCache(bench.source.config, bits=bits, sinks=sinks)
+            yield setting, Subject(bench.model, partial(KiviCache, bench.source.config, bits=bits, sinks=sinks))
 
 
 def minicache(bench: Bench, budgets: list[float]) -> Settings:
@@ -123,21 +133,14 @@ def kvsharer(bench: Bench, budgets: list[float]) -> Settings:
     for order, score, threshold in variants:
         leaders = search(bench.model, batches, share=share, order=order, score=score, threshold=threshold)
         setting = f"{replaced(leaders)} of {count} layers shared, {order} first, by {score}"
-        yield setting, Subject(bench.model, _kvsharer(bench, leaders))
-
-
-def _kvsharer(bench: Bench, leaders: dict[int, int]) -> Callable[[], Any]:
-    return lambda: KvSharerCache(bench.source.config, leaders=leaders)
+        yield setting, Subject(bench.model, partial(KvSharerCache, bench.source.config, leaders=leaders))
 
 
 def think(bench: Bench, budgets: list[float]) -> Settings:
     model = ObservedModel(bench.model)
     for ratio in (0.4, 0.6):
-        yield f"{100 * ratio:g} % of the key channels pruned", Subject(model, _think(bench, ratio))
-
-
-def _think(bench: Bench, ratio: float) -> Callable[[], Any]:
-    return lambda: ThinkCache(bench.source.config, ratio=ratio)
+        new_cache = partial(ThinkCache, bench.source.config, ratio=ratio)
+        yield f"{100 * ratio:g} % of the key channels pruned", Subject(model, new_cache)
 
 
 def pyramidkv(bench: Bench, budgets: list[float]) -> Settings:
@@ -150,13 +153,15 @@ def pyramidkv(bench: Bench, budgets: list[float]) -> Settings:
             continue
         for pyramid in (True, False):
             shape = "pyramid" if pyramid else "equal (SnapKV)"
-            yield f"{capacity} tokens, {shape}", Subject(model, _pyramidkv(bench, capacity, pyramid))
-
-
-def _pyramidkv(bench: Bench, capacity: int, pyramid: bool) -> Callable[[], Any]:
-    return lambda: PyramidKvCache(
-        bench.source.config, capacity=capacity, window=PYRAMID_WINDOW, pyramid=pyramid, block=PYRAMID_BLOCK
-    )
+            new_cache = partial(
+                PyramidKvCache,
+                bench.source.config,
+                capacity=capacity,
+                window=PYRAMID_WINDOW,
+                pyramid=pyramid,
+                block=PYRAMID_BLOCK,
+            )
+            yield f"{capacity} tokens, {shape}", Subject(model, new_cache)
 
 
 def less(bench: Bench, budgets: list[float]) -> Settings:
@@ -170,11 +175,10 @@ def less(bench: Bench, budgets: list[float]) -> Settings:
         if capacity < 1 or any(batch.shape[1] <= capacity + LESS_SINKS + 1 for batch in bench.batches):
             continue  # nothing would be kept, or nothing evicted to train on
         maps = train_feature_maps(bench.model, bench.batches, capacity=capacity, sinks=LESS_SINKS, rank=LESS_RANK)
-        yield f"{capacity} tokens and {LESS_RANK} rows", Subject(model, _less(bench, maps, capacity))
-
-
-def _less(bench: Bench, maps: LessMaps, capacity: int) -> Callable[[], Any]:
-    return lambda: LessCache(bench.source.config, maps, capacity=capacity, sinks=LESS_SINKS, block=PYRAMID_BLOCK)
+        new_cache = partial(
+            LessCache, bench.source.config, maps, capacity=capacity, sinks=LESS_SINKS, block=PYRAMID_BLOCK
+        )
+        yield f"{capacity} tokens and {LESS_RANK} rows", Subject(model, new_cache)
 
 
 def _queries_per_key(bench: Bench) -> int:
@@ -197,9 +201,7 @@ def palu_settings(bench: Bench, budgets: list[float]) -> Settings:
 
 def xkv(bench: Bench, budgets: list[float]) -> Settings:
     """Blocks of an eighth of the context; budgets that the unfinished block alone takes are left out."""
-    rotary = rotary_module(bench.model)
-    like = next(bench.model.get_input_embeddings().parameters())[:1]
-    rope = None if rotary is None else lambda positions: rotary(like.to(positions.device), positions)
+    rope, interleaved = rope_of(bench.model), bench.source.family.interleaved_rope
     kv, block, sinks, size = bench.source.kv, max(16, bench.context // 8), 4, 4
     blocks = (bench.context - sinks) // block
     exact = bench.context - blocks * block
@@ -209,12 +211,8 @@ def xkv(bench: Bench, budgets: list[float]) -> Settings:
         rank = int(room / (blocks * (1 + VALUE_RANK) * (block + columns)))
         if rank < 1:
             continue
-        yield f"rank {rank} of 4 layers, blocks of {block}", Subject(bench.model, _xkv(bench, rope, rank, block))
-
-
-def _xkv(bench: Bench, rope: Any, rank: int, block: int) -> Callable[[], Any]:
-    interleaved = bench.source.family.interleaved_rope
-    return lambda: XkvCache(bench.source.config, rope, rank=rank, block=block, interleaved=interleaved)
+        new_cache = partial(XkvCache, bench.source.config, rope, rank=rank, block=block, interleaved=interleaved)
+        yield f"rank {rank} of 4 layers, blocks of {block}", Subject(bench.model, new_cache)
 
 
 def low_rank(plan: dict[str, Any], window: int) -> Builder:
@@ -226,7 +224,7 @@ def low_rank(plan: dict[str, Any], window: int) -> Builder:
                 changes = {**plan, "max_group_size": 1, "planner": "uniform", "source": "first", "bits": (bits,)}
                 found = _planned(bench, bench.recipe.override({"plan": changes}), budget, window)
                 if found is not None:
-                    yield f"{100 * budget:g} %, {bits} bit, window {window}", found[1]
+                    yield f"{100 * budget:g} %, {bits} bit, window {window}", found
 
     return build
 
@@ -246,16 +244,14 @@ def own(evict: float | None) -> Builder:
             found = _planned(bench, bench.recipe, budget, window, evict)
             if found is not None:
                 kept = f", {100 * evict:g} % evicted" if evict else ""
-                yield f"{100 * budget:g} %, window {window}{kept}", found[1]
+                yield f"{100 * budget:g} %, window {window}{kept}", found
 
     return build
 
 
-def _planned(
-    bench: Bench, recipe: Recipe, budget: float, window: int, evict: float | None = None
-) -> tuple[Plan, Subject] | None:
+def _planned(bench: Bench, recipe: Recipe, budget: float, window: int, evict: float | None = None) -> Subject | None:
     """A plan within the budget, running; None if window and sinks take all of it."""
-    spectra = weigh(bench.stats, recipe)
+    spectra = bench.spectra(recipe)
     try:
         plan = make_plan(
             bench.stats,
@@ -273,7 +269,7 @@ def _planned(
         )
     except UsageError:
         return None
-    return plan, bench.converted(plan, make_codec(spectra, plan, bench.stats))
+    return bench.converted(plan, make_codec(spectra, plan, bench.stats))
 
 
 METHODS: dict[str, Builder] = {
@@ -311,7 +307,7 @@ def pick_methods(names: str | None) -> list[str]:
 
 def make_bench(run: Run, *, context: int, chunk: int) -> Bench:
     """Calibrate (with inputs) and gather what the methods need."""
-    batches = [batch[:1] for batch, _ in zip(run.batches(), range(SEARCH_SEQUENCES), strict=False)]
+    batches = [batch[:1] for batch in islice(run.batches(), SEARCH_SEQUENCES)]
     stats = run.stats()
     recipe = run.recipe.override({"plan": {"source": "group"}})
     return Bench(run.source, run.model(), run.tokenizer, stats, recipe, batches, context, chunk)

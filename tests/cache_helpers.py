@@ -31,23 +31,3 @@ def feed(cache: Any, new: Tensor) -> list[tuple[Tensor, Tensor]]:
 def stream(model: nn.Module, cache: Any, ids: Tensor, chunk: int) -> Tensor:
     """Log-probabilities [T, V] of one sequence [1, T]."""
     return torch.cat([log_probs for log_probs, _ in stream_logits(Subject(model, lambda: cache), ids, chunk)])
-
-
-def storages(value: object) -> dict[int, int]:
-    """Bytes by address of all tensor storages that can be reached from an object."""
-    if isinstance(value, Tensor):
-        storage = value.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {}
-    if isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, list | tuple):
-        parts = list(value)
-    elif type(value).__module__.startswith(("clla.", "transformers.cache_utils")):
-        parts = list(vars(value).values())
-    else:
-        return {}
-    return {address: size for part in parts for address, size in storages(part).items()}
-
-
-def walked_bytes(cache: Any) -> int:
-    return sum(storages(cache).values())

@@ -68,24 +68,6 @@ def stream(
     return torch.cat(outputs, 1)
 
 
-def stored_bytes(cache: Any) -> int:
-    """Bytes of every storage that a layer of the cache holds on to; weights (modules) are not the cache's."""
-
-    def storages(value: object) -> list[tuple[int, int]]:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            return [(storage.data_ptr(), storage.nbytes())] if storage.nbytes() else []
-        if isinstance(value, list | tuple):
-            return [found for item in value for found in storages(item)]
-        if isinstance(value, dict):
-            return storages(list(value.values()))
-        return []
-
-    return sum(
-        dict(found for layer in cache.layers for value in vars(layer).values() for found in storages(value)).values()
-    )
-
-
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor, cache: Any, sizes: Iterable[int]) -> Tensor:
     """Logits [B, T, V] of a model that is fed in chunks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clla.artifacts import Codec, LayerGroup, Plan, Stats
@@ -86,7 +86,7 @@ def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_ch
 
 
 def kept_bytes(owner: object) -> int:
-    """Bytes of every tensor storage reachable from an object of ours, each counted once."""
+    """Bytes of every tensor storage reachable from an object of ours, each counted once; modules hold weights."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     waiting = [owner]
@@ -102,6 +102,6 @@ def kept_bytes(owner: object) -> int:
             waiting += value
         elif isinstance(value, dict):
             waiting += value.values()
-        elif hasattr(value, "__dict__") and not isinstance(value, type):
+        elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
             waiting += vars(value).values()
     return sum(storages.values())

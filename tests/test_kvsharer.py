@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cache_helpers import B, D, H, config_of, feed, stream, vectors, walked_bytes
+from cache_helpers import B, D, H, config_of, feed, stream, vectors
 from conftest import pico
-from helpers import tokens
+from helpers import kept_bytes, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -187,12 +187,12 @@ def test_search_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_only_leaders_store(dtype: torch.dtype) -> None:
     cache, total = KvSharerCache(config_of(4), leaders={0: 0, 1: 1, 2: 0, 3: 0}), 0
-    assert cache.nbytes == walked_bytes(cache) == 0
+    assert cache.nbytes == kept_bytes(cache) == 0
     for step, new in enumerate((7, 1, 3)):
         text = vectors(4, new, seed=step, dtype=dtype)
         handed = feed(cache, text)
         total += new
-        assert cache.nbytes == walked_bytes(cache) == 2 * 2 * B * H * D * total * dtype.itemsize
+        assert cache.nbytes == kept_bytes(cache) == 2 * 2 * B * H * D * total * dtype.itemsize
         assert [cache.get_seq_length(i) for i in range(4)] == [total] * 4
         for layer, leader in enumerate((0, 1, 0, 0)):
             assert torch.equal(torch.stack(handed[layer]), torch.stack(handed[leader]))

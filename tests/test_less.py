@@ -18,11 +18,10 @@ from caches import (
     logits_of,
     qkv,
     reference_logits,
-    stored_bytes,
     stream,
 )
 from conftest import pico
-from helpers import tokens
+from helpers import kept_bytes, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -150,7 +149,7 @@ def test_nbytes_is_what_is_stored(sizes: list[int], sinks: int, block: int) -> N
         held = seen - surplus // block * block
         assert held < sinks + 12 + block
         state = B * H * RANK * (D + 1) * 4 if held < seen else 0
-        assert cache.nbytes == stored_bytes(cache) == 2 * (2 * B * H * held * D * 2 + state)
+        assert cache.nbytes == kept_bytes(cache) == 2 * (2 * B * H * held * D * 2 + state)
         assert cache.get_seq_length() == seen
 
 

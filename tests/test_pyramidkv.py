@@ -18,11 +18,10 @@ from caches import (
     logits_of,
     qkv,
     reference_logits,
-    stored_bytes,
     stream,
 )
 from conftest import pico
-from helpers import tokens
+from helpers import kept_bytes, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -128,7 +127,7 @@ def test_a_stream_stays_within_its_memory(sizes: list[int], capacity: int, block
         assert cache.get_seq_length() == seen
         assert (
             cache.nbytes
-            == stored_bytes(cache)
+            == kept_bytes(cache)
             == sum(2 * B * H * n * D * 2 + B * H_Q * min(seen, 8) * D * 2 for n in held)
         )
 

@@ -15,11 +15,10 @@ from caches import (
     logits_of,
     qkv,
     reference_logits,
-    stored_bytes,
     stream,
 )
 from conftest import pico
-from helpers import tokens
+from helpers import kept_bytes, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,7 +95,7 @@ def test_nbytes_is_what_is_stored(sizes: list[int], ratio: float) -> None:
         blocks, kept = max(0, seen - 6) // 8, D - int(D * ratio)
         keys = blocks * (8 * kept * 2 + kept) + (seen - 8 * blocks) * D * 2
         expected = B * H * (keys + seen * D * 2) + B * H_Q * min(seen, 5) * D * 2
-        assert cache.nbytes == stored_bytes(cache) == 2 * expected
+        assert cache.nbytes == kept_bytes(cache) == 2 * expected
         assert cache.get_seq_length() == seen
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cache_helpers import B, D, H, config_of, feed, stream, vectors, walked_bytes
+from cache_helpers import B, D, H, config_of, feed, stream, vectors
 from conftest import pico
-from helpers import tokens
+from helpers import kept_bytes, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -114,7 +114,7 @@ def test_the_past_equals_a_naive_loop(turning: Any, dtype: torch.dtype) -> None:
 def test_nbytes_is_what_is_stored(sinks: int, dtype: torch.dtype) -> None:
     """Five layers: a group of four, and one of one that is never of rank above 16."""
     cache, size, block, rank = XkvCache(config_of(5), rope, rank=6, block=20, sinks=sinks), dtype.itemsize, 20, 6
-    assert cache.nbytes == walked_bytes(cache) == 0
+    assert cache.nbytes == kept_bytes(cache) == 0
     total = 0
     for step, new in enumerate((19, 1, 2, 1, 60)):
         feed(cache, vectors(5, new, seed=step, dtype=dtype))
@@ -122,14 +122,14 @@ def test_nbytes_is_what_is_stored(sinks: int, dtype: torch.dtype) -> None:
         done = max(0, total - sinks) // block
         factors = sum((rank + 9) * (block + layers * H * D) for layers in (4, 1)) * B * done * size
         exact = (total - done * block) * 5 * 2 * B * H * D * size
-        assert cache.nbytes == walked_bytes(cache) == factors + exact
+        assert cache.nbytes == kept_bytes(cache) == factors + exact
         assert cache.get_seq_length(3) == cache.get_seq_length() == total
 
 
 def test_more_than_full_rank_is_full_rank() -> None:
     cache = XkvCache(config_of(1), rope, rank=50, block=20, sinks=0)
     feed(cache, vectors(1, 20))
-    assert cache.nbytes == walked_bytes(cache) == 2 * B * 16 * (20 + 16) * 4
+    assert cache.nbytes == kept_bytes(cache) == 2 * B * 16 * (20 + 16) * 4
 
 
 def test_state_does_not_depend_on_the_chunks() -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
+from clla.baselines.measured import MeasuredCache, plain_nbytes
 from clla.errors import UsageError
+from clla.families import split_layers
 
 
 class AttendingLayer(DynamicLayer):
@@ -44,11 +45,11 @@ class AttendingLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Keys and values; a layer that holds more adds it."""
-        return self.keys.nbytes + self.values.nbytes if self.keys is not None and self.values is not None else 0
+        return plain_nbytes(self)
 
 
-class AttendingCache(Cache):
-    """Layers of one method. Sliding-window layers stay as the model has them.
+class AttendingCache(MeasuredCache):
+    """A cache whose own layers are `AttendingLayer`s.
 
     Args:
         config: the model's text config.
@@ -56,31 +57,13 @@ class AttendingCache(Cache):
     """
 
     def __init__(self, config: Any, new_layer: Callable[[int], AttendingLayer]) -> None:
-        layers: list[Any] = list(DynamicCache(config=config).layers)
-        for number, i in enumerate(full_layers(config)):
-            layers[i] = new_layer(number)
-        self._held = layers
-        super().__init__(layers=layers)
+        super().__init__(config, {i: new_layer(number) for number, i in enumerate(split_layers(config)[0])})
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
     ) -> Tensor:
-        layer = self._held[layer_idx]
+        layer = self.layers[layer_idx]
         if not isinstance(layer, AttendingLayer):
             return plain()
         layer.attended = layer.seen
         return layer.attend(query, key, value, scaling, plain)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(
-            layer.nbytes
-            if isinstance(layer, AttendingLayer)
-            else sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
-            for layer in self._held
-        )
-
-
-def full_layers(config: Any) -> list[int]:
-    """Indices of a model's layers that are not sliding."""
-    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]

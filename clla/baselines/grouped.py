@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
+from clla.baselines.measured import MeasuredCache
 from clla.errors import UsageError
 
 
@@ -100,8 +100,13 @@ class GroupLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @property
+    def nbytes(self) -> int:
+        """Of the whole group, in its first layer; the others share it."""
+        return self.store.nbytes if self.layer == self.store.layers[0] else 0
 
-class GroupedCache(Cache):
+
+class GroupedCache(MeasuredCache):
     """A cache some of whose layers are stored in groups; the others stay as the model has them.
 
     Args:
@@ -110,22 +115,7 @@ class GroupedCache(Cache):
     """
 
     def __init__(self, config: Any, stores: Sequence[GroupStore]) -> None:
-        layers: list[Any] = list(DynamicCache(config=config).layers)
-        for store in stores:
-            for layer in store.layers:
-                layers[layer] = GroupLayer(store, layer)
-        self._stores = stores
-        super().__init__(layers=layers)
-
-    @property
-    def nbytes(self) -> int:
-        plain = [layer for layer in self.layers if not isinstance(layer, GroupLayer)]
-        return plain_nbytes(plain) + sum(store.nbytes for store in self._stores)
-
-
-def plain_nbytes(layers: Sequence[Any]) -> int:
-    """Bytes of layers that hold nothing but `keys` and `values`."""
-    return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
+        super().__init__(config, {layer: GroupLayer(store, layer) for store in stores for layer in store.layers})
 
 
 def check_at_least(least: float, **settings: float) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from clla.baselines import minmax
-from clla.baselines.stored import MeasuredCache
+from clla.baselines.measured import MeasuredCache
 from clla.errors import UsageError
-from clla.families import kv_shape
+from clla.families import kv_shape, split_layers
 
 WIDTHS = (2, 3, 4)
 
@@ -163,7 +163,8 @@ class KiviCache(MeasuredCache):
             f"head_dim is {head_dim}",
             f"a multiple of group_size {group_size}, or a smaller multiple of 8",
         )
-        super().__init__(config, lambda: KiviLayer(bits=bits, residual=residual, group_size=group_size, sinks=sinks))
+        settings = {"bits": bits, "residual": residual, "group_size": group_size, "sinks": sinks}
+        super().__init__(config, {i: KiviLayer(**settings) for i in split_layers(config)[0]})
 
 
 def _require(fits: bool, got: str, expected: str) -> None:

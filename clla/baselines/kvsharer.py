@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from clla.baselines.grouped import plain_nbytes
+from clla.baselines.measured import MeasuredCache
 from clla.errors import UsageError
 from clla.families import split_layers
 
@@ -179,7 +179,7 @@ class FollowerLayer(DynamicLayer):
         return self.leader.get_seq_length()
 
 
-class KvSharerCache(Cache):
+class KvSharerCache(MeasuredCache):
     """Cache in which only leaders store; sliding-window layers stay as the model has them.
 
     Args:
@@ -199,12 +199,5 @@ class KvSharerCache(Cache):
                 expected=f"for each of layers {list(full)} a leader that is not above it and leads itself",
                 remedy="take the mapping that `search` found for this model",
             )
-        layers: list[Any] = list(DynamicCache(config=config).layers)
-        for layer, leader in leaders.items():
-            if leader != layer:
-                layers[layer] = FollowerLayer(layers[leader])
-        super().__init__(layers=layers)
-
-    @property
-    def nbytes(self) -> int:
-        return plain_nbytes(self.layers)
+        stored = {leader: DynamicLayer() for leader in leaders.values()}
+        super().__init__(config, stored | {i: FollowerLayer(stored[j]) for i, j in leaders.items() if i != j})

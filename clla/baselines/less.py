@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clla.baselines.attending import AttendingCache, AttendingLayer, full_layers
+from clla.baselines.attending import AttendingCache, AttendingLayer
 from clla.baselines.attention import causal_bias
 from clla.errors import UsageError
+from clla.families import split_layers
+from clla.modeling.evict_clla import grouped_logits
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -84,9 +86,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
         key: [B, H, S, d], as value.
         mask: [T, S], true where a query may look; somewhere in every row.
     """
-    grouped = query.float().unflatten(1, (key.shape[1], -1))
-    logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key.float()) * scaling
-    logits = logits.masked_fill(~mask, float("-inf"))
+    logits = grouped_logits(query, key, scaling).masked_fill(~mask, float("-inf"))
     return torch.einsum("bhgts,bhsd->bhgtd", logits.softmax(-1), value.float()), logits.logsumexp(-1)
 
 
@@ -163,7 +163,7 @@ class LessCache(AttendingCache):
                 f"capacity {capacity}, sinks {sinks}, block {block}",
                 expected="at least 1 newest token and 1 token a block, and no negative number of sinks",
             )
-        num_layers = len(full_layers(config))
+        num_layers = len(split_layers(config)[0])
         if len(maps.layers) != num_layers:
             raise UsageError(
                 f"feature maps of {len(maps.layers)} layers",

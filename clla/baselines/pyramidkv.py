@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clla.baselines.attending import AttendingCache, AttendingLayer, full_layers
+from clla.baselines.attending import AttendingCache, AttendingLayer
 from clla.baselines.attention import causal_attention
 from clla.errors import UsageError
+from clla.families import split_layers
 from clla.modeling.evict_clla import attention_weights
 
 BETA = 20  # the paper's: how much smaller than the average the top layer's budget is
@@ -123,6 +124,6 @@ class PyramidKvCache(AttendingCache):
             )
         if kernel < 1 or kernel % 2 == 0 or block < 1:
             raise UsageError(f"kernel {kernel}, block {block}", expected="an odd kernel and a block of at least 1")
-        num_layers = len(full_layers(config))
+        num_layers = len(split_layers(config)[0])
         budgets = layer_budgets(capacity, window, num_layers) if pyramid else [capacity - window] * num_layers
         super().__init__(config, lambda number: PyramidKvLayer(budgets[number], window, kernel, block))

@@ -14,11 +14,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from clla.baselines import minmax
+from clla.baselines.measured import MeasuredCache
 from clla.errors import UsageError
+from clla.families import split_layers
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -116,10 +117,6 @@ class StoredLayer(DynamicLayer):
         keys, values = super().update(key_states.to(self.storage_dtype), value_states.to(self.storage_dtype))
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.keys, self.values) if t is not None)
-
 
 class EncodedLayer(DynamicLayer):
     """Keys (after RoPE) and values kept encoded; hands out the decoded past and the exact present.
@@ -151,23 +148,6 @@ class EncodedLayer(DynamicLayer):
         return sum(t.nbytes for parts in self.parts for t in parts) + sum(codec.nbytes for codec in self.codecs)
 
 
-class MeasuredCache(Cache):
-    """A cache whose bytes are measured. Sliding-window layers stay bounded, as the model has them.
-
-    Args:
-        config: the model's config.
-        new_layer: makes a layer with `nbytes`, called for each layer whose cache grows with the text.
-    """
-
-    def __init__(self, config: Any, new_layer: Callable[[], DynamicLayer]) -> None:
-        own = DynamicCache(config=config).layers
-        super().__init__(layers=[new_layer() if type(layer) is DynamicLayer else layer for layer in own])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(_nbytes(layer) for layer in self.layers)
-
-
 class SourceCache(MeasuredCache):
     """A source model's cache as it is served.
 
@@ -186,12 +166,8 @@ class SourceCache(MeasuredCache):
                 expected="one of " + ", ".join(map(str, (*DTYPES, *CODECS))),
                 remedy="choose one; for fp8 take fp8 or fp8-token-head, which are scaled",
             )
-        super().__init__(
-            config,
-            lambda: StoredLayer(storage) if isinstance(storage, torch.dtype) else EncodedLayer(CODECS[storage]),
-        )
-
-
-def _nbytes(layer: Any) -> int:
-    own = getattr(layer, "nbytes", None)
-    return own if own is not None else sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
+        full, _ = split_layers(config)
+        if isinstance(storage, torch.dtype):
+            super().__init__(config, {i: StoredLayer(storage) for i in full})
+        else:
+            super().__init__(config, {i: EncodedLayer(CODECS[storage]) for i in full})

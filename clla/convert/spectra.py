@@ -88,8 +88,17 @@ class Spectra:
         """Total weighted variance of a group: the loss if nothing were kept."""
         return float(self.weighted[start : start + size, 0].diagonal(dim1=-2, dim2=-1).sum())
 
+    @cached_property
+    def _eigenvalues(self) -> dict[tuple[int, int], Tensor]:
+        return {}
+
     def eigenvalues(self, start: int, size: int) -> Tensor:
-        """Worth of each latent component, descending, fp64."""
+        """Worth of each latent component, descending, fp64; computed once a group, whatever the budget."""
+        if (start, size) not in self._eigenvalues:
+            self._eigenvalues[start, size] = self._fresh_eigenvalues(start, size)
+        return self._eigenvalues[start, size]
+
+    def _fresh_eigenvalues(self, start: int, size: int) -> Tensor:
         if self.source == "first":
             values = torch.linalg.svdvals(self.regression(start, size)).square()
         else:

@@ -15,18 +15,22 @@ from torch import Tensor, nn
 POOL = 7  # neighbouring tokens that lend each other their score: a word is seldom one token
 
 
+def grouped_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Logits [B, H, G, T, S] in fp32 of queries [B, H_q, T, d] and keys [B, H, S, d], before any mask."""
+    grouped = query.float().unflatten(1, (key.shape[1], -1))
+    return torch.einsum("bhgtd,bhsd->bhgts", grouped, key.float()) * scaling
+
+
 def attention_weights(query: Tensor, key: Tensor, scaling: float, padding: Optional[Tensor] = None) -> Tensor:
     """Softmax weights [B, H, G, T, S] in fp32 of queries [B, H_q, T, d] whose own tokens are the last of the keys.
 
     The first `padding` [B] keys are hidden; queries that see nothing else give no weight.
     """
-    grouped = query.float().unflatten(1, (key.shape[1], -1))
-    logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key.float()) * scaling
     count, total = query.shape[2], key.shape[2]
     hidden = torch.ones(count, total, dtype=torch.bool, device=key.device).triu(total - count + 1)
     if padding is not None:
         hidden = hidden | (torch.arange(total, device=key.device) < padding[:, None])[:, None, None, None]
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return grouped_logits(query, key, scaling).masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
 
 
 def observed_weight(query: Tensor, key: Tensor, scaling: float, window: int, padding: Tensor) -> Tensor:

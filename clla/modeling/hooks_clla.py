@@ -1,8 +1,8 @@
 """Find a source model's attention and rotary modules by their public marks."""
 
-from typing import Any
+from typing import Any, Callable, Optional
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -13,6 +13,13 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(index, int) and type(module).__name__.endswith("Attention"):
             found[index] = module
     return found
+
+
+def rope_of(model: Any) -> "Optional[Callable[[Tensor], tuple[Tensor, Tensor]]]":
+    """Cosines and sines of positions [B, T] as the model makes them; None where positions are learned."""
+    rotary: Any = rotary_module(model)
+    like = next(model.get_input_embeddings().parameters())[:1]
+    return None if rotary is None else lambda positions: rotary(like.to(positions.device), positions)
 
 
 def rotary_module(model: nn.Module) -> nn.Module | None:

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from .cache_clla import CllaCache
 from .configuration_clla import CllaConfig
-from .hooks_clla import attention_modules, rotary_module
+from .hooks_clla import attention_modules, rope_of
 from .observe_clla import is_observed, listening, observed
 from .quantize_clla import RowLayout, tensor_digest
 
@@ -152,10 +152,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> CllaCache:
         """An empty compressed cache for one batch of sequences."""
-        rotary = rotary_module(self.source)
-        like = next(self.get_input_embeddings().parameters())[:1]
-        rope = None if rotary is None else lambda positions: rotary(like.to(positions.device), positions)
-        return CllaCache(self.config, self.codec, rope)
+        return CllaCache(self.config, self.codec, rope_of(self.source))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
