@@ -285,24 +285,24 @@ def compare(
     """Run published methods and ours side by side on one model, at equal measured bytes."""
     with _errors(as_json):
         _start()
-        from clla.compare import run_comparison
+        from clla.compare import Options, run_comparison
 
         shares = _shares(budget or ("25%,6.25%" if quick else "50%,25%,12.5%,6.25%,3%"))
-        result = run_comparison(
-            model,
-            methods=methods,
+        options = Options(
             budgets=shares,
+            methods=methods,
             text=text,
             dataset=dataset,
             windows=windows or (2 if quick else 24),
             context=context,
             long_context=long_context,
             chunk=chunk,
-            tokens=calibration_tokens,
+            calibration_tokens=calibration_tokens,
             retrieval_trials=(4 if quick else 16) if retrieval_trials is None else retrieval_trials,
             device=device,
             work_dir=work_dir,
         )
+        result = run_comparison(model, options)
         result.save(output)
         if as_json:
             print(json.dumps(result.to_json()))

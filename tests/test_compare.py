@@ -58,6 +58,7 @@ def test_every_method_is_in_the_table(folder: Path) -> None:
     rows = data["rows"]
     assert rows[0]["method"] == "source" and rows[0]["share"] == 1 and rows[0]["kl"] == 0
     assert {r["method"] for r in rows} == {"source", *METHODS}
+    assert {entry["method"] for entry in data["left_out"]} >= {"palu"} and all(e["why"] for e in data["left_out"])
     for r in rows[1:]:  # with heads of 16, lengths and indices may outweigh what they save
         assert 0 < r["share"] < 1.1 and r["kl"] >= 0 and r["retrieval_nll"] > 0
     with (folder / "comparison.csv").open() as stream:

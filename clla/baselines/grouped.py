@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from clla.baselines.measured import MeasuredCache
-from clla.errors import UsageError
 
 
 class GroupStore(ABC):
@@ -116,10 +115,3 @@ class GroupedCache(MeasuredCache):
 
     def __init__(self, config: Any, stores: Sequence[GroupStore]) -> None:
         super().__init__(config, {layer: GroupLayer(store, layer) for store in stores for layer in store.layers})
-
-
-def check_at_least(least: float, **settings: float) -> None:
-    """Raises UsageError for a setting below the least value it may have."""
-    for name, value in settings.items():
-        if value < least:
-            raise UsageError(f"{name} is {value}", expected=f"{name} of at least {least}", remedy=f"raise {name}")

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from clla.baselines import minmax
 from clla.baselines.measured import MeasuredCache
+from clla.baselines.settings import check_at_least, check_multiple, check_one_of
 from clla.errors import UsageError
 from clla.families import kv_shape, split_layers
 
@@ -150,23 +151,15 @@ class KiviCache(MeasuredCache):
 
     def __init__(self, config: Any, *, bits: int, residual: int = 128, group_size: int = 32, sinks: int = 0) -> None:
         head_dim = kv_shape(config).head_dim
-        _require(bits in WIDTHS, f"bits is {bits}", "one of " + ", ".join(map(str, WIDTHS)))
-        _require(group_size > 0 and group_size % 8 == 0, f"group_size is {group_size}", "a positive multiple of 8")
-        _require(
-            residual > 0 and residual % group_size == 0,
-            f"residual is {residual}",
-            f"a positive multiple of group_size {group_size}",
-        )
-        _require(sinks >= 0, f"sinks is {sinks}", "0 or more")
-        _require(
-            head_dim % min(group_size, head_dim) == 0 and head_dim % 8 == 0,
-            f"head_dim is {head_dim}",
-            f"a multiple of group_size {group_size}, or a smaller multiple of 8",
-        )
+        check_one_of(tuple(WIDTHS), bits=bits)
+        check_multiple(8, group_size=group_size)
+        check_multiple(group_size, residual=residual)
+        check_at_least(0, sinks=sinks)
+        if head_dim % min(group_size, head_dim) or head_dim % 8:
+            raise UsageError(
+                f"head_dim is {head_dim}",
+                expected=f"a multiple of group_size {group_size}, or a smaller multiple of 8",
+                remedy="choose another group_size",
+            )
         settings = {"bits": bits, "residual": residual, "group_size": group_size, "sinks": sinks}
         super().__init__(config, {i: KiviLayer(**settings) for i in split_layers(config)[0]})
-
-
-def _require(fits: bool, got: str, expected: str) -> None:
-    if not fits:
-        raise UsageError(got, expected=expected, remedy="choose another setting of KIVI")

@@ -18,7 +18,7 @@ Shape legend: B sequences, H key-value heads, T tokens, d head dim, h hidden siz
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from clla.baselines.measured import MeasuredCache
+from clla.baselines.settings import check_one_of
 from clla.errors import UsageError
 from clla.families import split_layers
 
@@ -128,6 +129,8 @@ def search(
     Raises:
         UsageError: batches of several lengths, or none; more layers to replace than can be.
     """
+    check_one_of(get_args(Order), order=order)
+    check_one_of(get_args(Score), score=score)
     full, _ = split_layers(model.config)
     lengths = sorted({batch.shape[1] for batch in batches})
     if len(lengths) != 1:

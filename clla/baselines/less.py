@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from clla.baselines.attending import AttendingCache, AttendingLayer
 from clla.baselines.attention import causal_bias
+from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
 from clla.families import split_layers
 from clla.modeling.evict_clla import grouped_logits
@@ -158,11 +159,8 @@ class LessCache(AttendingCache):
     """
 
     def __init__(self, config: Any, maps: LessMaps, *, capacity: int, sinks: int = 4, block: int = 16) -> None:
-        if capacity < 1 or sinks < 0 or block < 1:
-            raise UsageError(
-                f"capacity {capacity}, sinks {sinks}, block {block}",
-                expected="at least 1 newest token and 1 token a block, and no negative number of sinks",
-            )
+        check_at_least(1, capacity=capacity, block=block)
+        check_at_least(0, sinks=sinks)
         num_layers = len(split_layers(config)[0])
         if len(maps.layers) != num_layers:
             raise UsageError(

@@ -23,12 +23,13 @@ Shape legend: B sequences, H key-value heads, T tokens of a block, M merged toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from clla.baselines.grouped import GroupedCache, GroupStore, check_at_least
+from clla.baselines.grouped import GroupedCache, GroupStore
+from clla.baselines.settings import check_at_least, check_one_of
 from clla.errors import UsageError
 from clla.families import split_layers
 
@@ -158,6 +159,7 @@ class MiniCacheCache(GroupedCache):
         block: int = 64,
     ) -> None:
         check_at_least(1, block=block)
+        check_one_of(get_args(Retention), retention=retention)
         check_at_least(0, t=t, gamma=gamma)
         if t > 1:
             raise UsageError(f"t is {t}", expected="t between 0 and 1", remedy="lower t")

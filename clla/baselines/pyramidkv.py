@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from clla.baselines.attending import AttendingCache, AttendingLayer
 from clla.baselines.attention import causal_attention
+from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
 from clla.families import split_layers
 from clla.modeling.evict_clla import attention_weights
@@ -116,14 +117,10 @@ class PyramidKvCache(AttendingCache):
         pyramid: bool = True,
         block: int = 16,
     ) -> None:
-        if capacity <= window or window < 1:
-            raise UsageError(
-                f"a capacity of {capacity} tokens with a window of {window}",
-                expected="a window of at least 1 token and a larger capacity",
-                remedy="raise the capacity",
-            )
-        if kernel < 1 or kernel % 2 == 0 or block < 1:
-            raise UsageError(f"kernel {kernel}, block {block}", expected="an odd kernel and a block of at least 1")
+        check_at_least(1, window=window, kernel=kernel, block=block)
+        check_at_least(window + 1, capacity=capacity)
+        if kernel % 2 == 0:
+            raise UsageError(f"kernel is {kernel}", expected="an odd number", remedy=f"use {kernel + 1}")
         num_layers = len(split_layers(config)[0])
         budgets = layer_budgets(capacity, window, num_layers) if pyramid else [capacity - window] * num_layers
         super().__init__(config, lambda number: PyramidKvLayer(budgets[number], window, kernel, block))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from clla.baselines.attending import AttendingCache, AttendingLayer
+from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
 
 
@@ -103,10 +104,7 @@ class ThinkCache(AttendingCache):
 
     def __init__(self, config: Any, *, ratio: float, recent: int = 32, queries: int = 32, block: int = 128) -> None:
         if not 0 <= ratio < 1:
-            raise UsageError(f"a pruning ratio of {ratio}", expected="at least 0 and less than 1")
-        if recent < 0 or queries < 1 or block < 1:
-            raise UsageError(
-                f"recent {recent}, queries {queries}, block {block}",
-                expected="no negative number of recent keys, and at least 1 query and 1 token a block",
-            )
+            raise UsageError(f"ratio is {ratio}", expected="at least 0 and less than 1", remedy="choose another ratio")
+        check_at_least(0, recent=recent)
+        check_at_least(1, queries=queries, block=block)
         super().__init__(config, lambda _: ThinkLayer(ratio, recent, queries, block))

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.baselines.grouped import GroupedCache, GroupStore, check_at_least
+from clla.baselines.grouped import GroupedCache, GroupStore
+from clla.baselines.settings import check_at_least
 from clla.families import split_layers
 from clla.modeling.rotary_clla import rotate, unrotate
 from clla.modeling.timeline_clla import Rope

@@ -234,20 +234,22 @@ class Run:
         stats.save(path)
         return stats
 
-    def batches(self) -> list[Tensor] | Iterator[Tensor]:
-        """Token ids [B, T] of the calibration text; an iterator while the model writes it."""
+    def batches(self, sequence_length: int | None = None) -> list[Tensor] | Iterator[Tensor]:
+        """Token ids [B, T] of the calibration text, T the recipe's unless given.
+
+        An iterator while the model writes its own text.
+        """
         c = self.recipe.calibration
+        length = sequence_length or c.sequence_length
         assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
         if c.dataset == "self":
-            return self_written(
-                self.model(), self.tokenizer, tokens=c.tokens, sequence_length=c.sequence_length, seed=c.seed
-            )
+            return self_written(self.model(), self.tokenizer, tokens=c.tokens, sequence_length=length, seed=c.seed)
         documents = load_documents(c.dataset)
         batches = token_batches(
             split_held_out(documents)[0] if self.hold_out else documents,
             self.tokenizer,
             tokens=c.tokens,
-            sequence_length=c.sequence_length,
+            sequence_length=length,
             batch_size=c.batch_size,
             seed=c.seed,
         )

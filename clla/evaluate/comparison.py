@@ -40,6 +40,10 @@ class Row:
     retrieval_exact: float | None
     trained: bool
 
+    @property
+    def name(self) -> str:
+        return f"{self.method}: {self.setting}"
+
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
     """Rows that no other beats in both bytes and KL, fewest bytes first."""

@@ -1,0 +1,109 @@
+"""What methods are built from, and what a builder gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clla.artifacts import Codec, Plan, Stats
+from clla.convert.assemble import attach, clla_block
+from clla.convert.factor import make_codec
+from clla.convert.pipeline import weigh
+from clla.convert.planners import make_plan
+from clla.convert.spectra import Spectra
+from clla.errors import UsageError
+from clla.evaluate.perplexity import Subject
+from clla.recipe import Recipe
+from clla.source import Source
+
+SINKS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a method, or why there is none.
+
+    Attributes:
+        name: in the method's terms.
+        subject: ready to run; None where the setting is left out.
+        why_not: the reason, where it is left out.
+    """
+
+    name: str
+    subject: Subject | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What methods are built from.
+
+    Attributes:
+        source: the model's description.
+        model: loaded.
+        tokenizer: the source's.
+        stats: moments, collected with inputs.
+        recipe: resolved; plan settings of our own method.
+        sequences: calibration text in sequences [1, T] of a length T.
+        context: tokens at which budgets hold and quality is measured.
+        chunk: tokens a forward pass.
+    """
+
+    source: Source
+    model: PreTrainedModel
+    tokenizer: Any
+    stats: Stats
+    recipe: Recipe
+    sequences: Callable[[int], Iterator[Tensor]]
+    context: int
+    chunk: int
+
+    @cached_property
+    def _spectra(self) -> dict[tuple[str, float, str], Spectra]:
+        return {}
+
+    def spectra(self, recipe: Recipe) -> Spectra:
+        """Weighted moments, the same for every budget and bit width."""
+        key = (recipe.plan.metric, recipe.plan.metric_power, recipe.plan.source)
+        if key not in self._spectra:
+            self._spectra[key] = weigh(self.stats, recipe)
+        return self._spectra[key]
+
+    def converted(self, plan: Plan, codec: Codec) -> Subject:
+        """The model running on a plan and codec."""
+        plan = replace(plan, kept_layers=self.source.kept_layers, kept_window=self.source.kept_window)
+        block = clla_block(
+            plan,
+            interleaved_rope=self.source.family.interleaved_rope,
+            kv_dtype=self.source.dtype,
+            prefill_chunk=self.chunk,
+        )
+        model = attach(self.model, codec, block)
+        return Subject(model, model.new_cache)
+
+    def planned(self, name: str, recipe: Recipe, budget: float, window: int, evict: float | None = None) -> Setting:
+        """A recipe's plan at a share of the source's bytes, running; left out where nothing remains for latents."""
+        spectra = self.spectra(recipe)
+        try:
+            plan = make_plan(
+                self.stats,
+                recipe.plan,
+                budget=budget * self.source.bytes_per_token,
+                context=self.context,
+                window=window,
+                sinks=SINKS,
+                evict=evict,
+                kv_itemsize=self.source.dtype.itemsize,
+                kept_layers=self.source.kept_layers,
+                kept_window=self.source.kept_window,
+                made_from="compare",
+                spectra=spectra,
+            )
+        except UsageError as error:
+            return Setting(name, why_not=error.got)
+        return Setting(name, self.converted(plan, make_codec(spectra, plan, self.stats)))

@@ -1,0 +1,195 @@
+"""From a model's name to the table: calibrate, build every setting, measure all of them on the same text."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from clla import console
+from clla.artifacts import write_text
+from clla.baselines.stored import SourceCache
+from clla.calibrate.data import evaluation_windows
+from clla.compare.bench import Bench, Setting
+from clla.compare.methods import METHODS, pick_methods
+from clla.convert.pipeline import Run, resolve
+from clla.evaluate.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
+from clla.evaluate.memory import measured_bytes
+from clla.evaluate.perplexity import Subject
+from clla.evaluate.perplexity import compare as measure
+from clla.evaluate.retrieval import make_trials, retrieve
+from clla.recipe import Recipe
+from clla.source import open_source, pick_device
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared, and how it is measured.
+
+    Attributes:
+        budgets: shares of the source's bytes at `context`.
+        methods: their names, comma-separated; None for all.
+        text: to measure on.
+        dataset: to calibrate on.
+        windows: N, of `context` tokens each.
+        context: tokens at which budgets hold and quality is measured.
+        long_context: at which bytes are measured too.
+        chunk: tokens a forward pass.
+        calibration_tokens: None for the recipe's default.
+        retrieval_trials: number of planted codes; 0 leaves retrieval out.
+        device: `auto`, `cpu`, `cuda`, …
+        work_dir: where the moments are kept; None for nowhere.
+    """
+
+    budgets: list[float]
+    methods: str | None = None
+    text: str = "bundled"
+    dataset: str = "bundled"
+    windows: int = 24
+    context: int = 2048
+    long_context: int = 8192
+    chunk: int = 128
+    calibration_tokens: int | None = None
+    retrieval_trials: int = 16
+    device: str = "auto"
+    work_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes: model: its name; rows: the source first; left_out: (method, setting, why); options."""
+
+    model: str
+    rows: list[Row]
+    left_out: list[tuple[str, str, str]]
+    options: Options
+
+    def recommendations(self) -> list[tuple[float, Row | None]]:
+        """For each budget the row of least KL that keeps to it, by this table alone."""
+        return [(budget, recommend(self.rows[1:], budget)) for budget in self.options.budgets]
+
+    def tables(self) -> list[Table]:
+        advice = Table("budget", "least KL", "of source", "KL", title="Recommendation, from the table above")
+        for budget, row in self.recommendations():
+            if row is None:
+                advice.add_row(f"{100 * budget:g} %", "no setting keeps to it", "", "")
+            else:
+                advice.add_row(f"{100 * budget:g} %", row.name, f"{100 * row.share:.1f} %", f"{row.kl:.4f}")
+        found = [comparison_table(self.rows, context=self.options.context, long_context=self.options.long_context)]
+        if self.left_out:
+            gone = Table("method", "setting", "why", title="Left out")
+            for entry in self.left_out:
+                gone.add_row(*entry)
+            found.append(gone)
+        return [*found, advice]
+
+    def to_json(self) -> dict[str, Any]:
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
+        return {
+            "model": self.model,
+            **options,
+            "rows": [asdict(row) for row in self.rows],
+            "left_out": [dict(zip(("method", "setting", "why"), entry, strict=True)) for entry in self.left_out],
+            "pareto": [row.name for row in pareto(self.rows)],
+            "recommended": {f"{100 * budget:g}%": row.name if row else None for budget, row in self.recommendations()},
+        }
+
+    def save(self, folder: Path) -> None:
+        """`comparison.json`, `.csv`, `.png` and `.svg`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "comparison.json", json.dumps(self.to_json(), indent=1))
+        write_csv(self.rows, folder / "comparison.csv")
+        title = f"{self.model}, {self.options.context} tokens of context"
+        for suffix in ("png", "svg"):
+            draw_comparison(self.rows[1:], folder / f"comparison.{suffix}", title=title)
+
+
+def run_comparison(name: str, options: Options) -> Comparison:
+    """From a model's name to the table.
+
+    Raises:
+        CllaError: bad input.
+    """
+    names = pick_methods(options.methods)
+    source, where = open_source(name), pick_device(options.device)
+    calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
+    # `first`, so that the inputs are collected, which several methods need.
+    recipe = Recipe().override({"calibration": calibration, "plan": {"source": "first"}})
+    recipe = resolve(recipe.override({"budget": {"at_context": 0, "window": 128}}), source, where)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work_dir or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        run = Run(source, recipe, where, work)
+        windows = evaluation_windows(options.text, run.tokenizer, count=options.windows, length=options.context)
+        bench = Bench(
+            source=source,
+            model=run.model(),
+            tokenizer=run.tokenizer,
+            stats=run.stats(),
+            recipe=recipe.override({"plan": {"source": "group"}}),
+            sequences=lambda length: (row for batch in run.batches(length) for row in batch.split(1)),
+            context=options.context,
+            chunk=options.chunk,
+        )
+        rows, left_out = run_methods(bench, names, windows, options)
+    return Comparison(source.name, rows, left_out, options)
+
+
+def run_methods(
+    bench: Bench, names: list[str], windows: Tensor, options: Options
+) -> tuple[list[Row], list[tuple[str, str, str]]]:
+    """Build and measure.
+
+    Args:
+        bench: the model and its moments.
+        names: of methods.
+        windows: [N, context] token ids.
+        options: budgets and what is measured.
+
+    Returns:
+        A row a setting, the source first; method, setting and reason of what was left out.
+    """
+    config, dtype = bench.source.config, bench.source.dtype
+    source = Setting(str(dtype).removeprefix("torch."), Subject(bench.model, lambda: SourceCache(config, dtype)))
+    settings = [("source", source)]
+    with console.progress("Building (methods)", len(names)) as advance:
+        for name in names:
+            settings += [(name, setting) for setting in METHODS[name].settings(bench, options.budgets)]
+            advance()
+    subjects = {(name, s.name): s.subject for name, s in settings if s.subject is not None}
+    labels = {"\0".join(key): subject for key, subject in subjects.items()}
+    device = bench.model.device
+    with console.progress("Quality (windows)", len(windows)) as advance:
+        quality = measure(labels, windows.to(device), chunk=bench.chunk, on_window=advance)
+    trials = []
+    if options.retrieval_trials:
+        count, filler = options.retrieval_trials, windows.flatten()
+        trials = make_trials(bench.tokenizer, filler, context=bench.context, count=count)
+    rows, base, far = [], 0.0, options.long_context
+    with console.progress("Bytes and retrieval (settings)", len(subjects)) as advance:
+        for (method, name), subject in subjects.items():
+            found = quality[f"{method}\0{name}"]
+            long = measured_bytes(subject, [far], chunk=4 * bench.chunk, device=device)[far]
+            codes = retrieve(subject, trials, chunk=bench.chunk, device=device) if trials else None
+            base = base or float(found.nbytes)
+            rows.append(
+                Row(
+                    method=method,
+                    setting=name,
+                    bytes_per_token=found.nbytes / bench.context,
+                    long_bytes_per_token=long / far,
+                    share=found.nbytes / base,
+                    perplexity=found.perplexity,
+                    kl=found.kl,
+                    retrieval_nll=codes.nll if codes else None,
+                    retrieval_exact=codes.exact if codes else None,
+                    trained=method in METHODS and METHODS[method].trained,
+                )
+            )
+            advance()
+    return rows, [(name, s.name, s.why_not) for name, s in settings if s.subject is None]
