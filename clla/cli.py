@@ -349,6 +349,7 @@ def generate(
 
         from clla.errors import UsageError
         from clla.load import load_checkpoint
+        from clla.modeling.hooks_clla import CACHE
         from clla.source import pick_device
 
         loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
@@ -374,7 +375,7 @@ def generate(
         )
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         print(loaded.tokenizer.decode(new, skip_special_tokens=True))
-        cache, plan = output.past_key_values, loaded.plan
+        cache, plan = output[CACHE], loaded.plan
         total = cache.get_seq_length()
         source = plan.source_bytes_per_token * total * num_beams
         fixed = plan.exact_bytes / (plan.source_bytes_per_token - plan.row_bytes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from clla.baselines.attending import AttendingCache
+from clla.modeling.hooks_clla import CACHE
 
 B, H_Q, H, D = 2, 6, 3, 16
 SCALING = D**-0.5
@@ -75,7 +76,7 @@ def logits_of(model: nn.Module, ids: Tensor, cache: Any, sizes: Iterable[int]) -
     for size in sizes:
         positions = torch.arange(start, start + size)[None].expand(len(ids), -1)
         part = ids[:, start : start + size]
-        out.append(model(input_ids=part, position_ids=positions, past_key_values=cache, use_cache=True).logits)
+        out.append(model(input_ids=part, position_ids=positions, use_cache=True, **{CACHE: cache}).logits)
         start += size
     return torch.cat(out, 1)
 

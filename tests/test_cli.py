@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from clla.artifacts import read_json
 from clla.cli import app
+from clla.modeling.hooks_clla import CACHE
 
 CALIBRATION = ["--calibration-tokens", "2048", "--sequence-length", "256"]
 SMALL = [*CALIBRATION, "--at-context", "512", "--window", "16", "--kv-budget", "25%"]
@@ -119,17 +120,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = {str(converted)!r}
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+cache = {CACHE!r}
 ids = torch.randint(0, 256, (1, 150), generator=torch.Generator().manual_seed(1))
 with torch.no_grad():
     torch.testing.assert_close(model(ids).logits, torch.load({str(tmp_path / "expected.pt")!r}))
 batch = tokenizer(["a short one", "a much longer line of text, " * 4], return_tensors="pt", padding=True)
 for options in ({{}}, {{"do_sample": True}}, {{"num_beams": 3}}, {{"num_beams": 2, "num_return_sequences": 2}}):
     out = model.generate(**batch, max_new_tokens=20, return_dict_in_generate=True, **options)
-    assert type(out.past_key_values).__name__ == "CllaCache", options
-    assert out.past_key_values.groups[0].encoded > 64, options
+    assert type(out[cache]).__name__ == "CllaCache", options
+    assert out[cache].groups[0].encoded > 64, options
 first = model.generate(**tokenizer(["one turn"], return_tensors="pt"), max_new_tokens=30, return_dict_in_generate=True)
 more = torch.cat((first.sequences, ids), 1)
-second = model.generate(more, past_key_values=first.past_key_values, max_new_tokens=5)
+second = model.generate(more, max_new_tokens=5, **{{cache: first[cache]}})
 assert second.shape[1] <= more.shape[1] + 5
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clla.artifacts import Plan
 from clla.modeling.evict_clla import attention_weights, best, observed_weight
+from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 FAMILIES = ("llama", "qwen2-sliding", "gpt_neox", "mixtral")
@@ -122,9 +123,9 @@ def test_padding_on_the_left_changes_nothing_but_rounding() -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     beside = model(padded, attention_mask=mask, position_ids=positions, use_cache=True)
     torch.testing.assert_close(beside.logits[:, pad:], alone.logits, atol=1e-4, rtol=1e-4)
-    group = beside.past_key_values.groups[0]
+    group = beside[CACHE].groups[0]
     assert group.evicted > pad
-    torch.testing.assert_close(group.held.positions, alone.past_key_values.groups[0].held.positions)
+    torch.testing.assert_close(group.held.positions, alone[CACHE].groups[0].held.positions)
 
 
 def test_generate_with_beams_and_a_hole_in_the_mask() -> None:

@@ -27,6 +27,7 @@ from clla.baselines.kvsharer import (
     search,
 )
 from clla.errors import UsageError
+from clla.modeling.hooks_clla import CACHE
 
 BATCHES = [tokens(2, 24, seed=3), tokens(1, 24, seed=4)]
 IDENTITY = {0: 0, 1: 1, 2: 2, 3: 3}
@@ -64,7 +65,7 @@ def test_mean_caches_equal_a_naive_loop() -> None:
     rows = torch.cat(BATCHES)
     sums: dict[int, Any] = dict.fromkeys(range(4), 0.0)
     for row in rows:
-        cache: Any = model(row[None], use_cache=True).past_key_values
+        cache: Any = model(row[None], use_cache=True)[CACHE]
         for i in range(4):
             sums[i] = sums[i] + torch.stack((cache.layers[i].keys[0], cache.layers[i].values[0]))
     for i, mean in mean_caches(model, BATCHES).items():
@@ -101,7 +102,7 @@ def naive_outputs(model: Any, leaders: dict[int, int]) -> tuple[list[Tensor], li
     """Outputs of the last decoder layer (seen before the final norm) and logits."""
     hidden: list[Tensor] = []
     hook = model.model.norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
-    logits = [model(ids, past_key_values=NaiveCache(model.config, leaders)).logits for ids in BATCHES]
+    logits = [model(ids, **{CACHE: NaiveCache(model.config, leaders)}).logits for ids in BATCHES]
     hook.remove()
     return hidden, logits
 
@@ -203,7 +204,7 @@ def test_only_leaders_store(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("leaders", (IDENTITY, {0: 0, 1: 1, 2: 0, 3: 1}))
 def test_streaming_equals_one_forward_pass(leaders: dict[int, int], chunk: int) -> None:
     model, ids = pico(), tokens(1, 40)
-    expected = model(ids, past_key_values=NaiveCache(model.config, leaders)).logits[0].log_softmax(-1)
+    expected = model(ids, **{CACHE: NaiveCache(model.config, leaders)}).logits[0].log_softmax(-1)
     got = stream(model, KvSharerCache(model.config, leaders=leaders), ids, chunk)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     source = model(ids).logits[0].log_softmax(-1)

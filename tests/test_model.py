@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from clla.artifacts import Stats
 from clla.modeling.cache_clla import CllaCache
+from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}  # 16-bit latents through four fp32 layers
@@ -125,7 +126,7 @@ def test_generate_gives_the_sources_tokens(source: str, options: dict[str, objec
     expected = model.generate(ids, **common)
     torch.manual_seed(3)
     found = converted.generate(ids, return_dict_in_generate=True, **common)
-    assert isinstance(found.past_key_values, CllaCache)
+    assert isinstance(found[CACHE], CllaCache)
     assert torch.equal(found.sequences, expected)
 
 
@@ -153,10 +154,10 @@ def test_several_turns_equal_one_long_input() -> None:
     converted = full_rank()
     first, more = tokens(1, 40), tokens(1, 21, seed=9)
     cache = converted.new_cache()
-    answer = converted.generate(first, past_key_values=cache, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    answer = converted.generate(first, **{CACHE: cache}, max_new_tokens=10, do_sample=False, eos_token_id=None)
     turn = torch.cat((answer, more), 1)
     expected = converted.generate(turn, max_new_tokens=10, do_sample=False, eos_token_id=None)
-    found = converted.generate(turn, past_key_values=cache, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    found = converted.generate(turn, **{CACHE: cache}, max_new_tokens=10, do_sample=False, eos_token_id=None)
     assert torch.equal(found, expected)
     assert cache.get_seq_length() == found.shape[1] - 1
 
@@ -277,7 +278,7 @@ def test_forward_options() -> None:
     assert whole.hidden_states[-1].shape == (2, 70, 64)
     expected = torch.nn.functional.cross_entropy(whole.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(whole.loss, expected)
-    assert converted(ids, use_cache=False).past_key_values is None
+    assert CACHE not in converted(ids, use_cache=False)
 
 
 def test_other_caches_are_refused() -> None:
@@ -287,6 +288,20 @@ def test_other_caches_are_refused() -> None:
         lossy()(tokens(1, 5), past_key_values=DynamicCache())
 
 
+def test_both_names_of_the_cache_are_understood() -> None:
+    """transformers 5.24 renamed `past_key_values`; converted models take either name in every version."""
+    converted, ids = lossy(), tokens(1, 60)
+    logits = []
+    for name in ("cache", "past_key_values"):
+        kept = converted.new_cache()
+        converted(ids[:, :50], **{name: kept})
+        logits.append(converted(ids[:, 50:], **{name: kept}).logits)
+        assert kept.get_seq_length() == 60
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="two names"):
+        converted(ids, cache=converted.new_cache(), past_key_values=converted.new_cache())
+
+
 def test_long_generation_does_not_grow_beyond_plan() -> None:
     model, stats = source_and_stats("llama")
     plan = plan_of(stats, model, bits=2, rank=32)
@@ -294,6 +309,6 @@ def test_long_generation_does_not_grow_beyond_plan() -> None:
     out = converted.generate(
         tokens(1, 8), max_new_tokens=400, do_sample=True, eos_token_id=None, return_dict_in_generate=True
     )
-    length = out.past_key_values.get_seq_length()
+    length = out[CACHE].get_seq_length()
     assert length == 407
-    assert out.past_key_values.nbytes <= plan.bytes_at(length) + 32
+    assert out[CACHE].nbytes <= plan.bytes_at(length) + 32

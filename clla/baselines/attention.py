@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from clla.modeling.hooks_clla import CACHE
 from clla.modeling.observe_clla import is_observed, listening, observed
 
 
@@ -28,9 +29,9 @@ class ObservedModel(nn.Module):
             model.set_attn_implementation(observed(own if own in AttentionInterface() else "sdpa"))
         self.model = model
 
-    def forward(self, *args: Any, past_key_values: Any, **kwargs: Any) -> Any:
-        with listening(past_key_values):
-            return self.model(*args, past_key_values=past_key_values, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with listening(kwargs[CACHE]):
+            return self.model(*args, **kwargs)
 
 
 def causal_bias(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ from clla.baselines.measured import MeasuredCache
 from clla.baselines.settings import check_one_of
 from clla.errors import UsageError
 from clla.families import split_layers
+from clla.modeling.hooks_clla import CACHE
 
 Order = Literal["dissimilar", "similar"]
 Score = Literal["cosine", "kl"]
@@ -70,7 +71,7 @@ def mean_caches(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[int, 
     sums = dict.fromkeys(full, torch.zeros(()))
     for batch in batches:
         cache = DynamicCache(config=model.config)
-        model(input_ids=batch.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=batch.to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: cache})
         layers: list[Any] = cache.layers
         for layer in full:
             sums[layer] = sums[layer] + torch.stack((layers[layer].keys, layers[layer].values)).float().sum(1).cpu()
@@ -94,7 +95,7 @@ def outputs_of(
         for batch in batches:
             cache = KvSharerCache(model.config, leaders=leaders)
             keep = 0 if score == "kl" else 1
-            output = model(input_ids=batch.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            output = model(input_ids=batch.to(model.device), use_cache=True, logits_to_keep=keep, **{CACHE: cache})
             logits.append(output.logits)
     finally:
         hook.remove()

@@ -20,6 +20,7 @@ from clla.baselines.attending import AttendingCache, AttendingLayer
 from clla.baselines.attention import ObservedModel
 from clla.baselines.less import FeatureMaps, LessMaps, masked_attention, merge
 from clla.errors import UsageError
+from clla.modeling.hooks_clla import CACHE
 
 SAMPLED = 64  # queries of a sequence; more cost time and teach little
 
@@ -121,7 +122,7 @@ def _capture(model: PreTrainedModel, input_ids: Tensor, kept: int, generator: to
         return layers[-1]
 
     cache = AttendingCache(model.config.get_text_config(), new_layer)
-    ObservedModel(model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    ObservedModel(model)(input_ids=input_ids, use_cache=True, **{CACHE: cache})
     return layers
 
 

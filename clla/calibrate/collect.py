@@ -22,7 +22,7 @@ from clla.artifacts import KVShape, Stats
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments
 from clla.errors import DatasetError
-from clla.modeling.hooks_clla import attention_modules
+from clla.modeling.hooks_clla import CACHE, attention_modules
 from clla.modeling.rotary_clla import rotate, unrotate
 
 
@@ -111,7 +111,7 @@ class Collector:
                 parameter.requires_grad_(False)
             with torch.enable_grad():
                 cache = _ProbeCache(taps, interleaved=self.interleaved)
-                logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+                logits = self.model(input_ids=input_ids, use_cache=True, **{CACHE: cache}).logits
                 logits.backward(sampled_label_gradient(logits, self.generator))
         finally:
             for handle in handles:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clla.evaluate.perplexity import Subject
+from clla.modeling.hooks_clla import CACHE
 
 
 @torch.no_grad()
@@ -27,9 +28,7 @@ def measured_bytes(subject: Subject, contexts: list[int], *, chunk: int, device:
             count = min(chunk, context - filled)
             ids: Tensor = torch.full((1, count), 1, device=device)
             positions = torch.arange(filled, filled + count, device=device)[None]
-            subject.model(
-                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            subject.model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{CACHE: cache})
             filled += count
         found[context] = cache.nbytes
     return found

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clla.modeling.hooks_clla import CACHE
+
 
 @dataclass(frozen=True)
 class Subject:
     """A model with a way to make its cache.
 
     Attributes:
-        model: called with input_ids and past_key_values.
+        model: called with input_ids and a cache.
         new_cache: an empty cache for one batch.
     """
 
@@ -43,7 +45,7 @@ def stream_logits(subject: Subject, input_ids: Tensor, chunk: int) -> Iterator[t
     for start in range(0, input_ids.shape[1], chunk):
         part = input_ids[:, start : start + chunk]
         position_ids = torch.arange(start, start + part.shape[1], device=part.device)[None]
-        output = subject.model(input_ids=part, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        output = subject.model(input_ids=part, position_ids=position_ids, use_cache=True, **{CACHE: cache})
         yield output.logits[0].float().log_softmax(-1), cache
 
 

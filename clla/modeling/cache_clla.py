@@ -274,6 +274,7 @@ class CllaLayer(CacheLayerMixin):
     """One layer's view of its group, as `transformers` expects it."""
 
     is_sliding = False
+    is_croppable = True  # what was encoded meanwhile stays encoded (see `CllaCache.crop`)
 
     def __init__(self, group: LatentGroup, layer: int) -> None:
         super().__init__()

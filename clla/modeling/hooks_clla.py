@@ -1,8 +1,13 @@
-"""Find a source model's attention and rotary modules by their public marks."""
+"""Find a source model's attention and rotary modules by their public marks, and how it names its cache."""
 
+from dataclasses import fields
 from typing import Any, Callable, Optional
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# How models of the installed transformers name their cache, as an argument and in their output: 5.24 renamed it.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from .cache_clla import CllaCache
 from .configuration_clla import CllaConfig
-from .hooks_clla import attention_modules, rope_of
+from .hooks_clla import CACHE, attention_modules, rope_of
 from .observe_clla import is_observed, listening, observed
 from .quantize_clla import RowLayout, tensor_digest
 
@@ -174,6 +174,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: Optional[bool] = None,
         logits_to_keep: "int | Tensor" = 0,
         return_dict: Optional[bool] = None,
+        cache: Optional[CllaCache] = None,
         **kwargs: Any,
     ) -> "CausalLMOutputWithPast | tuple[Any, ...]":
         """Run the source through the compressed cache, chunk by chunk.
@@ -182,24 +183,29 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]; or `inputs_embeds` [B, T, h].
             attention_mask: [B, past + T], zeros at padding.
             position_ids: [B, T].
-            past_key_values: what an earlier call returned; made anew when None.
+            past_key_values: what an earlier call returned; made anew when None. transformers from 5.24 on call it
+                `cache`; both names are understood.
             labels: [B, T], for the loss.
             use_cache: False only means that the cache is not returned.
             logits_to_keep: number of last positions whose logits are wanted (0: all), or their indices.
             return_dict: False gives a tuple.
+            cache: the other name of `past_key_values`.
 
         Returns:
             Loss, logits and cache; hidden states of all chunks where asked for.
 
         Raises:
-            ValueError: a cache of another class, or an attention mask that is not two-dimensional.
+            ValueError: two caches, or one of another class, or an attention mask that is not two-dimensional.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("exactly one of input_ids and inputs_embeds is expected")
-        cache = self.new_cache() if past_key_values is None else past_key_values
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing; pass one of them")
+        cache = cache if cache is not None else past_key_values
+        cache = self.new_cache() if cache is None else cache
         if not isinstance(cache, CllaCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass None or model.new_cache()")
+            raise ValueError(f"the cache is a {type(cache).__name__}; pass None or model.new_cache()")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("attention_mask must be [batch, tokens]; other masks cannot be cut into chunks")
         past, count = cache.get_seq_length(), inputs.shape[1]
@@ -215,10 +221,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             cache.timeline.begin(position_ids[:, start:stop], mask, left_padded=cache.evicts)
             with listening(cache if cache.evicts else None):
                 output = self.source(
-                    **{name: inputs[:, start:stop]},
+                    **{name: inputs[:, start:stop], CACHE: cache},
                     attention_mask=mask,
                     position_ids=position_ids[:, start:stop],
-                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=min(stop - start, max(1, stop - keep)),
                     return_dict=True,
@@ -238,12 +243,13 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = tuple(
                 torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs), strict=True)
             )
+        returned = cache if use_cache or (use_cache is None and self.config.use_cache) else None
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache or (use_cache is None and self.config.use_cache) else None,
             hidden_states=hidden,
             attentions=outputs[0].attentions if len(outputs) == 1 else None,
+            **{CACHE: returned},
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -258,8 +264,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not for converted models: "
                 "leave it out, the compressed cache is used by itself"
             )
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache()
+        if model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = self.new_cache()
 
 
 def _kept_from(count: int, logits_to_keep: "int | Tensor") -> int:
