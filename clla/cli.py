@@ -104,7 +104,7 @@ def convert(
     bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
     source: Annotated[Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)] = None,
     planner: Annotated[
-        Optional[str], typer.Option(help="dynamic, uniform, cluster or pyramid.", rich_help_panel=PLAN)
+        Optional[str], typer.Option(help="dynamic, uniform, cluster, pyramid or kvsharer.", rich_help_panel=PLAN)
     ] = None,
     dataset: Annotated[
         Optional[str],

@@ -69,8 +69,11 @@ class BudgetConfig(_Section):
 class PlanConfig(_Section):
     """How layers are grouped and bits given out."""
 
-    planner: Literal["dynamic", "uniform", "cluster", "pyramid"] = Field(
+    planner: Literal["dynamic", "uniform", "cluster", "pyramid", "kvsharer"] = Field(
         "dynamic", description="dynamic programming, or one of the simpler planners for comparison"
+    )
+    sharing_order: Literal["similar", "dissimilar"] = Field(
+        "similar", description="which neighbours 'kvsharer' tries to merge first; its paper's order is 'dissimilar'"
     )
     source: Literal["group", "first"] = Field(
         "group", description="latent from all layers of the group, or from the first layer's input (CLLA as published)"

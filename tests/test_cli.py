@@ -180,6 +180,8 @@ def test_another_budget_replans_without_the_model(
         ["--planner", "uniform"],
         ["--planner", "cluster"],
         ["--planner", "pyramid"],
+        ["--planner", "kvsharer"],
+        ["--planner", "kvsharer", "--source", "first"],
         ["--bits", "2,4,8", "--max-group-size", "2"],
     ],
 )

@@ -259,6 +259,28 @@ def test_weight_surrogates_are_svds_of_the_projections(metric: str) -> None:
         torch.testing.assert_close(projector, axes[:5].mT @ axes[:5], rtol=0, atol=0.03)
 
 
+def test_asvd_keeps_what_large_inputs_use() -> None:
+    """W = diag(4, 1) and inputs of size 1 and 100: SVD keeps the weight 4, ASVD (so CSKV, arXiv 2409.10593) the 1."""
+    weight, power = torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([1.0, 100.0])).square()
+    stats = Stats(
+        layers=(0,),
+        kv=KVShape(num_key_value_heads=1, head_dim=1),
+        tokens=1,
+        mean=torch.zeros(1, 2),
+        covariance=(weight.mT @ power @ weight)[None, None],
+        fisher=torch.eye(2)[None],
+        made_from="test",
+        input_mean=torch.zeros(1, 2),
+        input_covariance=power[None],
+        input_cross=(power @ weight)[None, None],
+    )
+    for metric, kept in (("weights", [[4.0, 0.0], [0.0, 0.0]]), ("asvd", [[0.0, 0.0], [0.0, 1.0]])):
+        codec = factor(Spectra(surrogate_stats(stats, metric), power=0.0, source="first"), 0, 1, 1)
+        product = codec.encoder.mT @ codec.decoder[0].mT
+        # The ridge is relative to the mean power, and shrinks what the smaller input tells.
+        torch.testing.assert_close(product, torch.tensor(kept), rtol=0.06, atol=1e-3)
+
+
 @pytest.mark.parametrize("source", ("group", "first"))
 @pytest.mark.parametrize("metric", ("fisher", "pca", "weights", "asvd"))
 def test_components_are_never_worth_more_than_there_is(data: Sampled, metric: str, source: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 
 import pytest
@@ -34,6 +34,7 @@ from clla.convert.planners import (
     derive_window,
     latent_bits,
     make_plan,
+    neighbour_distances,
 )
 from clla.convert.quantize import ERROR_SHARE
 from clla.convert.spectra import Spectra
@@ -275,7 +276,19 @@ def test_segments() -> None:
     assert uniform_segments(2, 5) == [(0, 2)]
 
 
-def planned(stats: Stats, config: PlanConfig, budget: float, context: int | None, window: int, sinks: int = 4) -> Plan:
+def no_damage(_: Plan) -> float:
+    return 0.0
+
+
+def planned(
+    stats: Stats,
+    config: PlanConfig,
+    budget: float,
+    context: int | None,
+    window: int,
+    sinks: int = 4,
+    measure: Callable[[Plan], float] | None = no_damage,
+) -> Plan:
     return make_plan(
         stats,
         config,
@@ -288,6 +301,7 @@ def planned(stats: Stats, config: PlanConfig, budget: float, context: int | None
         kept_window=0,
         made_from="test",
         spectra=Spectra(stats, source=config.source),
+        measure=measure,
     )
 
 
@@ -336,6 +350,51 @@ def test_cluster_finds_the_blocks_of_layers_that_share() -> None:
     assert [group.layers for group in planned(stats, config, 40.0, None, 16).groups] == [(0, 1), (2, 3, 4)]
 
 
+def test_neighbour_distances_are_those_of_the_tokens() -> None:
+    data = sampled(num_layers=4, head_dim=8, hidden=24, tokens=300)
+    expected = (data.y[1:] - data.y[:-1]).square().sum(-1).mean(-1).sqrt()
+    torch.testing.assert_close(torch.tensor(neighbour_distances(data.stats)).double(), expected, rtol=1e-3, atol=0)
+
+
+def by_kvsharer(order: str, measure: Callable[[Plan], float]) -> tuple[Plan, list[list[tuple[int, ...]]]]:
+    """The plan of six layers in groups of at most three, and the groups of every plan that was measured."""
+    stats = sampled(num_layers=6, head_dim=8, hidden=24, tokens=300).stats
+    seen: list[list[tuple[int, ...]]] = []
+
+    def damage(plan: Plan) -> float:
+        seen.append([group.layers for group in plan.groups])
+        return measure(plan)
+
+    config = PlanConfig(planner="kvsharer", sharing_order=order, max_group_size=3, tier_size=TIER)
+    return planned(stats, config, 30.0, None, 16, measure=damage), seen
+
+
+@pytest.mark.parametrize("order", ("similar", "dissimilar"))
+def test_kvsharer_merges_neighbours_in_the_order_of_their_distance(order: str) -> None:
+    """The first merger tried is that of the nearest, or farthest, two layers; what helps stays, what hurts does not."""
+    stats = sampled(num_layers=6, head_dim=8, hidden=24, tokens=300).stats
+    apart = neighbour_distances(stats)
+    pairs = sorted(range(5), key=lambda layer: apart[layer], reverse=order == "dissimilar")
+    _, seen = by_kvsharer(order, lambda plan: len(plan.groups) == 6)
+    assert seen[0] == [(layer,) for layer in range(6)]
+    assert (pairs[0], pairs[0] + 1) in seen[1]
+    plan, seen = by_kvsharer(order, lambda plan: -len(plan.groups))  # every merger does harm
+    assert len(plan.groups) == 6 and [len(groups) for groups in seen] == [6, *[5] * 5]
+    assert [next(g for g in groups if len(g) == 2)[0] for groups in seen[1:]] == pairs
+
+
+def test_kvsharer_keeps_what_does_no_harm_and_the_largest_size() -> None:
+    plan, _ = by_kvsharer("similar", lambda plan: float(any(set(group.layers) >= {2, 3} for group in plan.groups)))
+    assert all(len(group.layers) <= 3 for group in plan.groups)
+    assert {group.layers for group in plan.groups} == {(0, 1, 2), (3, 4, 5)}
+
+
+def test_kvsharer_needs_the_model() -> None:
+    stats = sampled(num_layers=3, head_dim=8, hidden=24, tokens=200).stats
+    with pytest.raises(UsageError, match="measures on the model"):
+        planned(stats, PlanConfig(planner="kvsharer", max_group_size=2, tier_size=TIER), 30.0, None, 16, measure=None)
+
+
 def test_pyramid_gives_lower_layers_more() -> None:
     stats = sampled(num_layers=6, head_dim=8, hidden=24, tokens=400).stats
     config = PlanConfig(planner="pyramid", max_group_size=2, tier_size=TIER, bits=(2, 4))
@@ -349,7 +408,7 @@ def test_progress_counts_every_spectrum(planner: str) -> None:
     stats = sampled(num_layers=5, head_dim=8, hidden=24, tokens=200).stats
     steps: list[int] = []
     config = PlanConfig(planner=planner, max_group_size=2, tier_size=TIER)
-    PLANNERS[planner](Spectra(stats), config, Room(200), steps.append)
+    PLANNERS[planner](Spectra(stats), config, Room(200), steps.append, lambda _: 0.0)
     if planner != "cluster":  # its number of groups is known only afterwards
         assert sum(steps) == count_candidates(config, 5)
     assert steps and set(steps) == {1}

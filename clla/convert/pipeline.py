@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from clla import console
 from clla.artifacts import Codec, Plan, Stats, digest, write_text
@@ -31,6 +32,7 @@ from clla.convert.planners import count_candidates, derive_window, latent_bits, 
 from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
 from clla.errors import CorruptArtifactError, DatasetError
+from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.hub import write_card
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -41,6 +43,7 @@ DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
 MAX_DEFAULT_CONTEXT = 32_768
 REPORT_LENGTH = 2048  # tokens a window of the before-and-after report
+DAMAGE_SEQUENCES, DAMAGE_LENGTH, DAMAGE_CHUNK = 2, 1024, 128  # that planners measure on
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             shutil.rmtree(work)
         return Conversion(plan, recipe, codec.predicted_kl, None, None)
 
-    model = run.model()
-    block = clla_block(
-        plan,
-        interleaved_rope=source.family.interleaved_rope,
-        kv_dtype=source.dtype,
-        prefill_chunk=recipe.runtime.prefill_chunk,
-    )
-    converted = attach(model, codec, block)
+    converted = attach(run.model(), codec, run.block(plan))
     tokenizer = run.tokenizer
     report = None
     if options.report:
@@ -267,7 +263,7 @@ class Run:
                 console.say(f"Planning again: {error.got}")
         config, budget = self.recipe.plan, self.recipe.budget
         assert budget.window is not None
-        with console.progress("Planning (layer groups)", count_candidates(config, len(stats.layers))) as advance:
+        with console.progress("Planning (steps)", count_candidates(config, len(stats.layers))) as advance:
             plan = make_plan(
                 stats,
                 config,
@@ -281,10 +277,38 @@ class Run:
                 kept_window=self.source.kept_window,
                 made_from=self.plan_key,
                 spectra=spectra,
+                measure=self.damage(stats, spectra) if config.planner == "kvsharer" else None,
                 on_step=advance,
             )
         plan.save(path)
         return plan
+
+    def damage(self, stats: Stats, spectra: Spectra) -> Callable[[Plan], float]:
+        """A function that gives the KL to the source, nats a token, of the model running on a plan.
+
+        Measured on the first calibration sequences, streamed at most `DAMAGE_CHUNK` tokens a step.
+        """
+        batches = self.batches(DAMAGE_LENGTH)
+        rows = torch.cat(list(islice(batches, DAMAGE_SEQUENCES)))[:DAMAGE_SEQUENCES].to(self.device)
+        source = Subject(self.model(), lambda: DynamicCache(config=self.source.config))
+
+        def measured(plan: Plan) -> float:
+            converted = attach(self.model(), make_codec(spectra, plan, stats), self.block(plan))
+            subjects = {"source": source, "converted": Subject(converted, converted.new_cache)}
+            found = compare(subjects, rows, chunk=min(DAMAGE_CHUNK, plan.window or DAMAGE_CHUNK))
+            converted.release_source()
+            return found["converted"].kl
+
+        return measured
+
+    def block(self, plan: Plan) -> dict[str, Any]:
+        """The config's `clla` block of a plan for this source."""
+        return clla_block(
+            plan,
+            interleaved_rope=self.source.family.interleaved_rope,
+            kv_dtype=self.source.dtype,
+            prefill_chunk=self.recipe.runtime.prefill_chunk,
+        )
 
     def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
         path = self.work / f"codec-{self.plan_key}.safetensors"

@@ -26,7 +26,9 @@ class Room:
     group_bits: int = 0
 
 
-Solver = Callable[[Spectra, PlanConfig, Room, Callable[[int], None]], dict[Segment, Choice]]
+Choices = dict[Segment, Choice]
+Damage = Callable[[Choices], float]  # measured on the model
+Solver = Callable[[Spectra, PlanConfig, Room, Callable[[int], None], Damage], Choices]
 
 
 def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int) -> int:
@@ -113,6 +115,7 @@ def make_plan(
     made_from: str,
     spectra: Spectra,
     evict: float | None = None,
+    measure: Callable[[Plan], float] | None = None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Choose layer groups, ranks and bits.
@@ -130,10 +133,11 @@ def make_plan(
         made_from: hash of the stats and settings.
         spectra: weighted moments of `stats`.
         evict: share of the latents that leaves again at `context`.
-        on_step: called after each candidate group, for progress.
+        measure: damage that the model takes from a plan, for planners that look at the model.
+        on_step: called after each step, for progress.
 
     Raises:
-        UsageError: the budget does not hold window and sinks.
+        UsageError: the budget does not hold window and sinks; the planner needs `measure`.
     """
     source_bytes = len(stats.layers) * stats.kv.values * kv_itemsize
     bits = latent_bits(
@@ -145,27 +149,37 @@ def make_plan(
             kept_rows(encoded_slots(context, window, config.flush_block), evict),
             Room(bits, 8 * EVICT_BYTES),
         )
-    choices = PLANNERS[config.planner](spectra, config, room, on_step)
-    groups = tuple(
-        LayerGroup(tuple(stats.layers[start : start + size]), choice.bits, choice.loss)
-        for (start, size), choice in choices.items()
-    )
-    return Plan(
-        groups=groups,
-        kv=stats.kv,
-        kv_itemsize=kv_itemsize,
-        tier_size=config.tier_size,
-        window=window,
-        sinks=sinks,
-        flush_block=config.flush_block,
-        source=config.source,
-        budget_bytes=budget,
-        at_context=context,
-        made_from=made_from,
-        kept_layers=kept_layers,
-        kept_window=kept_window,
-        capacity=capacity,
-    )
+
+    def plan_of(choices: Choices) -> Plan:
+        groups = tuple(
+            LayerGroup(tuple(stats.layers[start : start + size]), choice.bits, choice.loss)
+            for (start, size), choice in choices.items()
+        )
+        return Plan(
+            groups=groups,
+            kv=stats.kv,
+            kv_itemsize=kv_itemsize,
+            tier_size=config.tier_size,
+            window=window,
+            sinks=sinks,
+            flush_block=config.flush_block,
+            source=config.source,
+            budget_bytes=budget,
+            at_context=context,
+            made_from=made_from,
+            kept_layers=kept_layers,
+            kept_window=kept_window,
+            capacity=capacity,
+        )
+
+    def damage(choices: Choices) -> float:
+        if measure is None:
+            raise UsageError(
+                f"the planner {config.planner!r} measures on the model", expected="a planner that needs no model here"
+            )
+        return measure(plan_of(choices))
+
+    return plan_of(PLANNERS[config.planner](spectra, config, room, on_step, damage))
 
 
 def candidates_of(
@@ -180,29 +194,37 @@ def candidates_of(
 
 
 def count_candidates(config: PlanConfig, num_layers: int) -> int:
-    """How many spectra a planner computes, for progress."""
+    """How many steps a planner takes, for progress: spectra that it computes, or mergers that it tries."""
     if config.planner == "dynamic":
         return len(every_segment(num_layers, min(config.max_group_size, num_layers)))
+    if config.planner == "kvsharer" and config.max_group_size > 1:
+        return num_layers - 1
     return -(-num_layers // config.max_group_size)
 
 
-def _dynamic(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _dynamic(
+    spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
+) -> Choices:
     count = len(spectra.stats.layers)
     return _within(spectra, every_segment(count, config.max_group_size), config, room, on_step)
 
 
-def _uniform(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _uniform(
+    spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
+) -> Choices:
     segments = uniform_segments(len(spectra.stats.layers), config.max_group_size)
     return _within(spectra, segments, config, room, on_step)
 
 
-def _pyramid(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _pyramid(
+    spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
+) -> Choices:
     """Budgets falling linearly from the bottom to the top, as PyramidKV's (arXiv 2406.02069) shape."""
     segments = uniform_segments(len(spectra.stats.layers), config.max_group_size)
     left = room.bits - room.group_bits * len(segments)
     slope = torch.linspace(1.5, 0.5, len(segments), dtype=torch.float64)
     weight = slope * torch.tensor([size for _, size in segments], dtype=torch.float64)
-    choices: dict[Segment, Choice] = {}
+    choices: Choices = {}
     for segment, share in zip(segments, (weight / weight.sum()).tolist(), strict=True):
         own = candidates_of(spectra, [segment], config.tier_size, on_step)
         alone = {(0, segment[1]): own[segment]}
@@ -213,13 +235,15 @@ def _pyramid(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable
     return choices
 
 
-def _cluster(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None]) -> dict[Segment, Choice]:
+def _cluster(
+    spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
+) -> Choices:
     """Agglomerative clustering of neighbouring layers by how much weighted variance they share."""
     from sklearn.cluster import AgglomerativeClustering
 
     count = len(spectra.stats.layers)
     if count == 1 or config.max_group_size == 1:
-        return _uniform(spectra, config, room, on_step)
+        return _uniform(spectra, config, room, on_step, damage)
     distance = torch.ones(count, count, dtype=torch.float64)
     norms = spectra.weighted[:, 0].double().flatten(1).norm(dim=1)
     for j in range(min(spectra.weighted.shape[1], count)):
@@ -244,9 +268,48 @@ def _cluster(spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable
     return _within(spectra, segments, config, room, on_step)
 
 
+def _kvsharer(
+    spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
+) -> Choices:
+    """KVSharer's search (arXiv 2410.18517) for layer groups: neighbours by their distance, kept by measured damage.
+
+    From groups of one layer on, the groups of two neighbouring layers are merged, and stay so unless the model
+    running on the plan, at the same bytes, takes more damage. Pairs come in the order of the root mean square
+    distance of their keys and values; the paper tries unlike layers first.
+    """
+    count, sign = len(spectra.stats.layers), -1 if config.sharing_order == "dissimilar" else 1
+    if config.max_group_size == 1:
+        return _uniform(spectra, config, room, on_step, damage)
+    segments = [(layer, 1) for layer in range(count)]
+    chosen = _within(spectra, segments, config, room, lambda _: None)
+    least = damage(chosen)
+    apart = neighbour_distances(spectra.stats)
+    for pair in sorted(range(count - 1), key=lambda layer: sign * apart[layer]):
+        on_step(1)
+        cut = next((i for i, (start, _) in enumerate(segments) if start == pair + 1), None)
+        assert cut, "two neighbours are merged but once"
+        (start, below), (_, above) = segments[cut - 1 : cut + 1]
+        if below + above > config.max_group_size:
+            continue
+        tried = [*segments[: cut - 1], (start, below + above), *segments[cut + 1 :]]
+        choices = _within(spectra, tried, config, room, lambda _: None)
+        found = damage(choices)
+        if found <= least:
+            segments, chosen, least = tried, choices, found
+    return chosen
+
+
+def neighbour_distances(stats: Stats) -> list[float]:
+    """(E‖y_l - y_{l+1}‖²)^½ of neighbouring layers' keys (before RoPE) and values, L - 1 of them."""
+    energy = stats.covariance[:, 0].double().diagonal(dim1=-2, dim2=-1).sum(-1)
+    shared = stats.covariance[:-1, 1].double().diagonal(dim1=-2, dim2=-1).sum(-1)
+    between = stats.mean.double().diff(dim=0).square().sum(-1)
+    return (energy[:-1] + energy[1:] - 2 * shared + between).clamp_min(0).sqrt().tolist()
+
+
 def _within(
     spectra: Spectra, segments: list[Segment], config: PlanConfig, room: Room, on_step: Callable[[int], None]
-) -> dict[Segment, Choice]:
+) -> Choices:
     options = candidates_of(spectra, segments, config.tier_size, on_step)
     return solve(
         options,
@@ -258,4 +321,10 @@ def _within(
     )
 
 
-PLANNERS: dict[str, Solver] = {"dynamic": _dynamic, "uniform": _uniform, "cluster": _cluster, "pyramid": _pyramid}
+PLANNERS: dict[str, Solver] = {
+    "dynamic": _dynamic,
+    "uniform": _uniform,
+    "cluster": _cluster,
+    "pyramid": _pyramid,
+    "kvsharer": _kvsharer,
+}

@@ -11,6 +11,8 @@ of each sequence that are no padding; they stay exact wherever they lie.
 With a `capacity` a group keeps at most so many rows: when more have come, those that the newest queries look
 at least are dropped (`evict_clla.py`). Rows stay in the order of their slots, padding leaves first, so the
 kept rows are masked like the last K slots before the exact ones.
+
+What is kept carries no gradient: a loss reaches the decoder and the tokens of its own forward pass.
 """
 
 from dataclasses import dataclass
@@ -85,10 +87,11 @@ class LatentGroup:
         """No exact window at all: even the current tokens are read from their latents."""
         return self.window == 0
 
+    @torch.no_grad()
     def observe(self, hidden: Tensor) -> None:
         """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
         held = self._storage(hidden)
-        rows = self.layout.pack(_linear(hidden, self.codec.encoder, self.codec.offset))
+        rows = self.layout.pack(encode(hidden, self.codec))
         if self.strict:
             self.encoded += rows.shape[1]
             held.rows = torch.cat((held.rows, rows), dim=1)
@@ -121,11 +124,7 @@ class LatentGroup:
                 self._turns = self.timeline.rotation(0, self.encoded)
             else:
                 self._turns = self.timeline.rotation_at(held.positions)
-        flat = nn.functional.linear(self._latents, self.codec.decoder[index], self.codec.mean[index])  # [B, T, n]
-        both = flat.to(dtype).unflatten(-1, (2 * self.heads, self.head_dim)).transpose(1, 2)
-        if self._turns is not None:
-            keys = rotate(both[:, : self.heads], *self._turns, interleaved=self.interleaved)
-            both = torch.cat((keys.to(dtype), both[:, self.heads :]), dim=1)
+        both = decode(self._latents, self.codec, index, self._turns, self.heads, dtype, interleaved=self.interleaved)
         reach = min(both.shape[2], self.timeline.max_padding + self.sinks)
         if reach and self.sinks:
             order = torch.arange(reach, device=both.device) - self._padding_kept[:, None]  # [B, reach]
@@ -134,6 +133,7 @@ class LatentGroup:
             both = torch.cat((torch.where(is_sink, sink, both[:, :, :reach]), both[:, :, reach:]), dim=2)
         return both
 
+    @torch.no_grad()
     def _settle(self, held: _Storage) -> None:
         """After the group's last layer: encode what leaves the window, keep the rest exact."""
         total = self.filled + self._incoming[self.layers[-1]].shape[2]
@@ -157,7 +157,9 @@ class LatentGroup:
             held.exact[index, :, :, : total - leaving] = recent[:, :, leaving:]
             gone.append(recent[:, :, :leaving])
         if self._incoming_rows is None:
-            rows = self.layout.pack(_linear(self._before_rope(gone), self.codec.encoder, self.codec.offset))
+            rotation = self.timeline.rotation(self.encoded, self.encoded + leaving)
+            inputs = before_rope(gone, rotation, self.heads, interleaved=self.interleaved)
+            rows = self.layout.pack(encode(inputs, self.codec))
         else:
             recent_rows = torch.cat((held.pending[:, : self.filled], self._incoming_rows), dim=1)
             held.pending[:, : total - leaving] = recent_rows[:, leaving:]
@@ -173,6 +175,7 @@ class LatentGroup:
         """[B] padded slots that still have a row; they are the first rows."""
         return (self.timeline.padding - self.evicted).clamp(min=0)
 
+    @torch.no_grad()
     def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Note how much the newest queries [B, H_q, T, d] of one layer look at each row [B, H, S, d]."""
         assert self.held is not None and self.capacity is not None
@@ -201,17 +204,7 @@ class LatentGroup:
         # Zeros rather than nothing, so that the cache has the same size between evictions.
         held.score, self._judged = held.score.new_zeros(held.rows.shape[:2]), self.encoded
 
-    def _before_rope(self, gone: "list[Tensor]") -> Tensor:
-        """The group's keys before RoPE and values of slots that leave the window, [B, T, n·G], fp32."""
-        rotation = self.timeline.rotation(self.encoded, self.encoded + gone[0].shape[2])
-        parts = []
-        for both in gone:
-            keys, values = both[:, : self.heads].float(), both[:, self.heads :].float()
-            if rotation is not None:
-                keys = unrotate(keys, *rotation, interleaved=self.interleaved)
-            parts.append(torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2))
-        return torch.cat(parts, dim=-1)
-
+    @torch.no_grad()
     def _capture_sinks(self, held: _Storage, index: int, recent: Tensor, start: int, count: int) -> None:
         """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
         if start >= self.timeline.max_padding + self.sinks:
@@ -410,6 +403,38 @@ def leaving_slots(total: int, window: int, block: int) -> int:
     return (total - window) // block * block if total >= window + block else 0
 
 
-def _linear(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
-    """Encode: (x - offset) Wᵀ, [..., r]. The difference is taken in fp32."""
-    return nn.functional.linear((x.float() - offset.float()).to(weight.dtype), weight)
+def encode(x: Tensor, codec: Any) -> Tensor:
+    """Latents (x - offset) Eᵀ, [..., r], of a group's inputs. The difference is taken in fp32."""
+    return nn.functional.linear((x.float() - codec.offset.float()).to(codec.encoder.dtype), codec.encoder)
+
+
+def decode(
+    latents: Tensor,
+    codec: Any,
+    index: int,
+    rotation: "Optional[tuple[Tensor, Tensor]]",
+    heads: int,
+    dtype: torch.dtype,
+    *,
+    interleaved: bool,
+) -> Tensor:
+    """Keys after RoPE and values [B, 2H, T, d] of a group's layer number `index`, from latents [B, T, r]."""
+    flat = nn.functional.linear(latents, codec.decoder[index], codec.mean[index])  # [B, T, n]
+    both = flat.to(dtype).unflatten(-1, (2 * heads, -1)).transpose(1, 2)
+    if rotation is None:
+        return both
+    keys = rotate(both[:, :heads], *rotation, interleaved=interleaved)
+    return torch.cat((keys.to(dtype), both[:, heads:]), dim=1)
+
+
+def before_rope(
+    layers: "list[Tensor]", rotation: "Optional[tuple[Tensor, Tensor]]", heads: int, *, interleaved: bool
+) -> Tensor:
+    """Keys before RoPE and values of a group's layers, [B, T, n·G] in fp32, from [B, 2H, T, d] each after RoPE."""
+    parts = []
+    for both in layers:
+        keys, values = both[:, :heads].float(), both[:, heads:].float()
+        if rotation is not None:
+            keys = unrotate(keys, *rotation, interleaved=interleaved)
+        parts.append(torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2))
+    return torch.cat(parts, dim=-1)

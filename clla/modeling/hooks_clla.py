@@ -27,6 +27,20 @@ def rope_of(model: Any) -> "Optional[Callable[[Tensor], tuple[Tensor, Tensor]]]"
     return None if rotary is None else lambda positions: rotary(like.to(positions.device), positions)
 
 
+def logits_head(model: Any) -> "Callable[[Tensor], Tensor]":
+    """Logits [..., V] of final hidden states [..., h], as the model makes them."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = head(hidden)
+        found = found if scaling is None else found / scaling
+        return found if cap is None else (found / cap).tanh() * cap
+
+    return logits
+
+
 def rotary_module(model: nn.Module) -> nn.Module | None:
     """The module that turns positions into cosines and sines; None where positions are learned."""
     found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]

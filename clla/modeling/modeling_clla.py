@@ -71,6 +71,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.codec = CodecModule(config)
         self._no_split_modules = getattr(self.source, "_no_split_modules", None)
         self.prefill_chunk = config.clla["prefill_chunk"]
+        self._hooks: "list[Any]" = []
         self.watch_source()
         self.post_init()
 
@@ -83,8 +84,16 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.clla["source"] != "first":
             return
         attention = attention_modules(self.source)
-        for spec in self.config.clla["groups"]:
+        self._hooks = [
             attention[spec["layers"][0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
+            for spec in self.config.clla["groups"]
+        ]
+
+    def release_source(self) -> None:
+        """Leave the source as it was, for a conversion that is not needed any longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _show_input_to_cache(self, module: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
         # Families name the cache differently (`past_key_values`, `layer_past`). One source may carry several

@@ -6,7 +6,7 @@ and does nothing else while no cache listens.
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -28,6 +28,12 @@ def listening(cache: "Optional[Any]") -> "Iterator[None]":
         yield
     finally:
         _listener.reset(token)
+
+
+def listen(modules: "Iterable[Any]", cache: "Optional[Any]") -> None:
+    """Have a cache, or with None no cache, listen to these attention modules whenever they run from now on."""
+    for module in modules:
+        module.clla_listener = cache
 
 
 def is_observed(implementation: str) -> bool:
@@ -62,6 +68,8 @@ def _observing(own: "Callable[..., Any]") -> "Callable[..., Any]":
             return own(module, query, key, value, attention_mask, **kwargs)[0]
 
         cache = _listener.get()
+        if cache is None:
+            cache = getattr(module, "clla_listener", None)
         if cache is None:
             return own(module, query, key, value, attention_mask, **kwargs)
         scaling = kwargs.get("scaling")

@@ -69,10 +69,16 @@ class RowLayout:
         position, parts = len(self.classes), []
         for i, (bits, first, stop) in enumerate(self.classes):
             codes, position = from_planes(rows, bits, stop - first, position)
-            step = _step(bits, stop - first) * _decode_scale(rows[..., i : i + 1])
-            parts.append(((codes + (0.5 - (1 << (bits - 1)))) * step).to(dtype))
+            parts.append(dequantize(rows[..., i : i + 1], codes, bits).to(dtype))
         if not parts:
             return torch.zeros(*rows.shape[:-1], 0, dtype=dtype, device=rows.device)
+        return torch.cat(parts, dim=-1)
+
+    def rounded(self, latents: Tensor) -> Tensor:
+        """What `unpack` gives of `pack`, without the packing; [..., r], dtype kept."""
+        parts = [latents[..., :0]]
+        for bits, first, stop in self.classes:
+            parts.append(dequantize(*quantize(latents[..., first:stop], bits), bits).to(latents.dtype))
         return torch.cat(parts, dim=-1)
 
 
@@ -95,6 +101,11 @@ def quantize(x: Tensor, bits: int) -> "tuple[Tensor, Tensor]":
         best_error = torch.where(better, error, best_error)
         scale, codes = torch.where(better, tried, scale), torch.where(better, level + half, codes)
     return scale, codes.to(torch.int32)
+
+
+def dequantize(scale: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """Components [..., size] (fp32) of one class, from what `quantize` gives."""
+    return (codes + (0.5 - (1 << (bits - 1)))) * (_step(bits, codes.shape[-1]) * _decode_scale(scale))
 
 
 def _step(bits: int, size: int) -> float:

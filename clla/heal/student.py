@@ -1,0 +1,267 @@
+"""Teacher and student on a whole sequence in parallel, the student differentiable through its quantizer.
+
+With the `group` source a latent needs the keys and values of layers that lie above, so old tokens' latents are made
+from the teacher's keys and values. With the `first` source they come from the student's own inputs. Rounding passes
+the gradient straight through (Bengio et al., arXiv 1308.3432).
+
+Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, h hidden size, G layers of a group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from clla.heal.attention import View, mixed_attention
+from clla.heal.losses import chunked_kl, kl_of_logits
+from clla.modeling.cache_clla import CllaCache, before_rope, decode, encode
+from clla.modeling.hooks_clla import CACHE, attention_modules, logits_head, rope_of
+from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
+from clla.modeling.observe_clla import is_observed, listen, observed
+from clla.modeling.quantize_clla import RowLayout
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class RecordingCache(Cache):
+    """Keeps nothing between forward passes; notes keys after RoPE and values of some layers in passing.
+
+    Args:
+        layers: whose keys and values are wanted.
+
+    Attributes:
+        kv: [B, 2H, T, d] by layer.
+    """
+
+    def __init__(self, layers: set[int]) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.wanted = layers
+        self.kv: dict[int, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx in self.wanted:
+            self.kv[layer_idx] = torch.cat((key_states, value_states), dim=1)
+        return key_states, value_states
+
+
+@dataclass(frozen=True)
+class GroupOnSequence:
+    """One layer group, for a whole sequence at once.
+
+    Attributes:
+        layers: model layer indices.
+        codec: the group's, trained.
+        layout: of its packed rows.
+        heads: H.
+        interleaved: rotary pairs are neighbouring channels.
+    """
+
+    layers: tuple[int, ...]
+    codec: GroupCodecModule
+    layout: RowLayout
+    heads: int
+    interleaved: bool
+
+    def encode_kv(self, kv: dict[int, Tensor], rotation: Rotation | None) -> Tensor:
+        """Latents of the group's keys after RoPE and values, by layer as `RecordingCache` notes them."""
+        layers = [kv[layer] for layer in self.layers]
+        return self.encode(before_rope(layers, rotation, self.heads, interleaved=self.interleaved))
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Latents [B, T, r] of inputs [B, T, n·G or h], rounded as the cache would hold them."""
+        latents = encode(inputs, self.codec)
+        return latents + (self.layout.rounded(latents.detach()) - latents.detach())
+
+    def decode(
+        self, latents: Tensor, layer: int, rotation: Rotation | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys after RoPE and values [B, H, T, d] of one layer."""
+        index = self.layers.index(layer)
+        both = decode(latents, self.codec, index, rotation, self.heads, dtype, interleaved=self.interleaved)
+        return both[:, : self.heads], both[:, self.heads :]
+
+
+class SequenceCache(Cache):
+    """What the student's attention reads in one parallel forward pass. Keeps nothing.
+
+    Args:
+        groups: all layer groups.
+        latents: by group number, as far as they are known before the pass.
+        rotation: cosines and sines [1, T, p] of the positions; None without rotation.
+        view: what each token sees exactly.
+    """
+
+    def __init__(
+        self, groups: list[GroupOnSequence], latents: dict[int, Tensor], rotation: Rotation | None, view: View
+    ) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
+        self.groups, self.latents, self.rotation, self.view = groups, latents, rotation, view
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def observe(self, layer: int, hidden: Tensor) -> None:
+        """Take the attention input [B, T, h] of a group's first layer (`first` source)."""
+        number = self.group_of[layer]
+        self.latents[number] = self.groups[number].encode(hidden)
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
+    ) -> Tensor:
+        if layer_idx not in self.group_of:
+            return plain()
+        number = self.group_of[layer_idx]
+        decoded = self.groups[number].decode(self.latents[number], layer_idx, self.rotation, key.dtype)
+        return mixed_attention(query, (key, value), decoded, self.view, scaling)
+
+
+def trainable_copy(model: PreTrainedModel, train: str) -> PreTrainedModel:
+    """A copy whose trained weights are its own, in fp32; it shares every other tensor with the model.
+
+    Args:
+        model: the source; not changed.
+        train: `codec` (no weight), `attention` (those of the attention modules) or `all`.
+    """
+    if train == "all":
+        trained = {id(p) for p in model.parameters()}
+    else:
+        modules = attention_modules(model).values() if train == "attention" else []
+        trained = {id(p) for module in modules for p in module.parameters()}
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained}
+    twin = copy.deepcopy(model, dict(shared))
+    for parameter in twin.parameters():
+        if id(parameter) not in shared:
+            parameter.data = parameter.data.float()  # a step of 1e-4 is lost in bf16
+            parameter.requires_grad_(True)
+    return twin
+
+
+def make_student(converted: CllaForCausalLM, train: str) -> CllaForCausalLM:
+    """A converted model to train: its codec, and what `train` names of its weights, are copies in fp32.
+
+    Args:
+        converted: where training starts; not changed.
+        train: as in `trainable_copy`.
+    """
+    with torch.device("meta"):
+        student = CllaForCausalLM(converted.config)  # type: ignore[arg-type]
+    converted.release_source()  # its hooks would be copied with the modules, and itself with them
+    student.source = trainable_copy(converted.source, train)
+    converted.watch_source()
+    student.codec = copy.deepcopy(converted.codec).float().requires_grad_(True)
+    student.prefill_chunk = converted.prefill_chunk
+    student.watch_source()
+    student.generation_config = converted.generation_config
+    return student
+
+
+class Distiller(nn.Module):
+    """Teacher and student side by side; a forward pass gives the loss.
+
+    Args:
+        teacher: the source model, frozen.
+        student: from `make_student`.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: CllaForCausalLM) -> None:
+        super().__init__()
+        self.teacher, self.student = teacher, student
+        settings: Any = student.config.clla
+        self.first = settings["source"] == "first"
+        self.groups = [
+            GroupOnSequence(
+                tuple(spec["layers"]),
+                module,  # type: ignore[arg-type]
+                RowLayout(tuple(spec["tier_bits"]), settings["tier_size"]),
+                settings["kv"]["num_key_value_heads"],
+                settings["interleaved_rope"],
+            )
+            for spec, module in zip(settings["groups"], student.codec.groups, strict=True)
+        ]
+        self.rope = rope_of(student.source)
+        source = student.source
+        if not is_observed(source.config._attn_implementation):
+            source.set_attn_implementation(observed("sdpa"))
+        self.attention = attention_modules(source)
+        if self.first:
+            for group in self.groups:
+                self.attention[group.layers[0]].register_forward_pre_hook(_show_input, with_kwargs=True)
+        self.teacher_head, self.student_head = logits_head(teacher), logits_head(source)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        view: View | None = None,
+        cache: CllaCache | None = None,
+        teacher_hidden: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Mean KL to the teacher, nats a token.
+
+        Args:
+            input_ids: [B, T] whole sequences; with a cache the next tokens of them.
+            view: what each token sees exactly; for whole sequences.
+            cache: the student's own, in use.
+            teacher_hidden: [B, T, h] of the tokens, with a cache.
+            start: position of the first token, with a cache.
+        """
+        if cache is not None:
+            assert teacher_hidden is not None
+            return self._on_cache(input_ids, cache, teacher_hidden, start)
+        assert view is not None
+        hidden, kv = self.teach(input_ids, with_kv=not self.first)
+        own = self.run_student(input_ids, kv, view)
+        return chunked_kl(own.flatten(0, 1), hidden.flatten(0, 1), self.student_head, self.teacher_head)
+
+    @torch.no_grad()
+    def teach(self, input_ids: Tensor, *, with_kv: bool) -> tuple[Tensor, dict[int, Tensor]]:
+        """The teacher's final hidden states [B, T, h], and its keys after RoPE and values by layer where wanted."""
+        cache = RecordingCache({layer for group in self.groups for layer in group.layers} if with_kv else set())
+        return hidden_states(self.teacher, input_ids, cache), cache.kv
+
+    def run_student(self, input_ids: Tensor, kv: dict[int, Tensor], view: View) -> Tensor:
+        """The student's final hidden states [B, T, h]."""
+        rotation = self.rotation(input_ids)
+        latents = {} if self.first else {i: g.encode_kv(kv, rotation) for i, g in enumerate(self.groups)}
+        cache = SequenceCache(self.groups, latents, rotation, view)
+        # On the modules rather than around the call, since checkpointed layers run once more in the backward pass.
+        listen(self.attention.values(), cache)
+        return hidden_states(self.student.source, input_ids, cache)
+
+    def rotation(self, input_ids: Tensor) -> Rotation | None:
+        """Cosines and sines [1, T, p]."""
+        if self.rope is None:
+            return None
+        return self.rope(torch.arange(input_ids.shape[1], device=input_ids.device)[None])
+
+    def _on_cache(self, input_ids: Tensor, cache: CllaCache, teacher_hidden: Tensor, start: int) -> Tensor:
+        listen(self.attention.values(), None)
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+        logits = self.student(input_ids, position_ids=positions, **{CACHE: cache}).logits
+        loss = kl_of_logits(logits, self.teacher_head(teacher_hidden)) / input_ids.numel()
+        # Encoders get no gradient here, which data-parallel training would wait for.
+        return loss + 0.0 * sum(p.sum() for group in self.groups for p in (group.codec.encoder, group.codec.offset))
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
+    """Final hidden states [B, T, h] of a model, through a cache that keeps nothing."""
+    base: Any = model.base_model
+    return base(input_ids=input_ids, use_cache=True, **{CACHE: cache}).last_hidden_state
+
+
+def _show_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = getattr(module, "clla_listener", None)
+    if isinstance(cache, SequenceCache):
+        cache.observe(module.layer_idx, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
