@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from clla import console
 from clla.artifacts import Codec, Plan, Stats, digest, write_text
+from clla.baselines.stored import SourceCache
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.data import (
     fingerprint,
@@ -43,7 +44,7 @@ DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
 MAX_DEFAULT_CONTEXT = 32_768
 REPORT_LENGTH = 2048  # tokens a window of the before-and-after report
-DAMAGE_SEQUENCES, DAMAGE_LENGTH, DAMAGE_CHUNK = 2, 1024, 128  # that planners measure on
+DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
 
 
 @dataclass(frozen=True)
@@ -288,9 +289,8 @@ class Run:
 
         Measured on the first calibration sequences, streamed at most `DAMAGE_CHUNK` tokens a step.
         """
-        batches = self.batches(DAMAGE_LENGTH)
-        rows = torch.cat(list(islice(batches, DAMAGE_SEQUENCES)))[:DAMAGE_SEQUENCES].to(self.device)
-        source = Subject(self.model(), lambda: DynamicCache(config=self.source.config))
+        rows = torch.cat(list(islice(self.batches(), DAMAGE_SEQUENCES)))[:DAMAGE_SEQUENCES].to(self.device)
+        source = Subject(self.model(), lambda: SourceCache(self.source.config, self.source.dtype))
 
         def measured(plan: Plan) -> float:
             converted = attach(self.model(), make_codec(spectra, plan, stats), self.block(plan))

@@ -240,6 +240,10 @@ class Distiller(nn.Module):
         listen(self.attention.values(), cache)
         return hidden_states(self.student.source, input_ids, cache)
 
+    def release(self) -> None:
+        """After the backward pass of a whole sequence: the attention is the model's own again."""
+        listen(self.attention.values(), None)
+
     def rotation(self, input_ids: Tensor) -> Rotation | None:
         """Cosines and sines [1, T, p]."""
         if self.rope is None:
@@ -247,12 +251,9 @@ class Distiller(nn.Module):
         return self.rope(torch.arange(input_ids.shape[1], device=input_ids.device)[None])
 
     def _on_cache(self, input_ids: Tensor, cache: CllaCache, teacher_hidden: Tensor, start: int) -> Tensor:
-        listen(self.attention.values(), None)
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         logits = self.student(input_ids, position_ids=positions, **{CACHE: cache}).logits
-        loss = kl_of_logits(logits, self.teacher_head(teacher_hidden)) / input_ids.numel()
-        # Encoders get no gradient here, which data-parallel training would wait for.
-        return loss + 0.0 * sum(p.sum() for group in self.groups for p in (group.codec.encoder, group.codec.offset))
+        return kl_of_logits(logits, self.teacher_head(teacher_hidden)) / input_ids.numel()
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
