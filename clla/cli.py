@@ -12,7 +12,7 @@ from typing import Annotated, Any, Iterator, Optional
 import typer
 
 from clla import __version__, console
-from clla.errors import CllaError
+from clla.errors import CllaError, UsageError
 
 app = typer.Typer(
     help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
@@ -22,8 +22,9 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="Built-in recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
-CALIBRATION, PLAN, OUTPUT, RUN = "Calibration", "Budget and plan", "Output", "Run"
+CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …", rich_help_panel=RUN)]
+Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
 
 
 def main() -> None:
@@ -117,6 +118,16 @@ def convert(
         Optional[int], typer.Option(help="Tokens a calibration sequence.", rich_help_panel=CALIBRATION)
     ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Of shuffling and sampling.", rich_help_panel=CALIBRATION)] = None,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Train briefly against the source afterwards.", rich_help_panel=HEAL)
+    ] = False,
+    heal_tokens: Annotated[
+        Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)
+    ] = None,
+    heal_train: Annotated[
+        Optional[str], typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL)
+    ] = None,
+    tracker: Tracker = None,
     dtype: Annotated[
         Optional[str], typer.Option(help="Compute dtype: auto, float32, bfloat16.", rich_help_panel=RUN)
     ] = None,
@@ -166,8 +177,11 @@ def convert(
                     "planner": planner,
                 },
                 "runtime": {"compute_dtype": dtype},
+                **({"heal": {"tokens": heal_tokens, "train": heal_train}} if heal else {}),
             }
         )
+        if not heal and (heal_tokens is not None or heal_train is not None):
+            raise UsageError("--heal-tokens or --heal-train without healing", remedy="add --heal")
         folder = (output or Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-clla")).resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
         _start()
@@ -184,6 +198,7 @@ def convert(
             adapter_only=adapter_only,
             dry_run=dry_run,
             report=report,
+            tracker=tracker,
         )
         done = run(model, chosen, options)
         plan_file = folder.with_name(folder.name + "-plan.json")
@@ -205,17 +220,119 @@ def convert(
                         "planned_bytes_per_token": _planned(done.plan),
                         "predicted_kl": done.predicted_kl,
                         "measured": done.report.to_json() if done.report else None,
+                        "healing": done.healing.to_json() if done.healing else None,
                     }
                 )
             )
             return
         for table in plan_tables(done.plan, done.predicted_kl) + (done.report.tables() if done.report else []):
             console.results.print(table)
+        if done.healing is not None:
+            _show_healing(done.healing, done.report)
         console.say(f"Wrote {plan_file if dry_run else folder}" + (f", uploaded to {address}" if address else ""))
 
 
 def _planned(plan: Any) -> float | None:
     return plan.bytes_at(plan.at_context) / plan.at_context if plan.at_context else None
+
+
+def _show_healing(healing: Any, after: Any) -> None:
+    for table in healing.tables(after):
+        console.results.print(table)
+    console.results.print(healing.verdict)
+
+
+@app.command(name="heal")
+def heal_command(
+    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT)
+    ] = None,
+    tokens: Annotated[Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)] = None,
+    train: Annotated[Optional[str], typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL)] = None,
+    codec_lr: Annotated[Optional[float], typer.Option(help="Learning rate of the codec.", rich_help_panel=HEAL)] = None,
+    weight_lr: Annotated[
+        Optional[float], typer.Option(help="Learning rate of the weights.", rich_help_panel=HEAL)
+    ] = None,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Tokens a sequence.", rich_help_panel=HEAL)] = None,
+    batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens a step.", rich_help_panel=HEAL)] = None,
+    codec_share: Annotated[
+        Optional[float],
+        typer.Option(help="Share of the tokens that first trains codecs on attention outputs.", rich_help_panel=HEAL),
+    ] = None,
+    cache_share: Annotated[
+        Optional[float], typer.Option(help="Last share of the steps, on the model's own cache.", rich_help_panel=HEAL)
+    ] = None,
+    evaluations: Annotated[
+        Optional[int], typer.Option(help="Times that held-out KL is measured and all is saved.", rich_help_panel=HEAL)
+    ] = None,
+    dataset: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Text to train on; default: that of the calibration. 'self': the model's own.", rich_help_panel=HEAL
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Compute layers twice to save memory.", rich_help_panel=HEAL),
+    ] = False,
+    seed: Annotated[Optional[int], typer.Option(help="Of the order of the text.", rich_help_panel=HEAL)] = None,
+    teacher: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Source model; default: the checkpoint's own weights, or where they came from.", rich_help_panel=HEAL
+        ),
+    ] = None,
+    tracker: Tracker = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last saved step.", rich_help_panel=RUN)
+    ] = False,
+    work_dir: Annotated[Optional[Path], typer.Option(help="Keep text and states here.", rich_help_panel=RUN)] = None,
+    report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Train a converted model briefly against its source, to buy back what its budget lost."""
+    with _errors(as_json):
+        _start()
+        from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
+
+        changes = {
+            "tokens": tokens,
+            "train": train,
+            "codec_lr": codec_lr,
+            "weight_lr": weight_lr,
+            "sequence_length": sequence_length,
+            "batch_tokens": batch_tokens,
+            "codec_share": codec_share,
+            "cache_share": cache_share,
+            "evaluations": evaluations,
+            "dataset": dataset,
+            "gradient_checkpointing": gradient_checkpointing or None,
+            "seed": seed,
+        }
+        folder = (output or Path(f"{Path(checkpoint).resolve()}-healed")).resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        options = CheckpointOptions(
+            output=folder,
+            device=device,
+            dtype=dtype,
+            teacher=teacher,
+            overwrite=overwrite,
+            resume=resume,
+            work_dir=work_dir,
+            report=report,
+            tracker=tracker,
+        )
+        _, after, healing = heal_checkpoint(checkpoint, changes, options)
+        if as_json:
+            measured = after.to_json() if after else None
+            print(json.dumps({"output": str(folder), "measured": measured, "healing": healing.to_json()}))
+            return
+        _show_healing(healing, after)
+        console.say(f"Wrote {folder}")
 
 
 @app.command(name="eval")
@@ -270,13 +387,15 @@ def compare(
     methods: Annotated[Optional[str], typer.Option(help="Comma-separated; all by default.")] = None,
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     dataset: Annotated[str, typer.Option(help="Text to calibrate on.")] = "bundled",
-    quick: Annotated[bool, typer.Option("--quick", help="Two windows, two budgets, few codes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two windows, two budgets, two codes, main variants only.")
+    ] = False,
     windows: Annotated[Optional[int], typer.Option(min=1, help="Default 24, or 2 with --quick.")] = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens a window; budgets hold here.")] = 2048,
     long_context: Annotated[int, typer.Option(min=64, help="Where bytes are measured too.")] = 8192,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 128,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
-    retrieval_trials: Annotated[Optional[int], typer.Option(min=0, help="Planted codes; default 16, or 4.")] = None,
+    retrieval_trials: Annotated[Optional[int], typer.Option(min=0, help="Planted codes; default 16, or 2.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of table and pictures.")] = Path("comparison"),
     work_dir: Annotated[Optional[Path], typer.Option(help="Keep the moments here.")] = None,
     device: Device = "auto",
@@ -298,9 +417,10 @@ def compare(
             long_context=long_context,
             chunk=chunk,
             calibration_tokens=calibration_tokens,
-            retrieval_trials=(4 if quick else 16) if retrieval_trials is None else retrieval_trials,
+            retrieval_trials=(2 if quick else 16) if retrieval_trials is None else retrieval_trials,
             device=device,
             work_dir=work_dir,
+            thorough=not quick,
         )
         result = run_comparison(model, options)
         result.save(output)

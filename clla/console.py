@@ -23,11 +23,15 @@ results = Console(highlight=False)
 class Advance:
     """Moves one progress bar; a bar that is not shown moves nothing."""
 
-    def __init__(self, progress: Progress, task: int) -> None:
-        self._progress, self._task = progress, TaskID(task)
+    def __init__(self, progress: Progress, task: int, title: str) -> None:
+        self._progress, self._task, self._title = progress, TaskID(task), title
 
     def __call__(self, amount: int = 1) -> None:
         self._progress.advance(self._task, amount)
+
+    def note(self, text: str) -> None:
+        """Show figures beside the title."""
+        self._progress.update(self._task, description=f"{self._title} {text}")
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=messages) as bar:
-        yield Advance(bar, bar.add_task(title, total=total))
+        yield Advance(bar, bar.add_task(title, total=total), title)
 
 
 def say(text: str) -> None:

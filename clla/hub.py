@@ -43,14 +43,27 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ## How it was made
 
 {groups} layer groups of up to {largest} layers, window {window}, {sinks} sinks, latent source
-`{source_kind}`, calibrated on {tokens:,} tokens of `{dataset}`. The weights are those of the source; no training.
+`{source_kind}`, calibrated on {tokens} tokens of `{dataset}`. {training}
 `clla_recipe.yaml` repeats the conversion, `clla_report.json` holds every figure.
 
 ![plan](clla_plan.png)
 """
 
 
-def write_card(folder: Path, name: str, plan: Plan, recipe: Recipe, report: Report | None, *, tokens: int) -> None:
+NO_TRAINING = "The weights are those of the source; no training."
+TRAINING = "Then trained against the source (KL on its predictions; trained: {train}). {verdict}."
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    plan: Plan,
+    recipe: Recipe,
+    report: Report | None,
+    *,
+    tokens: int | None,
+    healing: dict[str, Any] | None = None,
+) -> None:
     """README.md of a converted checkpoint.
 
     Args:
@@ -59,12 +72,13 @@ def write_card(folder: Path, name: str, plan: Plan, recipe: Recipe, report: Repo
         plan: what was planned.
         recipe: resolved.
         report: what was measured, if anything.
-        tokens: that calibration read.
+        tokens: that calibration read, where known.
+        healing: what it did, from `Healing.to_json`.
     """
     hub_id = name if "/" in name and not Path(name).exists() else None
     data = ModelCardData(
         base_model=hub_id,
-        base_model_relation="quantized" if hub_id else None,
+        base_model_relation=("finetune" if healing else "quantized") if hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["clla", "kv-cache-compression"],
@@ -88,7 +102,8 @@ def write_card(folder: Path, name: str, plan: Plan, recipe: Recipe, report: Repo
         window=plan.window,
         sinks=plan.sinks,
         source_kind=plan.source,
-        tokens=tokens,
+        tokens=f"{tokens or recipe.calibration.tokens or 0:,}",
+        training=TRAINING.format(**healing["config"], verdict=healing["verdict"]) if healing else NO_TRAINING,
         dataset=Path(recipe.calibration.dataset).name,  # no local path leaves the machine
     )
     write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n{body}")

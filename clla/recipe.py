@@ -113,6 +113,29 @@ class RuntimeConfig(_Section):
     )
 
 
+class HealConfig(_Section):
+    """Brief distillation of the converted model against its source, on its quantized latents."""
+
+    tokens: int | None = Field(None, gt=0, description="to train on; default by budget and device")
+    train: Literal["codec", "attention", "all"] | None = Field(
+        None, description="what learns beside the codec; default: nothing from 10 % of the cache on, all weights below"
+    )
+    codec_lr: float = Field(1e-3, gt=0, description="highest learning rate of the codec")
+    weight_lr: float = Field(1e-4, gt=0, description="highest learning rate of the weights")
+    sequence_length: int = Field(2048, ge=64, description="tokens a sequence")
+    batch_tokens: int | None = Field(None, gt=0, description="tokens a step; by default 2048 on CPU, 65536 on GPU")
+    codec_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the tokens that first trains codecs alone, against attention outputs"
+    )
+    cache_share: float = Field(
+        0.1, ge=0, le=1, description="last share of the steps that runs chunk by chunk on the model's own cache"
+    )
+    evaluations: int = Field(10, ge=1, description="how often held-out KL is measured and the state is saved")
+    dataset: str | None = Field(None, description="as calibration.dataset, which is the default")
+    gradient_checkpointing: bool = Field(False, description="compute layers twice to save memory")
+    seed: int = Field(0, description="of the order of the text")
+
+
 class Provenance(_Section):
     """Where a resolved recipe was run; written by clla, not read."""
 
@@ -130,6 +153,7 @@ class Recipe(_Section):
     budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig())
     plan: PlanConfig = Field(default_factory=lambda: PlanConfig())
     runtime: RuntimeConfig = Field(default_factory=lambda: RuntimeConfig())
+    heal: HealConfig | None = Field(None, description="train after the conversion; left out: do not")
     provenance: Provenance | None = Field(None, description="written into resolved recipes")
 
     def override(self, changes: dict[str, dict[str, Any]]) -> Recipe:
@@ -140,7 +164,7 @@ class Recipe(_Section):
         """
         data = self.model_dump(mode="json")
         for section, values in changes.items():
-            data[section].update({k: v for k, v in values.items() if v is not None})
+            data[section] = (data[section] or {}) | {k: v for k, v in values.items() if v is not None}
         return _validate(data, "the options")
 
     def to_yaml(self) -> str:

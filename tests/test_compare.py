@@ -46,7 +46,7 @@ def test_advice_is_the_best_that_fits(rows: list[Row], budget: float) -> None:
 @pytest.fixture(scope="module")
 def folder(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("comparison") / "out"
-    arguments = ["compare", pico_dir, "--quick", "--budget", "50%,25%", "--dataset", text_file, "--text", text_file]
+    arguments = ["compare", pico_dir, "--budget", "50%,25%", "--dataset", text_file, "--text", text_file]
     result = CliRunner().invoke(app, [str(a) for a in (*arguments, *SMALL, "--retrieval-trials", "1", "-o", out)])
     assert result.exit_code == 0, result.output + result.stderr
     assert "Recommendation" in result.stdout
@@ -64,6 +64,18 @@ def test_every_method_is_in_the_table(folder: Path) -> None:
     with (folder / "comparison.csv").open() as stream:
         assert [line["setting"] for line in csv.DictReader(stream)] == [r["setting"] for r in rows]
     assert (folder / "comparison.png").stat().st_size > 10_000 and (folder / "comparison.svg").stat().st_size > 10_000
+
+
+def test_quick_leaves_variants_out(pico_dir: Path, text_file: Path, tmp_path: Path, folder: Path) -> None:
+    arguments = ["compare", pico_dir, "--quick", "--methods", "kivi,minicache", "--dataset", text_file]
+    arguments += ["--text", text_file, *SMALL, "--retrieval-trials", "0", "-o", tmp_path]
+    assert CliRunner().invoke(app, [str(a) for a in arguments]).exit_code == 0
+    everything = json.loads((folder / "comparison.json").read_text())["rows"]
+    quick = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    names = {(r["method"], r["setting"]) for r in everything}
+    assert {(r["method"], r["setting"]) for r in quick} <= names
+    for method in ("kivi", "minicache"):
+        assert 0 < sum(r["method"] == method for r in quick) < sum(r["method"] == method for r in everything)
 
 
 def test_dialled_methods_keep_to_their_budget(folder: Path) -> None:

@@ -52,6 +52,7 @@ class Bench:
         sequences: calibration text in sequences [1, T] of a length T.
         context: tokens at which budgets hold and quality is measured.
         chunk: tokens a forward pass.
+        thorough: all variants of a method, not only its main ones.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class Bench:
     sequences: Callable[[int], Iterator[Tensor]]
     context: int
     chunk: int
+    thorough: bool = True
 
     @cached_property
     def _spectra(self) -> dict[tuple[str, float, str], Spectra]:

@@ -26,6 +26,8 @@ from clla.evaluate.retrieval import make_trials, retrieve
 from clla.recipe import Recipe
 from clla.source import open_source, pick_device
 
+BYTES_CHUNK = 2048  # tokens a step where only bytes are measured, which do not depend on it
+
 
 @dataclass(frozen=True)
 class Options:
@@ -44,6 +46,7 @@ class Options:
         retrieval_trials: number of planted codes; 0 leaves retrieval out.
         device: `auto`, `cpu`, `cuda`, …
         work_dir: where the moments are kept; None for nowhere.
+        thorough: all variants of every method, not only its main ones.
     """
 
     budgets: list[float]
@@ -58,6 +61,7 @@ class Options:
     retrieval_trials: int = 16
     device: str = "auto"
     work_dir: Path | None = None
+    thorough: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ def run_comparison(name: str, options: Options) -> Comparison:
             sequences=lambda length: (row for batch in run.batches(length) for row in batch.split(1)),
             context=options.context,
             chunk=options.chunk,
+            thorough=options.thorough,
         )
         rows, left_out = run_methods(bench, names, windows, options)
     return Comparison(source.name, rows, left_out, options)
@@ -174,7 +179,7 @@ def run_methods(
     with console.progress("Bytes and retrieval (settings)", len(subjects)) as advance:
         for (method, name), subject in subjects.items():
             found = quality[f"{method}\0{name}"]
-            long = measured_bytes(subject, [far], chunk=4 * bench.chunk, device=device)[far]
+            long = measured_bytes(subject, [far], chunk=BYTES_CHUNK, device=device)[far]
             codes = retrieve(subject, trials, chunk=bench.chunk, device=device) if trials else None
             base = base or float(found.nbytes)
             rows.append(

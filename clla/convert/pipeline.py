@@ -29,10 +29,11 @@ from clla.calibrate.data import (
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.factor import make_codec
+from clla.convert.healing import Healing, HealOptions, heal_and_measure
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
 from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
-from clla.errors import CorruptArtifactError, DatasetError
+from clla.errors import CorruptArtifactError, DatasetError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.hub import write_card
@@ -60,6 +61,7 @@ class Options:
         adapter_only: save the codec without the source's weights.
         dry_run: stop after the plan.
         report: measure before and after.
+        tracker: of accelerate, for healing.
     """
 
     output: Path
@@ -70,17 +72,19 @@ class Options:
     adapter_only: bool = False
     dry_run: bool = False
     report: bool = True
+    tracker: str | None = None
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a run made. Attributes: plan; recipe: resolved; predicted_kl; report; model: None after a dry run."""
+    """Attributes: plan; recipe: resolved; predicted_kl; report; model: None after a dry run; healing."""
 
     plan: Plan
     recipe: Recipe
     predicted_kl: float
     report: Report | None
     model: CllaForCausalLM | None
+    healing: Healing | None = None
 
 
 def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
@@ -97,6 +101,12 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     source = open_source(name)
     device = pick_device(options.device)
     recipe = resolve(recipe, source, device)
+    if options.adapter_only and recipe.heal is not None and recipe.heal.train != "codec":
+        raise UsageError(
+            "--adapter-only with healing that trains weights",
+            expected="heal.train 'codec', which leaves the source's weights alone",
+            remedy="pass --heal-train codec, or leave out --adapter-only",
+        )
     if not options.dry_run:
         check_output(options.output, Path(source.path), overwrite=options.overwrite)
         check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
@@ -115,20 +125,25 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
 
     converted = attach(run.model(), codec, run.block(plan))
     tokenizer = run.tokenizer
-    report = None
-    if options.report:
-        windows, unseen = run.report_windows()
+    report = healing = None
+    measured = run.report_windows() if options.report else None
+    if recipe.heal is not None:
+        how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker)
+        converted, report, healing = heal_and_measure(converted, run.model(), tokenizer, plan, recipe, measured, how)
+    elif measured is not None:
+        windows, unseen = measured
         report = before_and_after(converted, tokenizer, plan, windows, unseen=unseen)
     with finished_directory(options.output) as folder:
         for parameter in converted.parameters():  # buffers keep the precision that the model wants
             parameter.data = parameter.data.to(source.dtype)
         write_checkpoint(folder, converted, tokenizer, base_model=_base_model(source) if options.adapter_only else None)
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
-        write_report(folder, plan, recipe, report, predicted_kl=codec.predicted_kl)
-        write_card(folder, source.name, plan, recipe, report, tokens=stats.tokens)
+        healed = healing.to_json() if healing else None
+        write_report(folder, plan, recipe, report, predicted_kl=codec.predicted_kl, healing=healed)
+        write_card(folder, source.name, plan, recipe, report, tokens=stats.tokens, healing=healed)
     if options.work_dir is None:
         shutil.rmtree(work)
-    return Conversion(plan, recipe, codec.predicted_kl, report, converted)
+    return Conversion(plan, recipe, codec.predicted_kl, report, converted, healing)
 
 
 def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:

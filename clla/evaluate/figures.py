@@ -1,4 +1,4 @@
-"""Pictures: the plan as layers by bits, and quality against bytes."""
+"""Pictures: the plan as layers by bits, quality against bytes, and healing."""
 
 from __future__ import annotations
 
@@ -64,4 +64,26 @@ def draw_quality(points: dict[str, tuple[float, float]], path: Path, *, title: s
     axes.set_ylabel("perplexity")
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.2)
+    figure.savefig(path, dpi=120)
+
+
+def draw_healing(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """KL against trained tokens, held out and in training.
+
+    Args:
+        runs: points with `tokens`, `kl` and `held_out`, by label.
+        path: PNG to write.
+    """
+    figure, axes = axes_of(7, 4)
+    for i, (label, points) in enumerate(runs.items()):
+        colour = OWN_COLOUR if not i else f"C{i - 1}"
+        tokens = [point["tokens"] for point in points]
+        name = f"{label}, " if label else ""
+        axes.plot(tokens, [point["held_out"] for point in points], "o-", color=colour, label=name + "held out")
+        seen = [(point["tokens"], point["kl"]) for point in points if point["tokens"]]
+        axes.plot(*zip(*seen, strict=True) if seen else ([], []), ":", color=colour, label=name + "training")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("KL to the source, nats a token")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)

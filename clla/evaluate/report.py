@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from clla.artifacts import Plan, write_text
 from clla.baselines.stored import SourceCache
-from clla.evaluate.figures import draw_plan, draw_quality
+from clla.evaluate.figures import draw_healing, draw_plan, draw_quality
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve
@@ -105,9 +106,11 @@ class Report:
         return tables
 
 
-def subjects(converted: CllaForCausalLM, kv_dtype: torch.dtype) -> dict[str, Subject]:
-    """Source, source with an int4 cache, and converted model; the weights are shared."""
-    source, config = converted.source, converted.config.text_config
+def subjects(
+    converted: CllaForCausalLM, kv_dtype: torch.dtype, source: PreTrainedModel | None = None
+) -> dict[str, Subject]:
+    """Source, source with an int4 cache, and converted model; the source is what it runs on, unless told otherwise."""
+    source, config = source or converted.source, converted.config.text_config
     return {
         "source": Subject(source, lambda: SourceCache(config, kv_dtype)),
         "int4": Subject(source, lambda: SourceCache(config, "int4")),
@@ -126,12 +129,13 @@ def before_and_after(
     retrieval_context: int = 0,
     retrieval_trials: int = 16,
     unseen: bool = True,
+    source_model: PreTrainedModel | None = None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Report:
     """Run source and converted model over the same text, through the caches they really keep.
 
     Args:
-        converted: the model; its `source` is the reference.
+        converted: the model; the model that it runs on is the reference.
         tokenizer: the source's.
         plan: for planned bytes.
         windows: [N, T] token ids.
@@ -141,13 +145,14 @@ def before_and_after(
         retrieval_context: tokens around a planted code; 0 leaves retrieval out.
         retrieval_trials: number of codes.
         unseen: calibration left the windows out.
+        source_model: the reference instead, where the weights were trained.
         on_step: called with 1 after each window.
     """
     device = converted.device
     windows = windows.to(device)
     chunk = chunk or plan.window or converted.prefill_chunk
     kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
-    models = subjects(converted, kv_dtype)
+    models = subjects(converted, kv_dtype, source_model)
     length = windows.shape[1]
     quality = {
         name: {
@@ -220,16 +225,27 @@ def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
     return [table, summary]
 
 
-def write_report(folder: Path, plan: Plan, recipe: Any, report: Report | None, *, predicted_kl: float) -> None:
-    """`clla_report.json`, and the plan and the quality as pictures."""
+def write_report(
+    folder: Path,
+    plan: Plan,
+    recipe: Any,
+    report: Report | None,
+    *,
+    predicted_kl: float,
+    healing: dict[str, Any] | None = None,
+) -> None:
+    """`clla_report.json`, and the plan, the quality and the healing as pictures."""
     data = {
         "plan": plan.to_json(),
         "predicted_kl": predicted_kl,
         "recipe": recipe.model_dump(mode="json"),
         "measured": report.to_json() if report else None,
+        "healing": healing,
     }
     write_text(folder / "clla_report.json", json.dumps(data, indent=1))
     draw_plan(plan, folder / "clla_plan.png")
+    if healing is not None:
+        draw_healing({"": healing["history"]}, folder / "clla_healing.png")
     if report is not None:
         points = {LABELS[name]: (row["bytes_per_token"], row["perplexity"]) for name, row in report.quality.items()}
         draw_quality(points, folder / "clla_quality.png", title=f"{report.context} tokens of context")

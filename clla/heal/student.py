@@ -264,5 +264,5 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Te
 
 def _show_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = getattr(module, "clla_listener", None)
-    if isinstance(cache, SequenceCache):
+    if cache is not None:
         cache.observe(module.layer_idx, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])

@@ -307,5 +307,12 @@ def last_state(folder: Path) -> Path | None:
     return next(iter(_states(folder)[::-1]), None)
 
 
+def discard(folder: Path) -> None:
+    """Remove the states of an earlier run."""
+    for path in folder.glob("step-*"):
+        shutil.rmtree(path)
+    (folder / BEST).unlink(missing_ok=True)
+
+
 def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")

@@ -1,0 +1,130 @@
+"""Heal a converted checkpoint: load it with its source, train, measure, write another checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clla import console
+from clla.artifacts import read_json
+from clla.calibrate.data import load_documents, split_held_out, whole_windows
+from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
+from clla.convert.healing import Healing, HealOptions, heal_and_measure
+from clla.errors import CllaError, DatasetError
+from clla.evaluate.report import Report, write_report
+from clla.hub import write_card
+from clla.load import Checkpoint, load_checkpoint
+from clla.recipe import HealConfig, Recipe, load_recipe
+from clla.source import open_source, pick_device
+
+WINDOWS, WINDOW_LENGTH = 2, 2048
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How a checkpoint is healed.
+
+    Attributes:
+        output: directory of the healed checkpoint.
+        device: `auto`, `cpu`, …
+        dtype: of the teacher and of everything that is not trained.
+        teacher: the source; needed only where the checkpoint's weights are no longer the source's.
+        overwrite: replace what is in `output`.
+        resume: take up an interrupted run.
+        work_dir: where states are kept; kept after the run if given.
+        report: measure before and after.
+        tracker: of accelerate.
+    """
+
+    output: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    teacher: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+    work_dir: Path | None = None
+    report: bool = True
+    tracker: str | None = None
+
+
+def heal_checkpoint(
+    path: str, changes: dict[str, Any], options: CheckpointOptions
+) -> tuple[Recipe, Report | None, Healing]:
+    """Heal a checkpoint that `clla convert` wrote.
+
+    Args:
+        path: its directory.
+        changes: fields of the recipe's `heal` section.
+        options: how to run.
+
+    Raises:
+        CllaError: bad input; nothing is left half-written.
+    """
+    folder, device = Path(path).expanduser(), pick_device(options.device)
+    check_output(options.output, folder, overwrite=options.overwrite)
+    loaded = load_checkpoint(path, device=device, dtype=options.dtype)
+    recipe = _recipe_of(folder).override({"heal": changes})
+    assert recipe.heal is not None
+    teacher = _teacher_of(loaded, recipe, options.teacher, device)
+    measured = _windows(recipe, recipe.heal, loaded.tokenizer) if options.report else None
+    work = options.work_dir or options.output.with_name(options.output.name + ".work")
+    how = HealOptions(work, resume=options.resume, tracker=options.tracker)
+    stored = loaded.model.config.dtype
+    model, report, healing = heal_and_measure(
+        loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
+    )
+    recipe = recipe.model_copy(update={"heal": healing.config})
+    predicted_kl = _predicted_kl(folder)
+    with finished_directory(options.output) as out:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(stored)
+        write_checkpoint(out, model, loaded.tokenizer, base_model=None)
+        (out / "clla_recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_report(out, loaded.plan, recipe, report, predicted_kl=predicted_kl, healing=healing.to_json())
+        name = recipe.provenance.model if recipe.provenance else path
+        write_card(out, name, loaded.plan, recipe, report, tokens=None, healing=healing.to_json())
+    return recipe, report, healing
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    """The resolved recipe beside the weights; the default one for a checkpoint without."""
+    path = folder / "clla_recipe.yaml"
+    if path.is_file():
+        return load_recipe(str(path))
+    console.say(f"{folder} has no clla_recipe.yaml: healing with the defaults")
+    return Recipe()
+
+
+def _teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: torch.device) -> PreTrainedModel:
+    """The source: the checkpoint's own weights, unless they were trained or another is named."""
+    trained = loaded.model.config.clla.get("healed") in ("attention", "all")
+    if name is None and not trained:
+        return loaded.model.source
+    name = name or (recipe.provenance.model if recipe.provenance else None)
+    if name is None:
+        raise CllaError(
+            "the weights of this checkpoint were trained already, and it does not say what they were before",
+            expected="the source model as a teacher",
+            remedy="name it with --teacher",
+        )
+    return open_source(name).load_model(dtype=loaded.model.source.dtype, device=device)
+
+
+def _windows(recipe: Recipe, config: HealConfig, tokenizer: Any) -> tuple[Tensor, bool]:
+    dataset = config.dataset or recipe.calibration.dataset
+    documents = load_documents("bundled" if dataset == "self" else dataset)
+    try:
+        return whole_windows(split_held_out(documents)[1], tokenizer, count=WINDOWS, length=WINDOW_LENGTH), True
+    except DatasetError:
+        length = min(WINDOW_LENGTH, config.sequence_length)
+        return whole_windows(documents, tokenizer, count=WINDOWS, length=length), dataset == "self"
+
+
+def _predicted_kl(folder: Path) -> float:
+    path = folder / "clla_report.json"
+    return float(read_json(path).get("predicted_kl", 0.0)) if path.is_file() else 0.0

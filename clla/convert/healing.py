@@ -1,0 +1,328 @@
+"""Healing a converted model: text, stages of training, held-out KL, and whether it was worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clla import console
+from clla.artifacts import Plan, digest
+from clla.baselines.stored import SourceCache
+from clla.calibrate.data import fingerprint, load_documents, self_written, split_held_out, token_batches, whole_windows
+from clla.errors import DatasetError, UsageError
+from clla.evaluate.perplexity import Subject, compare
+from clla.evaluate.report import Report, before_and_after
+from clla.heal.student import Distiller, make_student
+from clla.heal.targets import fit_codec
+from clla.heal.train import Point, Progress, Schedule, discard, train
+from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.recipe import HealConfig, Recipe
+
+# (share of the source's bytes from which on it holds, what is trained, tokens on CPU and on GPU)
+DEFAULTS = ((0.10, "codec", 131_072, 4_000_000), (0.04, "all", 131_072, 20_000_000), (0.0, "all", 262_144, 100_000_000))
+BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
+HELD_OUT_WINDOWS = 4
+RETRIEVAL_TRIALS = 8
+WORTH = 0.1  # of the held-out KL, below which healing was not worth its while
+PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What healing did.
+
+    Attributes:
+        config: resolved.
+        history: held-out KL, the start first.
+        stopped: why it ended early; empty if it did not.
+        before: measured before, if it was.
+    """
+
+    config: HealConfig
+    history: list[Point]
+    stopped: str
+    before: Report | None
+
+    @property
+    def gain(self) -> float:
+        """Share of the held-out KL that is gone."""
+        start, best = self.history[0].held_out, min(point.held_out for point in self.history)
+        return 1 - best / start if start > 0 else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what it brought, and whether it was worth it."""
+        start, best = self.history[0].held_out, min(point.held_out for point in self.history)
+        text = f"Healing took held-out KL from {start:.4f} to {best:.4f} in {self.history[-1].tokens:,} tokens"
+        if self.gain < WORTH:
+            text += ": not worth it; the converted model without healing is as good"
+        return text + (f" (stopped early: {self.stopped})" if self.stopped else "")
+
+    def to_json(self) -> dict[str, Any]:
+        points = [{k: None if v != v else v for k, v in asdict(point).items()} for point in self.history]
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "history": points,
+            "stopped": self.stopped,
+            "verdict": self.verdict,
+            "before": self.before.to_json() if self.before else None,
+        }
+
+    def tables(self, after: Report | None) -> list[Table]:
+        """Before and after, side by side."""
+        if self.before is None or after is None:
+            return []
+        table = Table(title="Healing")
+        for title in ("", "source", "before", "after"):
+            table.add_column(title, justify="right" if title else "left")
+        rows: list[tuple[str, Callable[[Report, str], float | None], str]] = [
+            ("perplexity", lambda report, name: report.quality[name]["perplexity"], ".3f"),
+            ("KL (nats)", lambda report, name: report.quality[name].get("kl"), ".4f"),
+            ("NLL of planted codes", lambda report, name: report.retrieval.get(name, {}).get("nll"), ".3f"),
+            ("exact codes", lambda report, name: report.retrieval.get(name, {}).get("exact"), ".2f"),
+        ]
+        for label, pick, form in rows:
+            found = [pick(after, "source"), pick(self.before, "converted"), pick(after, "converted")]
+            if found[2] is not None:
+                table.add_row(label, *("" if value is None else format(value, form) for value in found))
+        return [table]
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """Attributes: work: where text and states are kept; resume: go on from the last state; tracker: of accelerate."""
+
+    work: Path
+    resume: bool = False
+    tracker: str | None = None
+
+
+def heal_and_measure(
+    converted: CllaForCausalLM,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    plan: Plan,
+    recipe: Recipe,
+    measured: tuple[Tensor, bool] | None,
+    options: HealOptions,
+) -> tuple[CllaForCausalLM, Report | None, Healing]:
+    """Heal, and measure before and after.
+
+    Args:
+        converted: where training starts; not changed.
+        teacher: its source.
+        tokenizer: its own.
+        plan: that it runs on.
+        recipe: whose `heal` is not None.
+        measured: windows [N, T] to measure on and whether calibration left them out; None measures nothing.
+        options: how to run.
+
+    Returns:
+        The healed model, what was measured after healing, and what healing did.
+    """
+    assert recipe.heal is not None
+    config = resolve_healing(recipe.heal, plan, recipe, teacher.device)
+
+    def report(model: CllaForCausalLM) -> Report | None:
+        if measured is None:
+            return None
+        windows, unseen = measured
+        return before_and_after(
+            model,
+            tokenizer,
+            plan,
+            windows,
+            retrieval_context=windows.shape[1],
+            retrieval_trials=RETRIEVAL_TRIALS,
+            unseen=unseen,
+            source_model=teacher,
+        )
+
+    before = report(converted)
+    healed, progress = heal(converted, teacher, tokenizer, config, options)
+    for parameter in healed.parameters():  # measure what will be saved
+        parameter.data = parameter.data.to(teacher.dtype)
+    return healed, report(healed), Healing(config, progress.history, progress.stopped, before)
+
+
+def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torch.device) -> HealConfig:
+    """Fill in the defaults that depend on budget, device and calibration text."""
+    share = plan.row_bytes / plan.source_bytes_per_token
+    _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
+    on_cpu = device.type == "cpu"
+    return config.model_copy(
+        update={
+            "tokens": config.tokens or (cpu_tokens if on_cpu else gpu_tokens),
+            "train": config.train or what,
+            "batch_tokens": config.batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "cuda"],
+            "dataset": config.dataset or recipe.calibration.dataset,
+        }
+    )
+
+
+def heal(
+    converted: CllaForCausalLM,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    config: HealConfig,
+    options: HealOptions,
+) -> tuple[CllaForCausalLM, Progress]:
+    """Train a copy of a converted model against the source it was made from.
+
+    Args:
+        converted: where training starts; not changed.
+        teacher: the source, frozen, on the device to train on.
+        tokenizer: its own.
+        config: resolved.
+        options: how to run.
+
+    Raises:
+        CllaError: too little text, or a batch smaller than one sequence.
+    """
+    assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
+    work, resume, tracker = options.work, options.resume, options.tracker
+    if not resume:
+        discard(work)
+    work.mkdir(parents=True, exist_ok=True)
+    sequences, held = healing_text(config, teacher, tokenizer, work)
+    batch = config.batch_tokens // config.sequence_length
+    steps = min(config.tokens // config.sequence_length, len(sequences)) // max(1, batch)
+    if batch < 1 or steps < 1:
+        raise UsageError(
+            f"heal.batch_tokens {config.batch_tokens} and heal.tokens {config.tokens} with sequences of "
+            f"{config.sequence_length}",
+            expected="at least one sequence a step and one step",
+            remedy="raise heal.tokens or heal.batch_tokens, or lower heal.sequence_length",
+        )
+    accelerator = Accelerator(
+        cpu=teacher.device.type == "cpu",
+        mixed_precision=PRECISION[teacher.dtype],
+        log_with=tracker,
+        project_dir=str(work),
+    )
+    if tracker:
+        accelerator.init_trackers("clla-heal", config.model_dump(mode="json", exclude_none=True))
+    distiller = Distiller(teacher, make_student(converted, config.train))
+    codec_steps = round(config.codec_share * steps)
+    if codec_steps and not resume:
+        with console.progress("Fitting codecs (tokens)", codec_steps * batch * config.sequence_length) as advance:
+            fit_codec(
+                distiller,
+                sequences,
+                steps=codec_steps,
+                batch=batch,
+                lr=config.codec_lr,
+                seed=config.seed,
+                accelerator=accelerator,
+                on_step=advance,
+            )
+    schedule = Schedule(
+        steps=steps - codec_steps,
+        batch=batch,
+        codec_lr=config.codec_lr,
+        weight_lr=config.weight_lr,
+        cache_share=config.cache_share,
+        evaluations=config.evaluations,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
+    source = Subject(teacher, lambda: SourceCache(teacher.config, kv_dtype))
+    subjects = {"source": source, "student": Subject(distiller.student, distiller.student.new_cache)}
+    held, chunk = held.to(teacher.device), converted.config.clla["window"] or converted.prefill_chunk
+
+    def evaluate() -> float:
+        with accelerator.autocast():
+            return compare(subjects, held, chunk=chunk)["student"].kl
+
+    total = schedule.steps * batch * config.sequence_length
+    with console.progress("Healing (tokens)", total) as advance:
+
+        def on_step(tokens: int, kl: float, held_out: float) -> None:
+            advance(tokens)
+            advance.note(f"KL {kl:.4f}, held out {held_out:.4f}")
+
+        progress = train(
+            distiller,
+            sequences[codec_steps * batch :],
+            schedule,
+            evaluate=evaluate,
+            accelerator=accelerator,
+            folder=work,
+            resume=resume,
+            on_step=on_step,
+        )
+    if tracker:
+        accelerator.end_training()
+    distiller.student.requires_grad_(False)
+    distiller.student.config.clla["healed"] = config.train
+    return distiller.student.eval(), progress
+
+
+def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, work: Path) -> tuple[Tensor, Tensor]:
+    """Sequences [N, T] (int32) to train on, made once and kept in `work`, and windows [M, T] that training leaves out.
+
+    A text shorter than what is wanted is read again in another order. Text that the model writes itself is held out
+    by its last sequences.
+
+    Raises:
+        DatasetError: the text has less than one sequence.
+    """
+    assert config.tokens and config.dataset
+    length = config.sequence_length
+    text = config.dataset, fingerprint(config.dataset), model.config._name_or_path
+    key = digest(*text, config.tokens, length, config.seed)
+    path = work / f"text-{key}.safetensors"
+    if path.exists():
+        found = load_file(path)
+        return found["sequences"], found["held_out"].long()
+    wanted = max(1, config.tokens // length)
+    if config.dataset == "self":
+        total = config.tokens + HELD_OUT_WINDOWS * length
+        written = self_written(model, tokenizer, tokens=total, sequence_length=length, seed=config.seed)
+        with console.progress("Writing (tokens)", total) as advance:
+            rows = torch.cat([_counted(batch.cpu(), advance) for batch in written])
+        sequences, held = rows[:-HELD_OUT_WINDOWS], rows[-HELD_OUT_WINDOWS:]
+    else:
+        kept, left_out = split_held_out(load_documents(config.dataset))
+        try:
+            held = whole_windows(left_out, tokenizer, count=HELD_OUT_WINDOWS, length=length)
+        except DatasetError as error:
+            raise DatasetError(
+                f"{config.dataset} is too short to keep {length} tokens back for measuring",
+                expected="a longer text",
+                remedy="name one with heal.dataset (--dataset), or lower heal.sequence_length",
+            ) from error
+        sequences = torch.cat(list(_epochs(kept, tokenizer, wanted, length, config.seed)))[:wanted]
+    sequences = sequences.to(torch.int32)
+    beside = path.with_name(path.name + ".partial")
+    save_file({"sequences": sequences.contiguous(), "held_out": held.to(torch.int32).contiguous()}, beside)
+    beside.replace(path)
+    return sequences, held
+
+
+def _counted(batch: Tensor, advance: console.Advance) -> Tensor:
+    advance(batch.numel())
+    return batch
+
+
+def _epochs(documents: list[str], tokenizer: Any, wanted: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Batches of sequences until there are as many as wanted, each epoch in an order of its own."""
+    count = epoch = 0
+    while count < wanted:
+        left = (wanted - count) * length
+        for batch in token_batches(documents, tokenizer, tokens=left, sequence_length=length, seed=seed + epoch):
+            count += len(batch)
+            yield batch
+        epoch += 1
+        if epoch == 2:
+            console.say(f"The text is shorter than the {wanted * length:,} tokens wanted and is read more than once")
