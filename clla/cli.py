@@ -297,6 +297,8 @@ def heal_command(
     """Train a converted model briefly against its source, to buy back what its budget lost."""
     with _errors(as_json):
         _start()
+        from accelerate import PartialState
+
         from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
 
         changes = {
@@ -327,6 +329,8 @@ def heal_command(
             tracker=tracker,
         )
         _, after, healing = heal_checkpoint(checkpoint, changes, options)
+        if not PartialState().is_main_process:
+            return
         if as_json:
             measured = after.to_json() if after else None
             print(json.dumps({"output": str(folder), "measured": measured, "healing": healing.to_json()}))
@@ -428,7 +432,7 @@ def compare(
             print(json.dumps(result.to_json()))
             return
         for table in result.tables():
-            console.results.print(table, width=max(console.results.width, 150), crop=False)  # wide also in a pipe
+            console.wide(160).print(table)
         console.say(f"Wrote {output}: comparison.json, .csv, .png and .svg")
 
 

@@ -49,6 +49,11 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         yield Advance(bar, bar.add_task(title, total=total), title)
 
 
+def wide(least: int) -> Console:
+    """The console of results, at least so many characters wide; a narrow terminal wraps the lines."""
+    return Console(highlight=False, width=max(results.width, least))
+
+
 def say(text: str) -> None:
     """One line of message on stderr."""
     messages.print(text)

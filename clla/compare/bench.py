@@ -22,6 +22,7 @@ from clla.recipe import Recipe
 from clla.source import Source
 
 SINKS = 4
+BYTES_CHUNK = 2048  # tokens a call where only bytes are measured, which do not depend on it
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Bench:
             plan,
             interleaved_rope=self.source.family.interleaved_rope,
             kv_dtype=self.source.dtype,
-            prefill_chunk=self.chunk,
+            prefill_chunk=max(self.chunk, BYTES_CHUNK),  # a call with fewer tokens is not cut
         )
         model = attach(self.model, codec, block)
         return Subject(model, model.new_cache)

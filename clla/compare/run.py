@@ -15,7 +15,7 @@ from clla import console
 from clla.artifacts import write_text
 from clla.baselines.stored import SourceCache
 from clla.calibrate.data import evaluation_windows
-from clla.compare.bench import Bench, Setting
+from clla.compare.bench import BYTES_CHUNK, Bench, Setting
 from clla.compare.methods import METHODS, pick_methods
 from clla.convert.pipeline import Run, resolve
 from clla.evaluate.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
@@ -25,8 +25,6 @@ from clla.evaluate.perplexity import compare as measure
 from clla.evaluate.retrieval import make_trials, retrieve
 from clla.recipe import Recipe
 from clla.source import open_source, pick_device
-
-BYTES_CHUNK = 2048  # tokens a step where only bytes are measured, which do not depend on it
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -80,6 +81,8 @@ def heal_checkpoint(
     )
     recipe = recipe.model_copy(update={"heal": healing.config})
     predicted_kl = _predicted_kl(folder)
+    if not PartialState().is_main_process:
+        return recipe, report, healing
     with finished_directory(options.output) as out:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -190,10 +191,12 @@ def heal(
     """
     assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
     work, resume, tracker = options.work, options.resume, options.tracker
-    if not resume:
+    processes = PartialState(cpu=teacher.device.type == "cpu")
+    if not resume and processes.is_main_process:
         discard(work)
     work.mkdir(parents=True, exist_ok=True)
-    sequences, held = healing_text(config, teacher, tokenizer, work)
+    with processes.main_process_first():
+        sequences, held = healing_text(config, teacher, tokenizer, work)
     batch = config.batch_tokens // config.sequence_length
     steps = min(config.tokens // config.sequence_length, len(sequences)) // max(1, batch)
     if batch < 1 or steps < 1:
@@ -202,6 +205,13 @@ def heal(
             f"{config.sequence_length}",
             expected="at least one sequence a step and one step",
             remedy="raise heal.tokens or heal.batch_tokens, or lower heal.sequence_length",
+        )
+    installed = [str(kind) for kind in get_available_trackers()]
+    if tracker and tracker not in installed:
+        raise UsageError(
+            f"--tracker {tracker} is not to be had",
+            expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
+            remedy="pip install tensorboard, or wandb",
         )
     accelerator = Accelerator(
         cpu=teacher.device.type == "cpu",
@@ -238,7 +248,7 @@ def heal(
     kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
     source = Subject(teacher, lambda: SourceCache(teacher.config, kv_dtype))
     subjects = {"source": source, "student": Subject(distiller.student, distiller.student.new_cache)}
-    held, chunk = held.to(teacher.device), converted.config.clla["window"] or converted.prefill_chunk
+    held, chunk = held.to(accelerator.device), converted.config.clla["window"] or converted.prefill_chunk
 
     def evaluate() -> float:
         with accelerator.autocast():
@@ -247,9 +257,9 @@ def heal(
     total = schedule.steps * batch * config.sequence_length
     with console.progress("Healing (tokens)", total) as advance:
 
-        def on_step(tokens: int, kl: float, held_out: float) -> None:
+        def on_step(step: int, tokens: int, kl: float, held_out: float, seconds: float) -> None:
             advance(tokens)
-            advance.note(f"KL {kl:.4f}, held out {held_out:.4f}")
+            advance.note(f"step {step}, KL {kl:.4f}, held out {held_out:.4f}, {tokens / seconds:,.0f} tokens/s")
 
         progress = train(
             distiller,
@@ -271,8 +281,8 @@ def heal(
 def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, work: Path) -> tuple[Tensor, Tensor]:
     """Sequences [N, T] (int32) to train on, made once and kept in `work`, and windows [M, T] that training leaves out.
 
-    A text shorter than what is wanted is read again in another order. Text that the model writes itself is held out
-    by its last sequences.
+    A text shorter than what is wanted is read again in another order. Of text that the model writes itself the last
+    sequences are kept back.
 
     Raises:
         DatasetError: the text has less than one sequence.
@@ -293,16 +303,7 @@ def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, wor
             rows = torch.cat([_counted(batch.cpu(), advance) for batch in written])
         sequences, held = rows[:-HELD_OUT_WINDOWS], rows[-HELD_OUT_WINDOWS:]
     else:
-        kept, left_out = split_held_out(load_documents(config.dataset))
-        try:
-            held = whole_windows(left_out, tokenizer, count=HELD_OUT_WINDOWS, length=length)
-        except DatasetError as error:
-            raise DatasetError(
-                f"{config.dataset} is too short to keep {length} tokens back for measuring",
-                expected="a longer text",
-                remedy="name one with heal.dataset (--dataset), or lower heal.sequence_length",
-            ) from error
-        sequences = torch.cat(list(_epochs(kept, tokenizer, wanted, length, config.seed)))[:wanted]
+        sequences, held = _packed(config, tokenizer, wanted)
     sequences = sequences.to(torch.int32)
     beside = path.with_name(path.name + ".partial")
     save_file({"sequences": sequences.contiguous(), "held_out": held.to(torch.int32).contiguous()}, beside)
@@ -315,14 +316,36 @@ def _counted(batch: Tensor, advance: console.Advance) -> Tensor:
     return batch
 
 
-def _epochs(documents: list[str], tokenizer: Any, wanted: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Batches of sequences until there are as many as wanted, each epoch in an order of its own."""
-    count = epoch = 0
-    while count < wanted:
-        left = (wanted - count) * length
-        for batch in token_batches(documents, tokenizer, tokens=left, sequence_length=length, seed=seed + epoch):
-            count += len(batch)
-            yield batch
-        epoch += 1
-        if epoch == 2:
-            console.say(f"The text is shorter than the {wanted * length:,} tokens wanted and is read more than once")
+def _packed(config: HealConfig, tokenizer: Any, wanted: int) -> tuple[Tensor, Tensor]:
+    """Sequences [wanted, T] of a text, and windows [M, T] of what is kept back of it."""
+    assert config.dataset
+    documents, length = load_documents(config.dataset), config.sequence_length
+
+    def pack(texts: list[str]) -> Tensor:
+        return torch.cat(
+            token_batches(texts, tokenizer, tokens=wanted * length, sequence_length=length, seed=config.seed)
+        )
+
+    kept, left_out = split_held_out(documents)
+    try:
+        held = whole_windows(left_out, tokenizer, count=HELD_OUT_WINDOWS, length=length)
+        sequences = pack(kept)
+    except DatasetError:  # too short for that: keep the last sequences back
+        sequences = pack(documents)
+        count = min(HELD_OUT_WINDOWS, len(sequences) // 2)
+        if count == 0:
+            raise DatasetError(
+                f"{config.dataset} has a single sequence of {length} tokens",
+                expected="one to train on and one to measure on",
+                remedy="name a longer text, or lower heal.sequence_length",
+            ) from None
+        sequences, held = sequences[:-count], sequences[-count:]
+    if len(sequences) < wanted:
+        console.say(
+            f"The text has {sequences.numel():,} tokens of the {wanted * length:,} wanted; it is read repeatedly"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = [torch.arange(len(sequences))]
+    while sum(map(len, rows)) < wanted:
+        rows.append(torch.randperm(len(sequences), generator=generator))
+    return sequences[torch.cat(rows)[:wanted]], held

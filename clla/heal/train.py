@@ -32,7 +32,7 @@ from clla.heal.student import Distiller
 BEST, TRAINED = "best.safetensors", "trained.safetensors"
 STEP = "step-{:08d}"
 CACHED_CHUNK = 64  # tokens a step on the own cache where there is no window
-DIVERGED = 1.5  # times the held-out KL of the start
+DIVERGED = 10  # times the held-out KL of the start; less than that may come back while the learning rate is high
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def train(
     accelerator: Accelerator,
     folder: Path,
     resume: bool = False,
-    on_step: Callable[[int, float, float], None] = lambda *_: None,
+    on_step: Callable[[int, int, float, float, float], None] = lambda *_: None,
 ) -> Progress:
     """Train the student; afterwards it holds the state of least held-out KL.
 
@@ -132,7 +132,7 @@ def train(
         accelerator: decides device, precision, processes and tracker.
         folder: where states are kept.
         resume: go on from the last state in `folder`.
-        on_step: called with the number of tokens, training KL and held-out KL after each step.
+        on_step: called after each step with its number, tokens, training KL, the last held-out KL, and its seconds.
 
     Raises:
         UsageError: too little text, or a batch that the processes cannot share.
@@ -147,7 +147,7 @@ def train(
     student = distiller.student
     student.source.train(schedule.gradient_checkpointing)  # no model of these has dropout that is not zero
     if schedule.gradient_checkpointing:
-        student.source.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(student.source)
     optimizer = torch.optim.AdamW(parameter_groups(distiller, schedule), betas=(0.9, 0.95), weight_decay=0.0)
     paces = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.pace)
     prepared, optimizer = accelerator.prepare(distiller, optimizer)
@@ -164,7 +164,7 @@ def train(
         _save_best(distiller, accelerator, folder, progress)
     rank, since, kls, trained = accelerator.process_index, time.monotonic(), [], 0
     while progress.step < schedule.steps and not progress.stopped:
-        step = progress.step
+        step, began = progress.step, time.monotonic()
         rows = sequences[step * batch : (step + 1) * batch].long()
         ids = rows[rank * (batch // world) : (rank + 1) * (batch // world)].to(accelerator.device)
         kl = float(accelerator.reduce(_one_step(prepared, ids, step, schedule, accelerator), reduction="mean"))
@@ -177,6 +177,7 @@ def train(
         optimizer.zero_grad()
         progress.step, trained = step + 1, trained + rows.numel()
         kls.append(kl)
+        seconds = time.monotonic() - began
         if schedule.is_due(step + 1):
             speed = trained / (time.monotonic() - since)
             held_out = evaluate()
@@ -186,18 +187,25 @@ def train(
             accelerator.log({k: v for k, v in asdict(point).items() if k != "step"}, step=step + 1)
             if improved:
                 _save_best(distiller, accelerator, folder, progress)
-            if not held_out < DIVERGED * progress.start_kl:
+            hopeless = held_out > progress.start_kl and 2 * (step + 1) > schedule.steps
+            if hopeless or not held_out < DIVERGED * progress.start_kl:
                 progress.stopped = (
                     f"held-out KL rose from {progress.start_kl:.4f} to {held_out:.4f} in {step + 1} steps"
                 )
             save_state(accelerator, folder, progress.step)
             since, kls, trained = time.monotonic(), [], 0
-        on_step(rows.numel(), kl, progress.history[-1].held_out)
+        on_step(step + 1, rows.numel(), kl, progress.history[-1].held_out, seconds)
     for hook in hooks:
         hook.remove()
     load_trained(distiller, folder / BEST)
     student.source.eval()
     return progress
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Compute layers twice instead of keeping their activations; transformers renamed the switch in 5.24."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def parameter_groups(distiller: Distiller, schedule: Schedule) -> list[dict[str, Any]]:
