@@ -120,8 +120,14 @@ class HealConfig(_Section):
     train: Literal["codec", "attention", "all"] | None = Field(
         None, description="what learns beside the codec; default: nothing from 10 % of the cache on, all weights below"
     )
-    codec_lr: float = Field(1e-3, gt=0, description="highest learning rate of the codec")
-    weight_lr: float = Field(1e-4, gt=0, description="highest learning rate of the weights")
+    codec_lr: float | None = Field(
+        None,
+        gt=0,
+        description="highest learning rate of the codec; default 1e-3 for 65536 tokens a step, by square root",
+    )
+    weight_lr: float | None = Field(
+        None, gt=0, description="highest learning rate of the weights; default a tenth of the codec's"
+    )
     sequence_length: int = Field(2048, ge=64, description="tokens a sequence")
     batch_tokens: int | None = Field(None, gt=0, description="tokens a step; by default 2048 on CPU, 65536 on GPU")
     codec_share: float = Field(

@@ -10,6 +10,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,15 +27,17 @@ from typer.testing import CliRunner
 from clla.artifacts import Stats
 from clla.baselines.stored import SourceCache
 from clla.cli import app
+from clla.convert.healing import resolve_healing
 from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
-from clla.heal.attention import View, masks, mixed_attention, view_of, visible
+from clla.heal.attention import View, _seen, masks, mixed_attention, view_of, visible
 from clla.heal.losses import chunked_kl, kl_of_logits
 from clla.heal.student import Distiller, RecordingCache, hidden_states, make_student, trainable_copy
 from clla.heal.targets import fit_codec, group_error, record_targets
 from clla.heal.train import Progress, Schedule, enable_checkpointing, last_state, load_trained, parameter_groups, train
 from clla.modeling.hooks_clla import logits_head
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.recipe import HealConfig, Recipe
 
 CHUNK = 24
 
@@ -98,8 +101,9 @@ def test_views_are_what_the_cache_does(length: int, window: int, block: int, sin
             encoded, filled = encoded + leaving, filled - leaving
 
 
+@pytest.mark.parametrize("block", (5, 16, 256))
 @pytest.mark.parametrize("grouped", (1, 3))
-def test_mixed_attention_is_one_softmax_over_both(grouped: int) -> None:
+def test_mixed_attention_is_one_softmax_over_both(grouped: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     heads, length, dim = 2, 37, 8
 
@@ -108,6 +112,8 @@ def test_mixed_attention_is_one_softmax_over_both(grouped: int) -> None:
 
     query, exact, decoded = draw(heads * grouped), (draw(heads), draw(heads)), (draw(heads), draw(heads))
     view = view_of(length, window=8, flush_block=4, sinks=2, chunk=5)
+    monkeypatch.setattr("clla.heal.attention.BLOCK", block)
+    _seen.cache_clear()
     out = mixed_attention(query, exact, decoded, view, 0.3)
     seen_exactly, _ = masks(view, torch.device("cpu"))
     for b in range(2):
@@ -441,6 +447,20 @@ def test_schedules_measure_at_the_end_and_never_stand_still(steps: int, evaluati
     assert 0 <= schedule.cached_from <= steps
 
 
+@pytest.mark.parametrize(("share", "trained"), [(0.125, "codec"), (0.0625, "all"), (0.02, "all")])
+def test_defaults_follow_the_budget_and_the_batch(share: float, trained: str) -> None:
+    plan: Any = SimpleNamespace(row_bytes=share * 1000, source_bytes_per_token=1000)
+    recipe = Recipe().override({"calibration": {"dataset": "a.txt"}})
+    found = {d: resolve_healing(HealConfig(), plan, recipe, torch.device(d)) for d in ("cpu", "cuda")}
+    for config in found.values():
+        assert config.train == trained and config.dataset == "a.txt"
+        assert config.weight_lr == pytest.approx(config.codec_lr / 10)
+    assert found["cuda"].codec_lr == 1e-3 and found["cpu"].codec_lr == pytest.approx(1e-3 * (2048 / 65536) ** 0.5)
+    assert found["cuda"].tokens > found["cpu"].tokens
+    given = HealConfig(tokens=5, train="attention", codec_lr=1e-5, batch_tokens=64, dataset="b.txt", weight_lr=1.0)
+    assert resolve_healing(given, plan, recipe, torch.device("cpu")) == given
+
+
 # --- the command line ---
 
 SMALL = ["--tokens", "16384", "--sequence-length", "128", "--batch-tokens", "512", "--device", "cpu"]
@@ -505,7 +525,8 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
     recipe.write_text(
         f"budget: {{kv_budget: 1.5%, at_context: 0, window: 8}}\n"
         f"calibration: {{dataset: {text_file}, tokens: 2048, sequence_length: 128}}\n"
-        f"heal: {{sequence_length: 128, batch_tokens: 512, tokens: 8192, codec_share: 0.25, codec_lr: 5.0e-4, weight_lr: 5.0e-5}}\n"
+        f"heal: {{sequence_length: 128, batch_tokens: 512, tokens: 8192, codec_share: 0.25, codec_lr: 5.0e-4,\n"
+        f"       weight_lr: 5.0e-5}}\n"
     )
     out = tmp_path / "healed"
     done = clla("convert", pico_dir, "-o", out, "--recipe", recipe, "--json")

@@ -31,6 +31,7 @@ from clla.recipe import HealConfig, Recipe
 # (share of the source's bytes from which on it holds, what is trained, tokens on CPU and on GPU)
 DEFAULTS = ((0.10, "codec", 131_072, 4_000_000), (0.04, "all", 131_072, 20_000_000), (0.0, "all", 262_144, 100_000_000))
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
+CODEC_LR = 1e-3  # for the GPU's batch
 HELD_OUT_WINDOWS = 4
 RETRIEVAL_TRIALS = 8
 WORTH = 0.1  # of the held-out KL, below which healing was not worth its while
@@ -160,11 +161,16 @@ def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torc
     share = plan.row_bytes / plan.source_bytes_per_token
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
     on_cpu = device.type == "cpu"
+    batch_tokens = config.batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "cuda"]
+    # Small batches have noisy gradients: Adam's steps shrink with the square root (docs/lab-notes.md).
+    codec_lr = config.codec_lr or CODEC_LR * min(1.0, batch_tokens / BATCH_TOKENS["cuda"]) ** 0.5
     return config.model_copy(
         update={
             "tokens": config.tokens or (cpu_tokens if on_cpu else gpu_tokens),
             "train": config.train or what,
-            "batch_tokens": config.batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "cuda"],
+            "codec_lr": codec_lr,
+            "weight_lr": config.weight_lr or codec_lr / 10,
+            "batch_tokens": batch_tokens,
             "dataset": config.dataset or recipe.calibration.dataset,
         }
     )
@@ -190,6 +196,7 @@ def heal(
         CllaError: too little text, or a batch smaller than one sequence.
     """
     assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
+    assert config.codec_lr and config.weight_lr
     work, resume, tracker = options.work, options.resume, options.tracker
     processes = PartialState(cpu=teacher.device.type == "cpu")
     if not resume and processes.is_main_process:

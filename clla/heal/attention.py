@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from clla.modeling.cache_clla import leaving_slots
 
+BLOCK = 256  # queries at a time where no kernel skips the keys that they do not see
+
 
 @dataclass(frozen=True)
 class View:
@@ -69,14 +71,33 @@ def mixed_attention(
         view: which of them each query sees.
         scaling: of the logits.
     """
-    keys, values = (torch.cat(pair, dim=2).to(query.dtype) for pair in zip(exact, decoded, strict=True))
-    options: dict[str, Any] = {"scale": scaling, "enable_gqa": keys.shape[1] != query.shape[1]}
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": exact[0].shape[1] != query.shape[1]}
     if query.is_cuda:
+        keys, values = (torch.cat(pair, dim=2).to(query.dtype) for pair in zip(exact, decoded, strict=True))
         out = _flex()(query, keys, values, block_mask=_block_mask(view, query.device), **options)
-    else:
-        mask = torch.cat(masks(view, query.device), dim=1)
-        out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, **options)
-    return out.transpose(1, 2)
+        return out.transpose(1, 2)
+    blocks = []
+    for first in range(0, query.shape[2], BLOCK):
+        stop = min(first + BLOCK, query.shape[2])
+        parts, mask = _seen(view, first, stop, query.device)
+        keys, values = (
+            torch.cat([pair[i][:, :, low:high] for i, low, high in parts], dim=2).to(query.dtype)
+            for pair in zip(exact, decoded, strict=True)
+        )
+        rows = query[:, :, first:stop]
+        blocks.append(nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, **options))
+    return torch.cat(blocks, dim=2).transpose(1, 2)
+
+
+@lru_cache(maxsize=256)
+def _seen(view: View, first: int, stop: int, device: torch.device) -> tuple[list[tuple[int, int, int]], Tensor]:
+    """Ranges of keys (0 exact or 1 decoded, from, to) that queries [first, stop) see any of, and their mask."""
+    low, high = min(view.starts[first:stop]), max(view.starts[first:stop])
+    sinks = min(view.sinks, stop)
+    parts = [(0, 0, sinks), (1, sinks, min(high, stop)), (0, max(low, sinks), stop)]
+    parts = [part for part in parts if part[1] < part[2]]
+    both = masks(view, device)
+    return parts, torch.cat([both[i][first:stop, start:end] for i, start, end in parts], dim=1)
 
 
 @lru_cache(maxsize=1)

@@ -66,7 +66,7 @@ class Schedule:
 
     def pace(self, step: int) -> float:
         """Share of the highest learning rate: a short warm-up, then a cosine down to a twentieth."""
-        warm = max(1, min(100, self.steps // 20))
+        warm = max(1, min(100, self.steps // 10))
         if step < warm:
             return (step + 1) / warm
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
