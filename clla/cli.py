@@ -155,7 +155,8 @@ def convert(
     with _errors(as_json):
         from clla.recipe import load_recipe
 
-        chosen = load_recipe(recipe).override(
+        base = load_recipe(recipe)
+        chosen = base.override(
             {
                 "calibration": {
                     "dataset": dataset,
@@ -177,11 +178,11 @@ def convert(
                     "planner": planner,
                 },
                 "runtime": {"compute_dtype": dtype},
-                **({"heal": {"tokens": heal_tokens, "train": heal_train}} if heal else {}),
+                **({"heal": {"tokens": heal_tokens, "train": heal_train}} if heal or base.heal is not None else {}),
             }
         )
-        if not heal and (heal_tokens is not None or heal_train is not None):
-            raise UsageError("--heal-tokens or --heal-train without healing", remedy="add --heal")
+        if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
+            raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
         folder = (output or Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-clla")).resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
         _start()
@@ -350,6 +351,9 @@ def evaluate(
     retrieval: Annotated[bool, typer.Option(help="Also plant codes and ask for them.")] = True,
     retrieval_context: Annotated[int, typer.Option(min=128, help="Tokens around a planted code.")] = 4096,
     retrieval_trials: Annotated[int, typer.Option(min=1, help="Number of codes.")] = 8,
+    teacher: Annotated[
+        Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
@@ -359,11 +363,13 @@ def evaluate(
         _start()
         from clla.calibrate.data import evaluation_windows
         from clla.evaluate.report import before_and_after
-        from clla.load import load_checkpoint
+        from clla.load import load_checkpoint, recipe_of, teacher_of
         from clla.source import pick_device
 
-        lengths = _integers(contexts)
-        loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
+        lengths, where = _integers(contexts), pick_device(device)
+        loaded = load_checkpoint(checkpoint, device=where, dtype=dtype)
+        trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
+        source = teacher_of(loaded, recipe_of(Path(checkpoint).expanduser()), teacher, where) if trained else None
         ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=window_length)
         with console.progress("Measuring (windows)", len(ids)) as advance:
             report = before_and_after(
@@ -375,6 +381,7 @@ def evaluate(
                 contexts=lengths,
                 retrieval_context=retrieval_context if retrieval else 0,
                 retrieval_trials=retrieval_trials,
+                source_model=source,
                 on_step=advance,
             )
         if as_json:
@@ -410,6 +417,8 @@ def compare(
         _start()
         from clla.compare import Options, run_comparison
 
+        if budget and not budget.strip(" ,"):
+            raise UsageError(f"--budget {budget!r} names no share", expected="e.g. 25%,6.25%", remedy="correct it")
         shares = _shares(budget or ("25%,6.25%" if quick else "50%,25%,12.5%,6.25%,3%"))
         options = Options(
             budgets=shares,

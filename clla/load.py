@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
+from clla import console
 from clla.artifacts import Plan, read_json
 from clla.errors import CllaError, CorruptArtifactError
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
-from clla.source import check_complete, pick_dtype
+from clla.recipe import Recipe, load_recipe
+from clla.source import check_complete, open_source, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,49 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
             remedy="copy or download the checkpoint again",
         )
     return Checkpoint(model.to(device).eval().requires_grad_(False), tokenizer, plan)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The resolved recipe beside the weights; the default one for a checkpoint without."""
+    path = folder / "clla_recipe.yaml"
+    if path.is_file():
+        return load_recipe(str(path))
+    console.say(f"{folder} has no clla_recipe.yaml: the defaults are taken")
+    return Recipe()
+
+
+def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: torch.device) -> PreTrainedModel:
+    """The source of a checkpoint: its own weights, unless they were trained or another model is named.
+
+    Args:
+        loaded: the checkpoint.
+        recipe: which says where the source was.
+        name: of the source, instead.
+        device: where to put it.
+
+    Raises:
+        CllaError: the weights were trained and the source is not to be found, or it is another model.
+    """
+    trained = loaded.model.config.clla.get("healed") in ("attention", "all")
+    if name is None and not trained:
+        return loaded.model.source
+    name = name or (recipe.provenance.model if recipe.provenance else None)
+    if name is None:
+        raise CllaError(
+            "the weights of this checkpoint were trained, and it does not say what they were before",
+            expected="the source model as a teacher",
+            remedy="name it with --teacher",
+        )
+    source = open_source(name)
+    for field in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        wanted, found = getattr(loaded.model.config.text_config, field), getattr(source.config, field)
+        if wanted != found:
+            raise CllaError(
+                f"{name} has {field} {found}, the checkpoint {wanted}",
+                expected="the model that was converted",
+                remedy="name it with --teacher",
+            )
+    return source.load_model(dtype=loaded.model.source.dtype, device=device)
 
 
 def _check_folder(folder: Path) -> None:

@@ -32,6 +32,7 @@ from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.heal.attention import View, _seen, masks, mixed_attention, view_of, visible
 from clla.heal.losses import chunked_kl, kl_of_logits
+from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller, RecordingCache, hidden_states, make_student, trainable_copy
 from clla.heal.targets import fit_codec, group_error, record_targets
 from clla.heal.train import Progress, Schedule, enable_checkpointing, last_state, load_trained, parameter_groups, train
@@ -397,6 +398,38 @@ def test_a_run_taken_up_again_equals_an_unbroken_one(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("step")] == ["step-00000060"]
 
 
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_sliding_layers_and_checkpointing_train_on_the_cache(checkpointing: bool, tmp_path: Path) -> None:
+    """Kept layers hold no graph between chunks; recomputed layers still see the cache, so both give one result."""
+    distiller = distiller_of(converted("qwen2-sliding", bits=(2,), window=8), "all")
+    schedule = Schedule(4, 4, 1e-3, 1e-4, 0.5, 2, gradient_checkpointing=checkpointing)
+    progress = train(
+        distiller,
+        letters(16, seed=1),
+        schedule,
+        evaluate=lambda: held_out_kl(distiller),
+        accelerator=Accelerator(cpu=True),
+        folder=tmp_path,
+    )
+    assert not progress.stopped and progress.step == 4
+    assert progress.history[-1].kl < 5 * progress.start_kl  # without its cache the student would be far off
+
+
+def test_relative_steps_scale_with_each_component() -> None:
+    distiller = distiller_of(converted(bits=(2, 2)))
+    sizes = component_sizes(distiller)
+    before = [tensor.detach().clone() for tensor, _ in sizes]
+    with relative_steps(sizes), torch.no_grad():
+        for tensor, _ in sizes:
+            tensor += 0.01
+    for (tensor, size), old in zip(sizes, before, strict=True):
+        torch.testing.assert_close(tensor.detach() - old, (0.01 * size).expand_as(old), rtol=1e-3, atol=1e-6)
+    encoder, size = sizes[0]
+    assert encoder.shape[0] == size.numel() and float(size[3]) == pytest.approx(
+        float(before[0][3].square().mean() ** 0.5)
+    )
+
+
 def test_divergence_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     wild = Schedule(steps=60, batch=4, codec_lr=3.0, weight_lr=3.0, cache_share=0.0, evaluations=6)
     distiller, progress = run(tmp_path, wild)
@@ -532,7 +565,9 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
     done = clla("convert", pico_dir, "-o", out, "--recipe", recipe, "--json")
     assert done.exit_code == 0, done.output + done.stderr
     told = json.loads(done.stdout)
-    assert told["healing"]["config"]["train"] == "all" and told["healing"]["history"][-1]["tokens"] == 6144
+    history = told["healing"]["history"]
+    assert [p["tokens"] for p in history[:2]] == [0, 2048] and history[1]["step"] == 0  # before and after stage 1
+    assert told["healing"]["config"]["train"] == "all" and history[-1]["tokens"] == 8192
     assert told["measured"]["converted"]["kl"] > 0 and told["healing"]["before"]["converted"]["kl"] > 0
     refused = clla("convert", pico_dir, "-o", tmp_path / "no", "--heal", "--adapter-only", "--dataset", text_file)
     assert refused.exit_code == 2 and "codec" in refused.stderr
@@ -551,7 +586,7 @@ def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "clla", *arguments], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(work.glob("step-0000000*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(work.glob("heal/step-0000000*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not broken.exists()
@@ -592,11 +627,36 @@ def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
     assert histories[0][1]["held_out"] != histories[0][0]["held_out"]
 
 
+def test_another_run_is_not_taken_up(checkpoint: Path, tmp_path: Path) -> None:
+    command = ["heal", checkpoint, *SMALL, "--train", "codec", "--no-report", "--work-dir", tmp_path / "work"]
+    assert clla(*command, "-o", tmp_path / "one").exit_code == 0
+    refused = clla(*command, "-o", tmp_path / "two", "--resume", "--seed", "7")
+    assert refused.exit_code == 2 and "seed" in refused.stderr
+    assert clla(*command, "-o", tmp_path / "two", "--resume").exit_code == 0  # finished already: nothing is left to do
+
+
+def test_windows_longer_than_the_sequences_are_refused(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--window", "128", "--at-context", "0", "--dataset", text_file, "--calibration-tokens", "1024"]
+    out = tmp_path / "out"
+    assert clla("convert", pico_dir, "-o", out, *options, "--sequence-length", "128", "--no-report").exit_code == 0
+    refused = clla("heal", out, *SMALL, "--no-report")
+    assert refused.exit_code == 2 and "--sequence-length" in refused.stderr
+
+
+def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_path: Path, text_file: Path) -> None:
+    healed = tmp_path / "healed"
+    assert clla("heal", checkpoint, "-o", healed, *SMALL, "--train", "all", "--no-report").exit_code == 0
+    options = ["--text", text_file, "--windows", 1, "--window-length", 256, "--contexts", "256", "--no-retrieval"]
+    found = [json.loads(clla("eval", path, *options, "--json").stdout) for path in (checkpoint, healed)]
+    assert found[0]["source"] == found[1]["source"]
+    assert found[0]["converted"] != found[1]["converted"]
+
+
 def test_text_of_its_own_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     options = ["--tokens", "2048", "--sequence-length", "64", "--batch-tokens", "256", "--device", "cpu", "--no-report"]
     done = clla("heal", checkpoint, "-o", tmp_path / "out", *options, "--dataset", "self", "--work-dir", tmp_path / "w")
     assert done.exit_code == 0, done.output + done.stderr
-    assert len(list((tmp_path / "w").glob("text-*.safetensors"))) == 1
+    assert len(list((tmp_path / "w" / "heal").glob("text-*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -606,6 +666,8 @@ def test_text_of_its_own_is_kept(checkpoint: Path, tmp_path: Path) -> None:
         (["--batch-tokens", "64"], "batch_tokens"),
         (["--dataset", "no/such/file.txt"], "does not exist"),
         (["--cache-share", "2"], "heal.cache_share"),
+        (["--tracker", "magic"], "--tracker"),
+        (["--teacher", "no/such/model"], "no/such/model"),
     ],
 )
 def test_bad_options_are_named(checkpoint: Path, tmp_path: Path, options: list[str], word: str) -> None:

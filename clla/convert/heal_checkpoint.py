@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from clla import console
 from clla.artifacts import read_json
 from clla.calibrate.data import load_documents, split_held_out, whole_windows
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
@@ -19,9 +18,9 @@ from clla.convert.healing import Healing, HealOptions, heal_and_measure
 from clla.errors import CllaError, DatasetError
 from clla.evaluate.report import Report, write_report
 from clla.hub import write_card
-from clla.load import Checkpoint, load_checkpoint
-from clla.recipe import HealConfig, Recipe, load_recipe
-from clla.source import open_source, pick_device
+from clla.load import load_checkpoint, recipe_of, teacher_of
+from clla.recipe import HealConfig, Recipe
+from clla.source import pick_device
 
 WINDOWS, WINDOW_LENGTH = 2, 2048
 
@@ -67,21 +66,33 @@ def heal_checkpoint(
         CllaError: bad input; nothing is left half-written.
     """
     folder, device = Path(path).expanduser(), pick_device(options.device)
+    if not folder.is_dir():
+        raise CllaError(
+            f"{folder} is no directory",
+            expected="a checkpoint on this machine",
+            remedy="download it first: hf download",
+        )
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.num_processes > 1:
+        device = processes.device
+    elif device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     check_output(options.output, folder, overwrite=options.overwrite)
     loaded = load_checkpoint(path, device=device, dtype=options.dtype)
-    recipe = _recipe_of(folder).override({"heal": changes})
+    recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})
     assert recipe.heal is not None
-    teacher = _teacher_of(loaded, recipe, options.teacher, device)
+    teacher = teacher_of(loaded, recipe, options.teacher, device)
     measured = _windows(recipe, recipe.heal, loaded.tokenizer) if options.report else None
     work = options.work_dir or options.output.with_name(options.output.name + ".work")
-    how = HealOptions(work, resume=options.resume, tracker=options.tracker)
-    stored = loaded.model.config.dtype
+    logs = options.output.with_name(options.output.name + "-logs")
+    how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
+    stored = getattr(torch, loaded.model.config.clla["kv_dtype"])
     model, report, healing = heal_and_measure(
         loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
     )
     recipe = recipe.model_copy(update={"heal": healing.config})
     predicted_kl = _predicted_kl(folder)
-    if not PartialState().is_main_process:
+    if not processes.is_main_process:
         return recipe, report, healing
     with finished_directory(options.output) as out:
         for parameter in model.parameters():
@@ -91,31 +102,9 @@ def heal_checkpoint(
         write_report(out, loaded.plan, recipe, report, predicted_kl=predicted_kl, healing=healing.to_json())
         name = recipe.provenance.model if recipe.provenance else path
         write_card(out, name, loaded.plan, recipe, report, tokens=None, healing=healing.to_json())
+    if options.work_dir is None:
+        shutil.rmtree(work)
     return recipe, report, healing
-
-
-def _recipe_of(folder: Path) -> Recipe:
-    """The resolved recipe beside the weights; the default one for a checkpoint without."""
-    path = folder / "clla_recipe.yaml"
-    if path.is_file():
-        return load_recipe(str(path))
-    console.say(f"{folder} has no clla_recipe.yaml: healing with the defaults")
-    return Recipe()
-
-
-def _teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: torch.device) -> PreTrainedModel:
-    """The source: the checkpoint's own weights, unless they were trained or another is named."""
-    trained = loaded.model.config.clla.get("healed") in ("attention", "all")
-    if name is None and not trained:
-        return loaded.model.source
-    name = name or (recipe.provenance.model if recipe.provenance else None)
-    if name is None:
-        raise CllaError(
-            "the weights of this checkpoint were trained already, and it does not say what they were before",
-            expected="the source model as a teacher",
-            remedy="name it with --teacher",
-        )
-    return open_source(name).load_model(dtype=loaded.model.source.dtype, device=device)
 
 
 def _windows(recipe: Recipe, config: HealConfig, tokenizer: Any) -> tuple[Tensor, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla import console
-from clla.artifacts import Plan, digest
+from clla.artifacts import Plan, digest, read_json, write_text
 from clla.baselines.stored import SourceCache
 from clla.calibrate.data import fingerprint, load_documents, self_written, split_held_out, token_batches, whole_windows
 from clla.errors import DatasetError, UsageError
@@ -26,6 +27,7 @@ from clla.heal.student import Distiller, make_student
 from clla.heal.targets import fit_codec
 from clla.heal.train import Point, Progress, Schedule, discard, train
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import HealConfig, Recipe
 
 # (share of the source's bytes from which on it holds, what is trained, tokens on CPU and on GPU)
@@ -101,11 +103,19 @@ class Healing:
 
 @dataclass(frozen=True)
 class HealOptions:
-    """Attributes: work: where text and states are kept; resume: go on from the last state; tracker: of accelerate."""
+    """How healing runs.
+
+    Attributes:
+        work: where text and states are kept.
+        resume: go on from the last state there.
+        tracker: of accelerate: `tensorboard`, `wandb`, …
+        logs: where the tracker writes; default: `work`.
+    """
 
     work: Path
     resume: bool = False
     tracker: str | None = None
+    logs: Path | None = None
 
 
 def heal_and_measure(
@@ -151,14 +161,15 @@ def heal_and_measure(
 
     before = report(converted)
     healed, progress = heal(converted, teacher, tokenizer, config, options)
+    stored = getattr(torch, converted.config.clla["kv_dtype"])
     for parameter in healed.parameters():  # measure what will be saved
-        parameter.data = parameter.data.to(teacher.dtype)
+        parameter.data = parameter.data.to(stored).to(teacher.dtype)
     return healed, report(healed), Healing(config, progress.history, progress.stopped, before)
 
 
 def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torch.device) -> HealConfig:
     """Fill in the defaults that depend on budget, device and calibration text."""
-    share = plan.row_bytes / plan.source_bytes_per_token
+    share = plan.row_bytes * (1 - (recipe.budget.evict or 0)) / plan.source_bytes_per_token
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
     on_cpu = device.type == "cpu"
     batch_tokens = config.batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "cuda"]
@@ -197,11 +208,20 @@ def heal(
     """
     assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
     assert config.codec_lr and config.weight_lr
+    codec_lr, settings = config.codec_lr, converted.config.clla
+    window, block = settings["window"], settings["flush_block"]
+    if window and config.sequence_length < 2 * window + 2 * block:
+        raise UsageError(
+            f"sequences of {config.sequence_length} tokens with an exact window of {window}",
+            expected=f"at least {2 * window + 2 * block} tokens, so that there are latents to learn from",
+            remedy="raise heal.sequence_length (--sequence-length)",
+        )
     work, resume, tracker = options.work, options.resume, options.tracker
     processes = PartialState(cpu=teacher.device.type == "cpu")
     if not resume and processes.is_main_process:
         discard(work)
     work.mkdir(parents=True, exist_ok=True)
+    _check_same_run(work / "run.json", converted, config, resume=resume)
     with processes.main_process_first():
         sequences, held = healing_text(config, teacher, tokenizer, work)
     batch = config.batch_tokens // config.sequence_length
@@ -224,28 +244,32 @@ def heal(
         cpu=teacher.device.type == "cpu",
         mixed_precision=PRECISION[teacher.dtype],
         log_with=tracker,
-        project_dir=str(work),
+        project_dir=str(options.logs or work),
     )
     if tracker:
         accelerator.init_trackers("clla-heal", config.model_dump(mode="json", exclude_none=True))
     distiller = Distiller(teacher, make_student(converted, config.train))
     codec_steps = round(config.codec_share * steps)
-    if codec_steps and not resume:
-        with console.progress("Fitting codecs (tokens)", codec_steps * batch * config.sequence_length) as advance:
+
+    def fit_codecs() -> int:
+        count = codec_steps * batch * config.sequence_length
+        with console.progress("Fitting codecs (tokens)", count) as advance:
             fit_codec(
                 distiller,
                 sequences,
                 steps=codec_steps,
                 batch=batch,
-                lr=config.codec_lr,
+                lr=codec_lr,
                 seed=config.seed,
                 accelerator=accelerator,
                 on_step=advance,
             )
+        return count
+
     schedule = Schedule(
         steps=steps - codec_steps,
         batch=batch,
-        codec_lr=config.codec_lr,
+        codec_lr=codec_lr,
         weight_lr=config.weight_lr,
         cache_share=config.cache_share,
         evaluations=config.evaluations,
@@ -276,13 +300,34 @@ def heal(
             accelerator=accelerator,
             folder=work,
             resume=resume,
+            fit_codecs=fit_codecs if codec_steps else None,
             on_step=on_step,
         )
     if tracker:
         accelerator.end_training()
     distiller.student.requires_grad_(False)
-    distiller.student.config.clla["healed"] = config.train
+    earlier = settings.get("healed")
+    distiller.student.config.clla["healed"] = earlier if earlier and config.train == "codec" else config.train
     return distiller.student.eval(), progress
+
+
+def _check_same_run(path: Path, converted: CllaForCausalLM, config: HealConfig, *, resume: bool) -> None:
+    """Note what a run is made of; refuse to take up one that was made of something else.
+
+    Raises:
+        UsageError: the states in the work directory belong to another run.
+    """
+    own = {**config.model_dump(mode="json"), "codec": tensor_digest(converted.codec.state_dict())}
+    if resume and path.is_file():
+        stored = read_json(path)
+        changed = sorted(name for name in own if stored.get(name) != own[name])
+        if changed:
+            raise UsageError(
+                f"the interrupted run in {path.parent} had another {', '.join(changed)}",
+                expected="the same checkpoint and options as before",
+                remedy="give those again, or leave out --resume",
+            )
+    write_text(path, json.dumps(own))
 
 
 def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, work: Path) -> tuple[Tensor, Tensor]:

@@ -128,8 +128,10 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     report = healing = None
     measured = run.report_windows() if options.report else None
     if recipe.heal is not None:
-        how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker)
+        logs = options.output.with_name(options.output.name + "-logs")
+        how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
         converted, report, healing = heal_and_measure(converted, run.model(), tokenizer, plan, recipe, measured, how)
+        recipe = recipe.model_copy(update={"heal": healing.config})
     elif measured is not None:
         windows, unseen = measured
         report = before_and_after(converted, tokenizer, plan, windows, unseen=unseen)

@@ -156,7 +156,7 @@ def make_student(converted: CllaForCausalLM, train: str) -> CllaForCausalLM:
         train: as in `trainable_copy`.
     """
     with torch.device("meta"):
-        student = CllaForCausalLM(converted.config)  # type: ignore[arg-type]
+        student = CllaForCausalLM(copy.deepcopy(converted.config))  # type: ignore[arg-type]
     converted.release_source()  # its hooks would be copied with the modules, and itself with them
     student.source = trainable_copy(converted.source, train)
     converted.watch_source()

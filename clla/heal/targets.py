@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from clla.heal.attention import View, mixed_attention, view_of
+from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller, GroupOnSequence, RecordingCache, Rotation, hidden_states
 from clla.modeling.observe_clla import listen
 
@@ -97,13 +98,14 @@ def fit_codec(
     """
     optimizer = torch.optim.Adam(distiller.student.codec.parameters(), lr=lr)
     paces = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    sizes = component_sizes(distiller)
     settings, length = distiller.student.config.clla, sequences.shape[1]
     window, block = settings["window"], settings["flush_block"]
     history = []
     for step in range(steps):
         rows = torch.arange(step * batch, (step + 1) * batch) % len(sequences)
         ids = sequences[rows].long().to(accelerator.device)
-        chunk = random.Random(f"{seed}:{step}").choice((block, max(window, block)))
+        chunk = random.Random(f"{seed}:{step}").choice((1, max(window, block)))
         view = view_of(length, window=window, flush_block=block, sinks=settings["sinks"], chunk=chunk)
         total = 0.0
         with accelerator.autocast():
@@ -113,7 +115,8 @@ def fit_codec(
                 error = group_error(group, targets, rotation, view, first=distiller.first)
             error.backward()
             total += float(error.detach())
-        optimizer.step()
+        with relative_steps(sizes):
+            optimizer.step()
         paces.step()
         optimizer.zero_grad()
         history.append(total / len(distiller.groups))

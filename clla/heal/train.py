@@ -14,23 +14,26 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clla.errors import CorruptArtifactError, UsageError
 from clla.heal.attention import view_of
+from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller
 
 BEST, TRAINED = "best.safetensors", "trained.safetensors"
 STEP = "step-{:08d}"
+MICRO_TOKENS = 16_384  # a forward pass; longer batches take several
 CACHED_CHUNK = 64  # tokens a step on the own cache where there is no window
 DIVERGED = 10  # times the held-out KL of the start; less than that may come back while the learning rate is high
 
@@ -100,6 +103,11 @@ class Progress:
         return self.history[0].held_out
 
     @property
+    def read(self) -> int:
+        """Tokens of stage 1."""
+        return max(point.tokens for point in self.history if point.step == 0)
+
+    @property
     def best(self) -> Point:
         return min(self.history, key=lambda point: point.held_out)
 
@@ -120,6 +128,7 @@ def train(
     accelerator: Accelerator,
     folder: Path,
     resume: bool = False,
+    fit_codecs: Callable[[], int] | None = None,
     on_step: Callable[[int, int, float, float, float], None] = lambda *_: None,
 ) -> Progress:
     """Train the student; afterwards it holds the state of least held-out KL.
@@ -132,6 +141,7 @@ def train(
         accelerator: decides device, precision, processes and tracker.
         folder: where states are kept.
         resume: go on from the last state in `folder`.
+        fit_codecs: stage 1, which returns how many tokens it read.
         on_step: called after each step with its number, tokens, training KL, the last held-out KL, and its seconds.
 
     Raises:
@@ -145,11 +155,11 @@ def train(
             remedy="lower heal.tokens, or choose heal.batch_tokens a multiple of processes times sequence length",
         )
     student = distiller.student
-    student.source.train(schedule.gradient_checkpointing)  # no model of these has dropout that is not zero
     if schedule.gradient_checkpointing:
         enable_checkpointing(student.source)
     optimizer = torch.optim.AdamW(parameter_groups(distiller, schedule), betas=(0.9, 0.95), weight_decay=0.0)
     paces = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.pace)
+    sizes = component_sizes(distiller)
     prepared, optimizer = accelerator.prepare(distiller, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(progress, paces)
@@ -162,6 +172,11 @@ def train(
     if not progress.history:
         progress.history.append(Point(0, 0, math.nan, evaluate(), 0.0))
         _save_best(distiller, accelerator, folder, progress)
+        if fit_codecs is not None:
+            read = fit_codecs()
+            progress.history.append(Point(0, read, math.nan, evaluate(), 0.0))
+            if progress.best is progress.history[-1]:
+                _save_best(distiller, accelerator, folder, progress)
     rank, since, kls, trained = accelerator.process_index, time.monotonic(), [], 0
     while progress.step < schedule.steps and not progress.stopped:
         step, began = progress.step, time.monotonic()
@@ -172,7 +187,8 @@ def train(
             progress.stopped = f"the loss of step {step} is {kl}"
             break
         accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
-        optimizer.step()
+        with relative_steps(sizes):
+            optimizer.step()
         paces.step()
         optimizer.zero_grad()
         progress.step, trained = step + 1, trained + rows.numel()
@@ -181,7 +197,7 @@ def train(
         if schedule.is_due(step + 1):
             speed = trained / (time.monotonic() - since)
             held_out = evaluate()
-            point = Point(step + 1, (step + 1) * rows.numel(), sum(kls) / len(kls), held_out, speed)
+            point = Point(step + 1, progress.read + (step + 1) * rows.numel(), sum(kls) / len(kls), held_out, speed)
             improved = held_out < progress.best.held_out
             progress.history.append(point)
             accelerator.log({k: v for k, v in asdict(point).items() if k != "step"}, step=step + 1)
@@ -198,7 +214,6 @@ def train(
     for hook in hooks:
         hook.remove()
     load_trained(distiller, folder / BEST)
-    student.source.eval()
     return progress
 
 
@@ -225,12 +240,19 @@ def _one_step(prepared: nn.Module, ids: Tensor, step: int, schedule: Schedule, a
     window, block, sinks = settings["window"], settings["flush_block"], settings["sinks"]
     if step < schedule.cached_from:
         # As when text is read a window at a time, and as when it is written token by token.
-        chunk = random.Random(f"{schedule.seed}:{step}").choice((block, max(window, block)))
+        chunk = random.Random(f"{schedule.seed}:{step}").choice((1, max(window, block)))
         view = view_of(length, window=window, flush_block=block, sinks=sinks, chunk=chunk)
-        loss = prepared(ids, view=view)
-        accelerator.backward(loss)
+        total = torch.zeros((), device=ids.device)
+        parts = ids.split(max(1, MICRO_TOKENS // length))
+        distiller.student.source.train(schedule.gradient_checkpointing)  # there is no dropout that is not zero
+        for part in parts:
+            with accelerator.no_sync(prepared) if part is not parts[-1] else nullcontext():
+                loss = prepared(part, view=view) * (len(part) / len(ids))
+                accelerator.backward(loss)
+            total += loss.detach()
+        distiller.student.source.eval()  # recomputed layers would run without the cache
         distiller.release()
-        return loss.detach()
+        return total
     with accelerator.autocast():
         hidden, _ = distiller.teach(ids, with_kv=False)
     cache, total = distiller.student.new_cache(), torch.zeros((), device=ids.device)
@@ -263,6 +285,8 @@ def _save_best(distiller: Distiller, accelerator: Accelerator, folder: Path, pro
 def _save_trained(distiller: Distiller, models: list[Any], weights: list[Any], folder: str) -> None:
     """Of all the weights only what is trained goes into a state."""
     weights.clear()
+    if not PartialState().is_main_process:
+        return
     save_file({k: v.cpu().contiguous() for k, v in trained_tensors(distiller).items()}, Path(folder) / TRAINED)
 
 
@@ -294,6 +318,7 @@ def save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
     final = folder / STEP.format(step)
     beside = final.with_name(final.name + ".partial")
     accelerator.save_state(str(beside), safe_serialization=True)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for file in beside.rglob("*"):
             if file.is_file():
@@ -318,7 +343,8 @@ def last_state(folder: Path) -> Path | None:
 def discard(folder: Path) -> None:
     """Remove the states of an earlier run."""
     for path in folder.glob("step-*"):
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
     (folder / BEST).unlink(missing_ok=True)
 
 

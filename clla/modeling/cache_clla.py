@@ -346,7 +346,7 @@ class CllaCache(Cache):
             group.evict()
         for layer in self.kept.values():
             if layer.keys is not None:  # a sliding layer keeps a view of the whole chunk
-                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+                layer.keys, layer.values = layer.keys.detach().clone(), layer.values.detach().clone()
 
     @property
     def evicts(self) -> bool:

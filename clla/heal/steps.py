@@ -1,0 +1,38 @@
+"""Steps of the codec relative to the sizes of its components.
+
+Shape legend: r rank of a group, m its inputs, G layers of a group, n values a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from clla.heal.student import Distiller
+
+
+def component_sizes(distiller: Distiller) -> list[tuple[Tensor, Tensor]]:
+    """The codec's encoders [r, m] and decoders [G, n, r], with the root mean square of each component's part."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for group in distiller.groups:
+        encoder, decoder = group.codec.encoder, group.codec.decoder
+        found.append((encoder, encoder.detach().square().mean(1, keepdim=True).sqrt()))
+        found.append((decoder, decoder.detach().square().mean((0, 1), keepdim=True).sqrt()))
+    return found
+
+
+@contextmanager
+def relative_steps(sizes: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within it an optimizer's steps of these tensors are relative to their sizes (as Adafactor's, arXiv 1804.04235).
+
+    Latents have unit variance, so encoder rows and decoder columns of different components differ by orders of
+    magnitude; one absolute step would ruin the smallest of them and leave the largest alone.
+    """
+    before = [tensor.detach().clone() for tensor, _ in sizes]
+    yield
+    with torch.no_grad():
+        for (tensor, size), old in zip(sizes, before, strict=True):
+            tensor.copy_(old + (tensor - old) * size.to(tensor.device))
