@@ -567,7 +567,7 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
     told = json.loads(done.stdout)
     history = told["healing"]["history"]
     assert [p["tokens"] for p in history[:2]] == [0, 2048] and history[1]["step"] == 0  # before and after stage 1
-    assert told["healing"]["config"]["train"] == "all" and history[-1]["tokens"] == 8192
+    assert told["healing"]["config"]["train"] == "all" and 2048 < history[-1]["tokens"] <= 8192
     assert told["measured"]["converted"]["kl"] > 0 and told["healing"]["before"]["converted"]["kl"] > 0
     refused = clla("convert", pico_dir, "-o", tmp_path / "no", "--heal", "--adapter-only", "--dataset", text_file)
     assert refused.exit_code == 2 and "codec" in refused.stderr
