@@ -441,7 +441,7 @@ def compare(
             print(json.dumps(result.to_json()))
             return
         for table in result.tables():
-            console.wide(160).print(table)
+            console.wide(180).print(table)
         console.say(f"Wrote {output}: comparison.json, .csv, .png and .svg")
 
 
