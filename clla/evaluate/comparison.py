@@ -11,7 +11,6 @@ from rich.table import Table
 
 from clla.evaluate.figures import OWN_COLOUR, SOURCE_COLOUR, axes_of
 
-
 SLACK = 1e-3  # of a budget, when it is said to be kept
 
 
@@ -130,5 +129,5 @@ def draw_comparison(rows: Sequence[Row], path: Path, *, title: str) -> None:
     axes.set_xlabel("KV cache, measured bytes a token")
     axes.set_ylabel("KL to the source, nats a token")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, frameon=False, ncols=2)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=120)
