@@ -13,7 +13,7 @@ from clla import console
 from clla.artifacts import Plan, read_json
 from clla.errors import CllaError, CorruptArtifactError
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
-from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import Recipe, load_recipe
 from clla.source import check_complete, open_source, pick_dtype
@@ -105,7 +105,7 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
             remedy="name it with --teacher",
         )
     source = open_source(name)
-    for field in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    for field in SAME_MODEL:
         wanted, found = getattr(loaded.model.config.text_config, field), getattr(source.config, field)
         if wanted != found:
             raise CllaError(

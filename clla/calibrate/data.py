@@ -156,6 +156,22 @@ def evaluation_windows(dataset: str, tokenizer: Any, *, count: int, length: int)
     return whole_windows(documents, tokenizer, count=count, length=length)
 
 
+def report_windows(dataset: str, tokenizer: Any, *, count: int, length: int, fallback: int) -> tuple[Tensor, bool]:
+    """Windows [N, T] of a text to measure on, and whether calibration and training left them out.
+
+    A text too short to keep enough back is measured on as a whole, in windows no longer than `fallback`. What the
+    model writes itself is measured on the bundled text.
+
+    Raises:
+        DatasetError: as `load_documents`, or the text is shorter than one window.
+    """
+    documents = load_documents("bundled" if dataset == "self" else dataset)
+    try:
+        return whole_windows(split_held_out(documents)[1], tokenizer, count=count, length=length), True
+    except DatasetError:
+        return whole_windows(documents, tokenizer, count=count, length=min(length, fallback)), dataset == "self"
+
+
 def whole_windows(documents: list[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
     """The first `count` windows of `length` tokens of a text, in order, documents joined by blank lines.
 

@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
-from clla.artifacts import read_json
-from clla.calibrate.data import load_documents, split_held_out, whole_windows
+from clla.artifacts import read_json, write_text
+from clla.calibrate.data import report_windows
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
-from clla.convert.healing import Healing, HealOptions, heal_and_measure
-from clla.errors import CllaError, DatasetError
+from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.errors import CllaError
 from clla.evaluate.report import Report, write_report
 from clla.hub import write_card
 from clla.load import load_checkpoint, recipe_of, teacher_of
-from clla.recipe import HealConfig, Recipe
+from clla.recipe import Recipe
 from clla.source import pick_device
-
-WINDOWS, WINDOW_LENGTH = 2, 2048
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,10 @@ def heal_checkpoint(
     recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})
     assert recipe.heal is not None
     teacher = teacher_of(loaded, recipe, options.teacher, device)
-    measured = _windows(recipe, recipe.heal, loaded.tokenizer) if options.report else None
+    measured = None
+    if options.report:
+        text, longest = recipe.heal.dataset or recipe.calibration.dataset, recipe.heal.sequence_length
+        measured = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=longest)
     work = options.work_dir or options.output.with_name(options.output.name + ".work")
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
@@ -98,23 +98,13 @@ def heal_checkpoint(
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)
         write_checkpoint(out, model, loaded.tokenizer, base_model=None)
-        (out / "clla_recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_text(out / "clla_recipe.yaml", recipe.to_yaml())
         write_report(out, loaded.plan, recipe, report, predicted_kl=predicted_kl, healing=healing.to_json())
         name = recipe.provenance.model if recipe.provenance else path
         write_card(out, name, loaded.plan, recipe, report, tokens=None, healing=healing.to_json())
     if options.work_dir is None:
         shutil.rmtree(work)
     return recipe, report, healing
-
-
-def _windows(recipe: Recipe, config: HealConfig, tokenizer: Any) -> tuple[Tensor, bool]:
-    dataset = config.dataset or recipe.calibration.dataset
-    documents = load_documents("bundled" if dataset == "self" else dataset)
-    try:
-        return whole_windows(split_held_out(documents)[1], tokenizer, count=WINDOWS, length=WINDOW_LENGTH), True
-    except DatasetError:
-        length = min(WINDOW_LENGTH, config.sequence_length)
-        return whole_windows(documents, tokenizer, count=WINDOWS, length=length), dataset == "self"
 
 
 def _predicted_kl(folder: Path) -> float:

@@ -35,7 +35,7 @@ DEFAULTS = ((0.10, "codec", 131_072, 4_000_000), (0.04, "all", 131_072, 20_000_0
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 CODEC_LR = 1e-3  # for the GPU's batch
 HELD_OUT_WINDOWS = 4
-RETRIEVAL_TRIALS = 8
+REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after
 WORTH = 0.1  # of the held-out KL, below which healing was not worth its while
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
@@ -216,7 +216,7 @@ def heal(
             expected=f"at least {2 * window + 2 * block} tokens, so that there are latents to learn from",
             remedy="raise heal.sequence_length (--sequence-length)",
         )
-    work, resume, tracker = options.work, options.resume, options.tracker
+    work, resume = options.work, options.resume
     processes = PartialState(cpu=teacher.device.type == "cpu")
     if not resume and processes.is_main_process:
         discard(work)
@@ -233,21 +233,7 @@ def heal(
             expected="at least one sequence a step and one step",
             remedy="raise heal.tokens or heal.batch_tokens, or lower heal.sequence_length",
         )
-    installed = [str(kind) for kind in get_available_trackers()]
-    if tracker and tracker not in installed:
-        raise UsageError(
-            f"--tracker {tracker} is not to be had",
-            expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
-            remedy="pip install tensorboard, or wandb",
-        )
-    accelerator = Accelerator(
-        cpu=teacher.device.type == "cpu",
-        mixed_precision=PRECISION[teacher.dtype],
-        log_with=tracker,
-        project_dir=str(options.logs or work),
-    )
-    if tracker:
-        accelerator.init_trackers("clla-heal", config.model_dump(mode="json", exclude_none=True))
+    accelerator = _accelerator(config, options, teacher)
     distiller = Distiller(teacher, make_student(converted, config.train))
     codec_steps = round(config.codec_share * steps)
 
@@ -276,10 +262,10 @@ def heal(
         seed=config.seed,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
+    kv_dtype = getattr(torch, settings["kv_dtype"])
     source = Subject(teacher, lambda: SourceCache(teacher.config, kv_dtype))
     subjects = {"source": source, "student": Subject(distiller.student, distiller.student.new_cache)}
-    held, chunk = held.to(accelerator.device), converted.config.clla["window"] or converted.prefill_chunk
+    held, chunk = held.to(accelerator.device), window or converted.prefill_chunk
 
     def evaluate() -> float:
         with accelerator.autocast():
@@ -303,12 +289,37 @@ def heal(
             fit_codecs=fit_codecs if codec_steps else None,
             on_step=on_step,
         )
-    if tracker:
+    if options.tracker:
         accelerator.end_training()
     distiller.student.requires_grad_(False)
     earlier = settings.get("healed")
     distiller.student.config.clla["healed"] = earlier if earlier and config.train == "codec" else config.train
     return distiller.student.eval(), progress
+
+
+def _accelerator(config: HealConfig, options: HealOptions, teacher: PreTrainedModel) -> Accelerator:
+    """Device, precision and processes; the tracker is started.
+
+    Raises:
+        UsageError: a tracker that is not installed.
+    """
+    tracker = options.tracker
+    installed = [str(kind) for kind in get_available_trackers()]
+    if tracker and tracker not in installed:
+        raise UsageError(
+            f"--tracker {tracker} is not to be had",
+            expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
+            remedy="pip install tensorboard, or wandb",
+        )
+    accelerator = Accelerator(
+        cpu=teacher.device.type == "cpu",
+        mixed_precision=PRECISION[teacher.dtype],
+        log_with=tracker,
+        project_dir=str(options.logs or options.work),
+    )
+    if tracker:
+        accelerator.init_trackers("clla-heal", config.model_dump(mode="json", exclude_none=True))
+    return accelerator
 
 
 def _check_same_run(path: Path, converted: CllaForCausalLM, config: HealConfig, *, resume: bool) -> None:

@@ -21,19 +21,19 @@ from clla.calibrate.collect import Collector, collect
 from clla.calibrate.data import (
     fingerprint,
     load_documents,
+    report_windows,
     self_written,
     split_held_out,
     token_batches,
-    whole_windows,
 )
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.factor import make_codec
-from clla.convert.healing import Healing, HealOptions, heal_and_measure
+from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
 from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
-from clla.errors import CorruptArtifactError, DatasetError, UsageError
+from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.hub import write_card
@@ -44,7 +44,6 @@ from clla.source import Source, open_source, pick_device, pick_dtype
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
 MAX_DEFAULT_CONTEXT = 32_768
-REPORT_LENGTH = 2048  # tokens a window of the before-and-after report
 DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
 
 
@@ -344,14 +343,10 @@ class Run:
 
         A text too short to keep enough back is measured on as a whole, and the report says so.
         """
-        dataset = self.recipe.calibration.dataset
-        documents = load_documents("bundled" if dataset == "self" else dataset)
-        try:
-            held = split_held_out(documents)[1]
-            return whole_windows(held, self.tokenizer, count=2, length=REPORT_LENGTH), True
-        except DatasetError:
-            length = min(REPORT_LENGTH, self.recipe.calibration.sequence_length)
-            return whole_windows(documents, self.tokenizer, count=2, length=length), dataset == "self"
+        c = self.recipe.calibration
+        return report_windows(
+            c.dataset, self.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=c.sequence_length
+        )
 
 
 def _work_dir(options: Options) -> Path:

@@ -9,6 +9,7 @@ Shape legend: B sequences, H_q query heads, H key-value heads, T tokens, d head 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,6 +49,20 @@ def view_of(length: int, *, window: int, flush_block: int, sinks: int, chunk: in
     if window == 0:
         return View(tuple(range(1, length + 1)), sinks)
     return View(tuple(leaving_slots(t // chunk * chunk, window, flush_block) for t in range(length)), sinks)
+
+
+def drawn_view(settings: dict[str, Any], length: int, *, seed: int, step: int) -> View:
+    """As when text is read a window at a time, or as when it is written token by token; seed and step decide.
+
+    Args:
+        settings: the config's `clla` block.
+        length: T.
+        seed: of the run.
+        step: of training.
+    """
+    window, block = settings["window"], settings["flush_block"]
+    chunk = random.Random(f"{seed}:{step}").choice((1, max(window, block)))
+    return view_of(length, window=window, flush_block=block, sinks=settings["sinks"], chunk=chunk)
 
 
 @lru_cache(maxsize=8)

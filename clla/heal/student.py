@@ -90,7 +90,7 @@ class GroupOnSequence:
         return both[:, : self.heads], both[:, self.heads :]
 
 
-class SequenceCache(Cache):
+class SequenceCache(RecordingCache):
     """What the student's attention reads in one parallel forward pass. Keeps nothing.
 
     Args:
@@ -103,14 +103,9 @@ class SequenceCache(Cache):
     def __init__(
         self, groups: list[GroupOnSequence], latents: dict[int, Tensor], rotation: Rotation | None, view: View
     ) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
+        super().__init__(set())
         self.group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
         self.groups, self.latents, self.rotation, self.view = groups, latents, rotation, view
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
 
     def observe(self, layer: int, hidden: Tensor) -> None:
         """Take the attention input [B, T, h] of a group's first layer (`first` source)."""

@@ -8,14 +8,13 @@ Shape legend: B sequences, T tokens, H_q query heads, H key-value heads, d head 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from clla.heal.attention import View, mixed_attention, view_of
+from clla.heal.attention import View, drawn_view, mixed_attention
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller, GroupOnSequence, RecordingCache, Rotation, hidden_states
 from clla.modeling.observe_clla import listen
@@ -100,13 +99,11 @@ def fit_codec(
     paces = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     sizes = component_sizes(distiller)
     settings, length = distiller.student.config.clla, sequences.shape[1]
-    window, block = settings["window"], settings["flush_block"]
     history = []
     for step in range(steps):
         rows = torch.arange(step * batch, (step + 1) * batch) % len(sequences)
         ids = sequences[rows].long().to(accelerator.device)
-        chunk = random.Random(f"{seed}:{step}").choice((1, max(window, block)))
-        view = view_of(length, window=window, flush_block=block, sinks=settings["sinks"], chunk=chunk)
+        view = drawn_view(settings, length, seed=seed, step=step)
         total = 0.0
         with accelerator.autocast():
             targets, rotation = record_targets(distiller, ids), distiller.rotation(ids)

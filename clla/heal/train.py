@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clla.errors import CorruptArtifactError, UsageError
-from clla.heal.attention import view_of
+from clla.heal.attention import drawn_view
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller
 
@@ -237,11 +236,8 @@ def _one_step(prepared: nn.Module, ids: Tensor, step: int, schedule: Schedule, a
     """Gradients of one batch [B, T]; its mean KL."""
     distiller: Any = accelerator.unwrap_model(prepared)
     settings, length = distiller.student.config.clla, ids.shape[1]
-    window, block, sinks = settings["window"], settings["flush_block"], settings["sinks"]
     if step < schedule.cached_from:
-        # As when text is read a window at a time, and as when it is written token by token.
-        chunk = random.Random(f"{schedule.seed}:{step}").choice((1, max(window, block)))
-        view = view_of(length, window=window, flush_block=block, sinks=sinks, chunk=chunk)
+        view = drawn_view(settings, length, seed=schedule.seed, step=step)
         total = torch.zeros((), device=ids.device)
         parts = ids.split(max(1, MICRO_TOKENS // length))
         distiller.student.source.train(schedule.gradient_checkpointing)  # there is no dropout that is not zero
@@ -256,7 +252,7 @@ def _one_step(prepared: nn.Module, ids: Tensor, step: int, schedule: Schedule, a
     with accelerator.autocast():
         hidden, _ = distiller.teach(ids, with_kv=False)
     cache, total = distiller.student.new_cache(), torch.zeros((), device=ids.device)
-    chunk = window or CACHED_CHUNK
+    chunk = settings["window"] or CACHED_CHUNK
     for start in range(0, length, chunk):
         part = ids[:, start : start + chunk]
         wanted = hidden[:, start : start + chunk]

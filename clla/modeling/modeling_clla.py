@@ -24,6 +24,7 @@ from .observe_clla import is_observed, listening, observed
 from .quantize_clla import RowLayout, tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
+SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # of two configs
 
 
 class GroupCodecModule(nn.Module):
@@ -138,7 +139,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                 f"opened: put it there again, or set base_model.path in config.json ({error})"
             ) from error
         source, *info = loaded if isinstance(loaded, tuple) else (loaded,)
-        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        for name in SAME_MODEL:
             wanted, found = getattr(config.text_config, name), getattr(source.config, name)
             if wanted != found:
                 raise ValueError(
