@@ -316,7 +316,8 @@ def heal_command(
             "gradient_checkpointing": gradient_checkpointing or None,
             "seed": seed,
         }
-        folder = (output or Path(f"{Path(checkpoint).resolve()}-healed")).resolve()
+        beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(Path(checkpoint).name)  # of a Hub id: here
+        folder = (output or Path(f"{beside.resolve()}-healed")).resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
         options = CheckpointOptions(
             output=folder,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel
 
 from clla import console
@@ -71,6 +72,29 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
             remedy="copy or download the checkpoint again",
         )
     return Checkpoint(model.to(device).eval().requires_grad_(False), tokenizer, plan)
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The directory of a checkpoint; one on the Hub is downloaded first.
+
+    Args:
+        name: directory or Hub id.
+
+    Raises:
+        CllaError: it is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # classes of huggingface_hub, its HTTP client and OSError
+        raise CllaError(
+            f"{name!r} is neither a directory nor a checkpoint on the Hub that can be read: "
+            f"{str(error).splitlines()[0]}",
+            expected="a checkpoint written by clla convert",
+            remedy="check the name; offline, give a directory",
+        ) from error
 
 
 def recipe_of(folder: Path) -> Recipe:

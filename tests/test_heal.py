@@ -643,6 +643,56 @@ def test_windows_longer_than_the_sequences_are_refused(pico_dir: Path, text_file
     assert refused.exit_code == 2 and "--sequence-length" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("section", "flags", "word"),
+    [
+        ("{sequence_length: 64}", [], "--sequence-length"),
+        ("{sequence_length: 256, batch_tokens: 128}", [], "heal.batch_tokens"),
+        ("{sequence_length: 256, tokens: 100}", [], "heal.tokens"),
+        ("{}", ["--tracker", "magic"], "--tracker"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_calibration(
+    pico_dir: Path, text_file: Path, tmp_path: Path, section: str, flags: list[str], word: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"calibration: {{dataset: {text_file}}}\nbudget: {{window: 32}}\nheal: {section}\n")
+    out = tmp_path / "out"
+    refused = clla("convert", pico_dir, "-o", out, "--recipe", recipe, *flags)
+    assert refused.exit_code == 2 and word in refused.stderr
+    assert not out.exists() and not (tmp_path / "out.work").exists()
+
+
+def test_a_full_disk_is_found_before_training(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clla.convert import checkpoint as checking
+
+    usage = type("Usage", (), {"free": 1_000_000})()
+    monkeypatch.setattr(checking.shutil, "disk_usage", lambda path: usage)
+    refused = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--train", "all", "--no-report")
+    assert refused.exit_code == 1 and "GB free" in refused.stderr and not (tmp_path / "out").exists()
+
+
+def test_too_little_device_memory_says_what_helps(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clla.heal import train as training
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "_one_step", full)
+    refused = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--no-report")
+    assert refused.exit_code == 1 and "--gradient-checkpointing" in refused.stderr
+
+
+def test_a_name_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    for name in ("nobody/nothing", str(tmp_path / "missing")):
+        refused = clla("heal", name, "-o", tmp_path / "out", "--no-report")
+        assert refused.exit_code == 1 and "neither a directory nor" in refused.stderr
+
+
 def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_path: Path, text_file: Path) -> None:
     healed = tmp_path / "healed"
     assert clla("heal", checkpoint, "-o", healed, *SMALL, "--train", "all", "--no-report").exit_code == 0

@@ -54,8 +54,13 @@ def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_disk(path: Path, needed: int) -> None:
+def check_disk(path: Path, needed: int, *, instead: str = "save the codec alone with --adapter-only") -> None:
     """Refuse to start what cannot be finished.
+
+    Args:
+        path: to write to.
+        needed: bytes.
+        instead: what needs less.
 
     Raises:
         CllaError: fewer bytes are free than `needed` with a margin.
@@ -66,7 +71,7 @@ def check_disk(path: Path, needed: int) -> None:
         raise CllaError(
             f"{parent} has {free / 1e9:.2f} GB free",
             expected=f"about {needed * FREE_SPACE_MARGIN / 1e9:.2f} GB",
-            remedy="free some space, choose another --output, or save the codec alone with --adapter-only",
+            remedy=f"free some space, choose another --output, or {instead}",
         )
 
 

@@ -14,10 +14,9 @@ from clla.artifacts import read_json, write_text
 from clla.calibrate.data import report_windows
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
-from clla.errors import CllaError
 from clla.evaluate.report import Report, write_report
 from clla.hub import write_card
-from clla.load import load_checkpoint, recipe_of, teacher_of
+from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
 from clla.recipe import Recipe
 from clla.source import pick_device
 
@@ -55,27 +54,21 @@ def heal_checkpoint(
     """Heal a checkpoint that `clla convert` wrote.
 
     Args:
-        path: its directory.
+        path: its directory or Hub id.
         changes: fields of the recipe's `heal` section.
         options: how to run.
 
     Raises:
         CllaError: bad input; nothing is left half-written.
     """
-    folder, device = Path(path).expanduser(), pick_device(options.device)
-    if not folder.is_dir():
-        raise CllaError(
-            f"{folder} is no directory",
-            expected="a checkpoint on this machine",
-            remedy="download it first: hf download",
-        )
+    folder, device = checkpoint_folder(path), pick_device(options.device)
     processes = PartialState(cpu=device.type == "cpu")
     if processes.num_processes > 1:
         device = processes.device
     elif device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     check_output(options.output, folder, overwrite=options.overwrite)
-    loaded = load_checkpoint(path, device=device, dtype=options.dtype)
+    loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})
     assert recipe.heal is not None
     teacher = teacher_of(loaded, recipe, options.teacher, device)

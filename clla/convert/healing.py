@@ -20,7 +20,8 @@ from clla import console
 from clla.artifacts import Plan, digest, read_json, write_text
 from clla.baselines.stored import SourceCache
 from clla.calibrate.data import fingerprint, load_documents, self_written, split_held_out, token_batches, whole_windows
-from clla.errors import DatasetError, UsageError
+from clla.convert.checkpoint import check_disk
+from clla.errors import CllaError, DatasetError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after
 from clla.heal.student import Distiller, make_student
@@ -37,6 +38,7 @@ CODEC_LR = 1e-3  # for the GPU's batch
 HELD_OUT_WINDOWS = 4
 REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after
 WORTH = 0.1  # of the held-out KL, below which healing was not worth its while
+STATE_BYTES = 32  # a trained parameter: two states with Adam's moments in fp32, and twice the best state
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
 
@@ -172,7 +174,7 @@ def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torc
     share = plan.row_bytes * (1 - (recipe.budget.evict or 0)) / plan.source_bytes_per_token
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
     on_cpu = device.type == "cpu"
-    batch_tokens = config.batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "cuda"]
+    batch_tokens = config.batch_tokens or max(BATCH_TOKENS["cpu" if on_cpu else "cuda"], config.sequence_length)
     # Small batches have noisy gradients: Adam's steps shrink with the square root (docs/lab-notes.md).
     codec_lr = config.codec_lr or CODEC_LR * min(1.0, batch_tokens / BATCH_TOKENS["cuda"]) ** 0.5
     return config.model_copy(
@@ -185,6 +187,41 @@ def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torc
             "dataset": config.dataset or recipe.calibration.dataset,
         }
     )
+
+
+def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker: str | None) -> None:
+    """Refuse, before anything is computed, what could not be trained.
+
+    Args:
+        config: resolved or not.
+        window: W of the plan.
+        flush_block: tokens that leave the window at once.
+        tracker: as in `HealOptions`.
+
+    Raises:
+        UsageError: sequences without a latent, a batch or a run below one sequence, a tracker that is not installed.
+    """
+    length = config.sequence_length
+    if window and length < 2 * window + 2 * flush_block:
+        raise UsageError(
+            f"sequences of {length} tokens with an exact window of {window}",
+            expected=f"at least {2 * window + 2 * flush_block} tokens, so that there are latents to learn from",
+            remedy="raise heal.sequence_length (--sequence-length)",
+        )
+    for name, value in (("batch_tokens", config.batch_tokens), ("tokens", config.tokens)):
+        if value is not None and value < length:
+            raise UsageError(
+                f"heal.{name} {value} with sequences of {length}",
+                expected="at least one sequence a step and one step",
+                remedy=f"raise heal.{name}, or lower heal.sequence_length",
+            )
+    installed = [str(kind) for kind in get_available_trackers()]
+    if tracker and tracker not in installed:
+        raise UsageError(
+            f"--tracker {tracker} is not to be had",
+            expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
+            remedy="pip install tensorboard, or wandb",
+        )
 
 
 def heal(
@@ -209,13 +246,8 @@ def heal(
     assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
     assert config.codec_lr and config.weight_lr
     codec_lr, settings = config.codec_lr, converted.config.clla
-    window, block = settings["window"], settings["flush_block"]
-    if window and config.sequence_length < 2 * window + 2 * block:
-        raise UsageError(
-            f"sequences of {config.sequence_length} tokens with an exact window of {window}",
-            expected=f"at least {2 * window + 2 * block} tokens, so that there are latents to learn from",
-            remedy="raise heal.sequence_length (--sequence-length)",
-        )
+    window = settings["window"]
+    check_healing(config, window=window, flush_block=settings["flush_block"], tracker=options.tracker)
     work, resume = options.work, options.resume
     processes = PartialState(cpu=teacher.device.type == "cpu")
     if not resume and processes.is_main_process:
@@ -235,6 +267,8 @@ def heal(
         )
     accelerator = _accelerator(config, options, teacher)
     distiller = Distiller(teacher, make_student(converted, config.train))
+    trained = sum(p.numel() for p in distiller.student.parameters() if p.requires_grad)
+    check_disk(work, STATE_BYTES * trained, instead="train less with --train codec")
     codec_steps = round(config.codec_share * steps)
 
     def fit_codecs() -> int:
@@ -278,17 +312,24 @@ def heal(
             advance(tokens)
             advance.note(f"step {step}, KL {kl:.4f}, held out {held_out:.4f}, {tokens / seconds:,.0f} tokens/s")
 
-        progress = train(
-            distiller,
-            sequences[codec_steps * batch :],
-            schedule,
-            evaluate=evaluate,
-            accelerator=accelerator,
-            folder=work,
-            resume=resume,
-            fit_codecs=fit_codecs if codec_steps else None,
-            on_step=on_step,
-        )
+        try:
+            progress = train(
+                distiller,
+                sequences[codec_steps * batch :],
+                schedule,
+                evaluate=evaluate,
+                accelerator=accelerator,
+                folder=work,
+                resume=resume,
+                fit_codecs=fit_codecs if codec_steps else None,
+                on_step=on_step,
+            )
+        except torch.OutOfMemoryError as error:
+            raise CllaError(
+                f"the device has too little memory to train '{config.train}': {str(error).splitlines()[0]}",
+                expected="teacher, student, gradients and Adam's moments on it",
+                remedy="pass --gradient-checkpointing, --train codec or a shorter --sequence-length",
+            ) from error
     if options.tracker:
         accelerator.end_training()
     distiller.student.requires_grad_(False)
@@ -298,26 +339,14 @@ def heal(
 
 
 def _accelerator(config: HealConfig, options: HealOptions, teacher: PreTrainedModel) -> Accelerator:
-    """Device, precision and processes; the tracker is started.
-
-    Raises:
-        UsageError: a tracker that is not installed.
-    """
-    tracker = options.tracker
-    installed = [str(kind) for kind in get_available_trackers()]
-    if tracker and tracker not in installed:
-        raise UsageError(
-            f"--tracker {tracker} is not to be had",
-            expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
-            remedy="pip install tensorboard, or wandb",
-        )
+    """Device, precision and processes; the tracker is started."""
     accelerator = Accelerator(
         cpu=teacher.device.type == "cpu",
         mixed_precision=PRECISION[teacher.dtype],
-        log_with=tracker,
+        log_with=options.tracker,
         project_dir=str(options.logs or options.work),
     )
-    if tracker:
+    if options.tracker:
         accelerator.init_trackers("clla-heal", config.model_dump(mode="json", exclude_none=True))
     return accelerator
 

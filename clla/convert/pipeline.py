@@ -29,7 +29,7 @@ from clla.calibrate.data import (
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.factor import make_codec
-from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, check_healing, heal_and_measure
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
 from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
@@ -105,6 +105,13 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             "--adapter-only with healing that trains weights",
             expected="heal.train 'codec', which leaves the source's weights alone",
             remedy="pass --heal-train codec, or leave out --adapter-only",
+        )
+    if recipe.heal is not None:
+        check_healing(
+            recipe.heal,
+            window=recipe.budget.window or 0,
+            flush_block=recipe.plan.flush_block,
+            tracker=options.tracker,
         )
     if not options.dry_run:
         check_output(options.output, Path(source.path), overwrite=options.overwrite)
