@@ -30,8 +30,12 @@ EVICT_BYTES = 6  # a row of a group with a capacity: position (int32) and score 
 
 def digest(*parts: Any) -> str:
     """Hex digest (16 characters) of JSON-serialisable parts."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return json_digest(parts)[:16]
+
+
+def json_digest(data: Any) -> str:
+    """SHA-256 of what is JSON-serialisable; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -194,15 +198,18 @@ class Plan:
         return cls(groups=groups, kv=KVShape(**data.pop("kv")), **data)
 
     def save(self, path: Path) -> None:
-        write_text(path, json.dumps({"version": ARTIFACT_VERSION, **self.to_json()}, indent=1))
+        data = {"version": ARTIFACT_VERSION, **self.to_json()}
+        write_text(path, json.dumps({**data, "sha256": json_digest(data)}, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Plan:
         data = read_json(path)
-        _check_version(path, data.pop("version", None))
+        _check_version(path, data.get("version"))
+        if data.pop("sha256", None) != json_digest(data):
+            raise _damaged(path, "its checksum does not match its contents")
         try:
             return cls.from_json(data)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"no valid plan: {error}") from error
 
 
@@ -284,7 +291,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(data, dict):
         raise _damaged(path, f"it holds a {type(data).__name__}, not an object")
@@ -304,7 +311,7 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("clla", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no object")

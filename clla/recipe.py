@@ -9,16 +9,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import PLANES
 
 RECIPE_VERSION = 1
+LARGEST = 2**53  # whole number: more is a slip, and neither JSON nor torch would hold it
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic or Python would take for something else, or what nothing later can hold."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, bool) and wanted is not bool:
+                raise ValueError("yes and no are neither numbers nor words")
+            if isinstance(part, int) and abs(part) > LARGEST:
+                raise ValueError(f"expected at most {LARGEST}")
+            if isinstance(part, str) and not part.isascii():
+                part.encode()  # a ValueError for half a surrogate pair
+        return value
 
 
 class CalibrationConfig(_Section):
@@ -54,7 +69,7 @@ class BudgetConfig(_Section):
     @field_validator("kv_budget", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return str(value) if isinstance(value, int | float) else value
 
     @field_validator("kv_budget")
     @classmethod
@@ -231,7 +246,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also undecodable, and dates that do not exist
         raise UsageError(f"{path} is not YAML: {error}", remedy="compare with: clla recipes show balanced") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path} holds no mapping", remedy="compare with: clla recipes show balanced")
