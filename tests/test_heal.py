@@ -549,6 +549,7 @@ def test_healing_again_needs_the_source(checkpoint: Path, tmp_path: Path, pico_d
     first = json.loads((once / "clla_report.json").read_text())["healing"]["history"]
     assert start == pytest.approx(min(point["held_out"] for point in first), rel=0.02)
     (once / "clla_recipe.yaml").write_text(text.replace(str(pico_dir), str(tmp_path / "gone")))
+    (once / "clla_checksums.json").unlink()
     refused = clla("heal", once, "-o", tmp_path / "no", *SMALL, "--no-report")
     assert refused.exit_code == 1 and "gone" in refused.stderr
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 from safetensors.torch import save_file
 
+from clla.checksums import write_checksums
 from clla.errors import CllaError, UsageError
 from clla.modeling.modeling_clla import CODEC_FILE, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
@@ -92,13 +93,14 @@ def check_memory(needed: int) -> None:
 
 @contextmanager
 def finished_directory(path: Path) -> Iterator[Path]:
-    """A partial directory beside `path` that replaces it once the block ends without an error."""
+    """A partial directory beside `path` that gets checksums and replaces it once the block ends without an error."""
     partial = path.with_name(path.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
+        write_checksums(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

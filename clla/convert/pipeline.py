@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from clla import console
 from clla.artifacts import Codec, Plan, Stats, digest, write_text
@@ -26,6 +27,7 @@ from clla.calibrate.data import (
     split_held_out,
     token_batches,
 )
+from clla.checksums import base_checksums
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.factor import make_codec
@@ -38,12 +40,13 @@ from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.hub import write_card
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.recipe import Provenance, Recipe, parse_budget
+from clla.recipe import Provenance, Recipe, load_recipe, parse_budget
 from clla.source import Source, open_source, pick_device, pick_dtype
 
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
 MAX_DEFAULT_CONTEXT = 32_768
+T = TypeVar("T", Stats, Plan, Codec)
 DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
 
 
@@ -114,7 +117,8 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             tracker=options.tracker,
         )
     if not options.dry_run:
-        check_output(options.output, Path(source.path), overwrite=options.overwrite)
+        overwrite = options.overwrite or (options.resume and _is_unfinished(options, recipe))
+        check_output(options.output, Path(source.path), overwrite=overwrite)
         check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
     check_memory(_moment_bytes(source, recipe))
     work = _work_dir(options)
@@ -228,11 +232,8 @@ class Run:
 
     def stats(self) -> Stats:
         path = self.work / f"stats-{self.stats_key}.safetensors"
-        if path.exists():
-            try:
-                return Stats.load(path)
-            except CorruptArtifactError as error:
-                console.say(f"Calibrating again: {error.got}")
+        if (found := _kept(path, Stats.load, self.stats_key, "Calibrating")) is not None:
+            return found
         calibration, plan = self.recipe.calibration, self.recipe.plan
         batches = self.batches()
         collector = Collector(
@@ -280,11 +281,8 @@ class Run:
 
     def plan(self, stats: Stats, spectra: Spectra) -> Plan:
         path = self.work / f"plan-{self.plan_key}.json"
-        if path.exists():
-            try:
-                return Plan.load(path)
-            except CorruptArtifactError as error:
-                console.say(f"Planning again: {error.got}")
+        if (found := _kept(path, Plan.load, self.plan_key, "Planning")) is not None:
+            return found
         config, budget = self.recipe.plan, self.recipe.budget
         assert budget.window is not None
         with console.progress("Planning (steps)", count_candidates(config, len(stats.layers))) as advance:
@@ -335,11 +333,8 @@ class Run:
 
     def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
         path = self.work / f"codec-{self.plan_key}.safetensors"
-        if path.exists():
-            try:
-                return Codec.load(path)
-            except CorruptArtifactError as error:
-                console.say(f"Factoring again: {error.got}")
+        if (found := _kept(path, Codec.load, self.plan_key, "Factoring")) is not None:
+            return found
         with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
             result = make_codec(spectra, plan, stats, on_step=advance)
         result.save(path)
@@ -356,8 +351,27 @@ class Run:
         )
 
 
+def _kept(path: Path, load: Callable[[Path], T], made_from: str, doing: str) -> T | None:
+    """The result of a stage, if an earlier run kept it, whole and made from the same."""
+    if not path.exists():
+        return None
+    try:
+        found = load(path)
+    except CorruptArtifactError as error:
+        console.say(f"{doing} again: {error.got}")
+        return None
+    if found.made_from != made_from:
+        console.say(f"{doing} again: {path} was made from something else")
+        return None
+    return found
+
+
+def _work_path(options: Options) -> Path:
+    return options.work_dir or options.output.with_name(options.output.name + ".work")
+
+
 def _work_dir(options: Options) -> Path:
-    work = options.work_dir or options.output.with_name(options.output.name + ".work")
+    work = _work_path(options)
     if work.exists() and options.work_dir is None:
         if options.resume:
             console.say(f"Resuming from {work}")
@@ -366,6 +380,16 @@ def _work_dir(options: Options) -> Path:
             shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     return work
+
+
+def _is_unfinished(options: Options, recipe: Recipe) -> bool:
+    """Whether the output is this run's, which was interrupted after the last rename, before its work was removed."""
+    path = options.output / "clla_recipe.yaml"
+    if not _work_path(options).exists() or not path.is_file():
+        return False
+    found = load_recipe(str(path))
+    resolved = found.heal is not None and recipe.heal is not None  # healing fills in its defaults later
+    return found.model_copy(update={"heal": recipe.heal} if resolved else {}) == recipe
 
 
 def _moment_bytes(source: Source, recipe: Recipe) -> int:
@@ -390,5 +414,13 @@ def _bytes_needed(source: Source, *, adapter_only: bool) -> int:
 
 
 def _base_model(source: Source) -> dict[str, Any]:
-    hub_revision = None if Path(source.path).exists() else source.revision
-    return {"path": source.path, "gguf_file": source.gguf_file, "hub_revision": hub_revision}
+    folder, hub_revision = Path(source.path), None
+    if not folder.is_dir():
+        hub_revision = source.revision
+        folder = Path(str(cached_file(source.path, "config.json", revision=hub_revision))).parent
+    return {
+        "path": source.path,
+        "gguf_file": source.gguf_file,
+        "hub_revision": hub_revision,
+        "sha256": base_checksums(folder, source.gguf_file),
+    }
