@@ -117,8 +117,14 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             tracker=options.tracker,
         )
     if not options.dry_run:
-        overwrite = options.overwrite or (options.resume and _is_unfinished(options, recipe))
-        check_output(options.output, Path(source.path), overwrite=overwrite)
+        ours = options.resume and _is_result(options.output, recipe)
+        if ours and not options.overwrite and not _work_path(options).exists():
+            raise UsageError(
+                f"{options.output} is complete: there is nothing to resume",
+                expected="an interrupted run",
+                remedy="use it, or pass --overwrite to make it anew",
+            )
+        check_output(options.output, Path(source.path), overwrite=options.overwrite or ours)
         check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
     check_memory(_moment_bytes(source, recipe))
     work = _work_dir(options)
@@ -382,14 +388,14 @@ def _work_dir(options: Options) -> Path:
     return work
 
 
-def _is_unfinished(options: Options, recipe: Recipe) -> bool:
-    """Whether the output is this run's, which was interrupted after the last rename, before its work was removed."""
-    path = options.output / "clla_recipe.yaml"
-    if not _work_path(options).exists() or not path.is_file():
+def _is_result(output: Path, recipe: Recipe) -> bool:
+    """Whether a directory holds what this run makes: it was interrupted after the last rename, or not at all."""
+    path = output / "clla_recipe.yaml"
+    if not path.is_file():
         return False
     found = load_recipe(str(path))
-    resolved = found.heal is not None and recipe.heal is not None  # healing fills in its defaults later
-    return found.model_copy(update={"heal": recipe.heal} if resolved else {}) == recipe
+    healed = found.heal is not None and recipe.heal is not None  # healing fills in its defaults later
+    return found.model_copy(update={"heal": recipe.heal} if healed else {}) == recipe
 
 
 def _moment_bytes(source: Source, recipe: Recipe) -> int:
