@@ -22,8 +22,8 @@ from clla.modeling.cache_clla import CllaCache, LatentGroup
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 TOKENS = 100_000
-STEPS = ((0, 3000), (20_000, 1500), (60_000, 500), (99_000, 250))  # (from which length on, how many single tokens)
-CHUNK, WINDOW, BLOCK, SINKS, THETA = 512, 48, 16, 4, 10_000.0
+STEPS = ((0, 4000), (20_000, 800), (60_000, 150), (99_000, 100))  # (from which length on, how many single tokens)
+CHUNK, WINDOW, BLOCK, SINKS, THETA = 1024, 48, 16, 4, 10_000.0
 BOOKKEEPING = 32  # bytes: padding and offsets of one sequence
 LAYERS, VALUES, D = 2, 32, 16
 
@@ -103,7 +103,7 @@ def calls() -> Iterator[tuple[int, int]]:
 
 def rotated(key: Tensor, position: int) -> Tensor:
     """One key [d] in fp64, turned to its position; angles rounded to fp32, as models have them."""
-    frequencies = torch.tensor([1.0 / THETA ** (2 * i / D) for i in range(D // 2)], dtype=torch.float32)
+    frequencies = 1.0 / THETA ** (torch.arange(0, D, 2) / D)
     angles = (frequencies * position).double()
     a, b = key.double().chunk(2)
     return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()))
