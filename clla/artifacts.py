@@ -298,15 +298,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _save(path: Path, tensors: dict[str, Tensor], kind: str, meta: dict[str, Any]) -> None:
-    header = {"kind": kind, "version": ARTIFACT_VERSION, **meta}
+def save_verified(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
+    """Write tensors with a checksum over them and `meta`, beside their place, and rename the file."""
+    header = dict(meta or {})
     header["sha256"] = _checksum(header, tensors)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"clla": json.dumps(header)})
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"clla": json.dumps(header)})
     os.replace(partial, path)
 
 
+def load_verified(path: Path) -> dict[str, Tensor]:
+    """Tensors that `save_verified` wrote.
+
+    Raises:
+        CorruptArtifactError: the file is missing, damaged or something else.
+    """
+    header, tensors = _read(path)
+    _verify(path, header, tensors)
+    return tensors
+
+
+def _save(path: Path, tensors: dict[str, Tensor], kind: str, meta: dict[str, Any]) -> None:
+    save_verified(path, tensors, {"kind": kind, "version": ARTIFACT_VERSION, **meta})
+
+
 def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    header, tensors = _read(path)
+    _check_version(path, header.get("version"))
+    if header.get("kind") != kind:
+        raise _damaged(path, f"it is no {kind} file")
+    _verify(path, header, tensors)
+    return tensors, {k: v for k, v in header.items() if k not in ("kind", "version", "sha256")}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("clla", "{}"))
@@ -315,12 +340,13 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise _damaged(path, str(error)) from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no object")
-    _check_version(path, header.get("version"))
-    if header.get("kind") != kind:
-        raise _damaged(path, f"it is no {kind} file")
-    if header.pop("sha256", None) != _checksum(header, tensors):
+    return header, tensors
+
+
+def _verify(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    own = {k: v for k, v in header.items() if k != "sha256"}
+    if header.get("sha256") != _checksum(own, tensors):
         raise _damaged(path, "its checksum does not match its contents")
-    return tensors, {k: v for k, v in header.items() if k not in ("kind", "version")}
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from clla.artifacts import LayerGroup, Plan, Stats
 from clla.errors import UsageError
+from clla.modeling.cache_clla import CllaCache
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import PLANES
 from clla.recipe import LARGEST, Recipe, load_recipe
@@ -266,7 +267,7 @@ def full_rank(source: str) -> CllaForCausalLM:
 def test_any_left_padding_changes_nothing(
     source: str, window: int, sinks: int, block: int, chunk: int, ends: list[int], draw: st.DataObject
 ) -> None:
-    """At full rank: the logits of every padded sequence in a batch are those of the sequence alone."""
+    """At full rank: logits and sinks of every padded sequence in a batch are those of the sequence alone."""
     converted, length = full_rank(source), ends[-1]
     converted.config.clla.update(window=window, sinks=sinks, flush_block=block)
     converted.prefill_chunk = chunk
@@ -275,18 +276,24 @@ def test_any_left_padding_changes_nothing(
     mask = torch.ones_like(ids)
     for row, count in enumerate(padding):
         mask[row, :count] = 0
-    found = in_calls(converted, ids, mask, ends)
+    found, held = in_calls(converted, ids, mask, ends)
     for row, count in enumerate(padding):
         with torch.no_grad():
-            alone = converted(ids[row : row + 1, count:]).logits
+            lone = converted.new_cache()
+            alone = converted(ids[row : row + 1, count:], past_key_values=lone).logits
             plain = model_and_stats()[0](ids[row : row + 1, count:]).logits
         torch.testing.assert_close(found[row : row + 1, count:], alone, **TOLERANCE)
         torch.testing.assert_close(found[row : row + 1, count:], plain, **TOLERANCE)
+        for mine, own in zip(held.groups, lone.groups, strict=True):
+            assert mine.held is not None and own.held is not None
+            kept = max(0, min(sinks, mine.encoded - count, own.encoded))  # sinks that left both windows
+            same = mine.held.sink[:, row, :, :kept], own.held.sink[:, 0, :, :kept]
+            torch.testing.assert_close(*same, **TOLERANCE)
 
 
 @torch.no_grad()
-def in_calls(converted: CllaForCausalLM, ids: Tensor, mask: Tensor, ends: list[int]) -> Tensor:
-    """Logits [B, T, V], the input given in pieces as `generate` would."""
+def in_calls(converted: CllaForCausalLM, ids: Tensor, mask: Tensor, ends: list[int]) -> tuple[Tensor, CllaCache]:
+    """Logits [B, T, V] and the cache, the input given in pieces as `generate` would."""
     held, parts, start = converted.new_cache(), [], 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for stop in ends:
@@ -296,4 +303,4 @@ def in_calls(converted: CllaForCausalLM, ids: Tensor, mask: Tensor, ends: list[i
         )
         parts.append(output.logits)
         start = stop
-    return torch.cat(parts, 1)
+    return torch.cat(parts, 1), held

@@ -12,16 +12,15 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla import console
-from clla.artifacts import Plan, digest, read_json, write_text
+from clla.artifacts import Plan, digest, load_verified, read_json, save_verified, write_text
 from clla.baselines.stored import SourceCache
 from clla.calibrate.data import fingerprint, load_documents, self_written, split_held_out, token_batches, whole_windows
 from clla.convert.checkpoint import check_disk
-from clla.errors import CllaError, DatasetError, UsageError
+from clla.errors import CllaError, CorruptArtifactError, DatasetError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after
 from clla.heal.student import Distiller, make_student
@@ -385,8 +384,11 @@ def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, wor
     key = digest(*text, config.tokens, length, config.seed)
     path = work / f"text-{key}.safetensors"
     if path.exists():
-        found = load_file(path)
-        return found["sequences"], found["held_out"].long()
+        try:
+            found = load_verified(path)
+            return found["sequences"], found["held_out"].long()
+        except CorruptArtifactError as error:
+            console.say(f"Packing the text again: {error.got}")
     wanted = max(1, config.tokens // length)
     if config.dataset == "self":
         total = config.tokens + HELD_OUT_WINDOWS * length
@@ -397,9 +399,7 @@ def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, wor
     else:
         sequences, held = _packed(config, tokenizer, wanted)
     sequences = sequences.to(torch.int32)
-    beside = path.with_name(path.name + ".partial")
-    save_file({"sequences": sequences.contiguous(), "held_out": held.to(torch.int32).contiguous()}, beside)
-    beside.replace(path)
+    save_verified(path, {"sequences": sequences, "held_out": held.to(torch.int32)})
     return sequences, held
 
 
