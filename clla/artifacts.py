@@ -304,6 +304,8 @@ def save_verified(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] |
     header["sha256"] = _checksum(header, tensors)
     partial = path.with_name(path.name + ".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"clla": json.dumps(header)})
+    with partial.open("rb") as stream:
+        os.fsync(stream.fileno())
     os.replace(partial, path)
 
 

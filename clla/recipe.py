@@ -245,7 +245,7 @@ def load_recipe(name_or_path: str) -> Recipe:
             remedy="see: clla recipes ls",
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also undecodable, and dates that do not exist
         raise UsageError(f"{path} is not YAML: {error}", remedy="compare with: clla recipes show balanced") from error
     if not isinstance(data, dict):
@@ -258,6 +258,19 @@ def load_recipe(name_or_path: str) -> Recipe:
             remedy="upgrade with: pip install -U clla",
         )
     return _validate(data, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """As `yaml.safe_load`, but of two equal keys the first is not lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _validate(data: dict[str, Any], where: str) -> Recipe:

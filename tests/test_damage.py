@@ -18,9 +18,11 @@ from typer.testing import CliRunner, Result
 from clla.artifacts import read_json
 from clla.checksums import CHECKSUMS, check_files
 from clla.cli import app
+from clla.convert.checkpoint import finished_directory, write_checkpoint
+from clla.convert.healing import healing_text
 from clla.errors import CllaError, CorruptArtifactError
 from clla.load import Checkpoint, load_checkpoint
-from clla.recipe import builtin_recipes
+from clla.recipe import HealConfig, builtin_recipes
 
 SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "512", "--window", "16",
          "--kv-budget", "25%", "--no-report"]  # fmt: skip
@@ -42,8 +44,6 @@ def made(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, options in (("whole", []), ("adapter", ["--adapter-only"])):
         done = clla("convert", folder / "base", "-o", folder / name, "--dataset", text_file, *SMALL, *options)
         assert done.exit_code == 0, done.stderr
-    from clla.convert.checkpoint import finished_directory, write_checkpoint
-
     loaded = load_checkpoint(str(folder / "whole"), device=CPU)
     with finished_directory(folder / "sharded") as out:
         write_checkpoint(out, loaded.model, loaded.tokenizer, base_model=None, max_shard_size="300KB")
@@ -52,8 +52,8 @@ def made(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copies(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copies of all four in the working directory; the codec-only one stands on the copied base."""
+def copies(made: Path, tmp_path: Path) -> Path:
+    """Copies of all four; the codec-only one stands on the copied base."""
     for name in ORIGINALS:
         shutil.copytree(made / name, tmp_path / name)
     config = read_json(tmp_path / "adapter" / "config.json")
@@ -287,3 +287,15 @@ def test_a_source_that_changed_in_the_middle_is_calibrated_on_again(copies: Path
     assert ends == (path.read_bytes()[: 1 << 16], path.read_bytes()[-(1 << 16) :])
     second = json.loads(clla(*common, "--work-dir", copies / "work").stdout)
     assert second["plan"]["made_from"] != first["plan"]["made_from"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut in the middle", "last byte missing", "zeros", "some bit"])
+def test_damaged_text_of_healing_is_packed_again(damage: str, text_file: Path, tmp_path: Path) -> None:
+    tokenizer, model = byte_tokenizer(), pico()
+    config = HealConfig(dataset=str(text_file), tokens=2048, sequence_length=64)
+    first = healing_text(config, model, tokenizer, tmp_path)
+    (path,) = tmp_path.glob("text-*")
+    path.write_bytes(DAMAGES[damage](path.read_bytes(), random.Random(6)))
+    for _ in range(2):
+        again = healing_text(config, model, tokenizer, tmp_path)
+        assert all(map(torch.equal, first, again))

@@ -451,9 +451,11 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_damaged_states_are_named(unbroken: tuple[Distiller, Progress, Path], tmp_path: Path) -> None:
     distiller, _, folder = unbroken
-    damaged = tmp_path / "best.safetensors"
-    damaged.write_bytes((folder / "best.safetensors").read_bytes()[:1000])
-    for path in (damaged, tmp_path / "missing.safetensors"):
+    cut, flipped = tmp_path / "cut.safetensors", tmp_path / "flipped.safetensors"
+    whole = (folder / "best.safetensors").read_bytes()
+    cut.write_bytes(whole[:1000])
+    flipped.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    for path in (cut, flipped, tmp_path / "missing.safetensors"):
         with pytest.raises(CorruptArtifactError, match="state"):
             load_trained(distiller, path)
 

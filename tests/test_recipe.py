@@ -92,6 +92,11 @@ def test_one_mistake_is_one_mistake(tmp_path: Path) -> None:
         "calibration: 3",
         "plan: [1]",
         "budget: {kv_budget: yes}",
+        "budget: {kv_budget: 3%}\nplan: {}\nbudget: {window: 16}",
+        "budget: {window: 16, window: 32}",
+        "plan: {bits: [yes]}",
+        "when: 2024-13-45",
+        "heal: {codec_lr: .inf}",
     ],
 )
 def test_documents_that_are_no_recipe_are_refused(text: str, tmp_path: Path) -> None:

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clla.artifacts import load_verified, save_verified
 from clla.errors import CorruptArtifactError, UsageError
 from clla.heal.attention import drawn_view
 from clla.heal.steps import component_sizes, relative_steps
@@ -270,11 +269,7 @@ def trained_tensors(distiller: Distiller) -> dict[str, Tensor]:
 def _save_best(distiller: Distiller, accelerator: Accelerator, folder: Path, progress: Progress) -> None:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / (BEST + ".partial")
-        tensors = {k: v.cpu().contiguous() for k, v in trained_tensors(distiller).items()}
-        save_file(tensors, beside, metadata={"step": str(progress.step)})
-        _sync(beside)
-        os.replace(beside, folder / BEST)
+        save_verified(folder / BEST, {k: v.cpu() for k, v in trained_tensors(distiller).items()})
     accelerator.wait_for_everyone()
 
 
@@ -283,7 +278,7 @@ def _save_trained(distiller: Distiller, models: list[Any], weights: list[Any], f
     weights.clear()
     if not PartialState().is_main_process:
         return
-    save_file({k: v.cpu().contiguous() for k, v in trained_tensors(distiller).items()}, Path(folder) / TRAINED)
+    save_verified(Path(folder) / TRAINED, {k: v.cpu() for k, v in trained_tensors(distiller).items()})
 
 
 def _load_trained(distiller: Distiller, models: list[Any], folder: str) -> None:
@@ -298,10 +293,10 @@ def load_trained(distiller: Distiller, path: Path) -> None:
         CorruptArtifactError: it is missing, damaged or of another run.
     """
     try:
-        tensors = load_file(path)
+        tensors = load_verified(path)
         for name, parameter in trained_tensors(distiller).items():
             parameter.copy_(tensors[name])
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (CorruptArtifactError, KeyError, RuntimeError) as error:
         raise CorruptArtifactError(
             f"{path} cannot be used: {error}",
             expected="a state of this run",
