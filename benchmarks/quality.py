@@ -104,7 +104,7 @@ def _variant(
         )
         block = clla_block(
             plan,
-            interleaved_rope=run.source.family.interleaved_rope,
+            rope=run.rope,
             kv_dtype=run.source.dtype,
             prefill_chunk=max(window, 32),
         )

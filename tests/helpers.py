@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 
 from clla.artifacts import Codec, LayerGroup, Plan, Stats
 from clla.calibrate.collect import Collector, collect
+from clla.calibrate.positions import rope_settings
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.pipeline import weigh
-from clla.families import family_of, kv_shape, split_layers
+from clla.families import kv_shape, split_layers
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe
 
@@ -29,7 +30,7 @@ def stats_of(model: PreTrainedModel, *, band: int = 4, with_inputs: bool = True,
         layers=layers,
         kv=kv_shape(model.config),
         band=band,
-        interleaved=family_of(model.config).interleaved_rope,
+        rope=rope_settings(model, layers),
         with_inputs=with_inputs,
     )
     return collect(collector, [tokens(4, 64, seed) for seed in range(batches)], made_from="test")
@@ -78,7 +79,7 @@ def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_ch
     codec: Codec = make_codec(weigh(stats, recipe), plan, stats)
     block = clla_block(
         plan,
-        interleaved_rope=family_of(model.config).interleaved_rope,
+        rope=rope_settings(model, stats.layers),
         kv_dtype=torch.float32,
         prefill_chunk=prefill_chunk,
     )

@@ -15,33 +15,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from clla.artifacts import KVShape, Stats
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments
 from clla.errors import DatasetError
-from clla.modeling.hooks_clla import CACHE, attention_modules
-from clla.modeling.rotary_clla import rotate, unrotate
+from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
+from clla.modeling.rotary_clla import Rotation
+from clla.passing import RecordingCache
 
 
 @dataclass
 class _Tap:
     """What one attention layer saw in the current forward pass."""
 
-    rotation: tuple[Tensor, Tensor] | None = None
     hidden: Tensor | None = None
     values: Tensor | None = None  # [B, T, n]
     probe: tuple[Tensor, Tensor] | None = None  # zeros whose gradient is the metric's g
 
 
-class _ProbeCache(Cache):
-    """A cache that keeps nothing: it records keys before RoPE and values, and hands both on."""
+class _ProbeCache(RecordingCache):
+    """Records keys before RoPE and values, and hands both on with a zero added."""
 
-    def __init__(self, taps: dict[int, _Tap], *, interleaved: bool) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.taps, self.interleaved = taps, interleaved
+    def __init__(self, config: Any, taps: dict[int, _Tap], rotation: Rotation | None) -> None:
+        super().__init__(config, set())
+        self.taps, self.rotation = taps, rotation
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -50,14 +49,14 @@ class _ProbeCache(Cache):
         if tap is None:
             return key_states, value_states
         keys = key_states.detach()
-        if tap.rotation is not None:
-            keys = unrotate(keys, *tap.rotation, interleaved=self.interleaved)
+        if self.rotation is not None:
+            keys = self.rotation.unrotate(keys, layer_idx)
         both = torch.cat((keys, value_states.detach()), dim=1)  # [B, 2H, T, d]
         tap.values = both.transpose(1, 2).flatten(2)  # [B, T, n]
         probe_k, probe_v = torch.zeros_like(keys), torch.zeros_like(value_states)
         tap.probe = (probe_k.requires_grad_(), probe_v.requires_grad_())
-        if tap.rotation is not None:
-            probe_k = rotate(probe_k, *tap.rotation, interleaved=self.interleaved)
+        if self.rotation is not None:
+            probe_k = self.rotation.rotate(probe_k, layer_idx)
         return key_states + probe_k, value_states + probe_v
 
 
@@ -70,7 +69,7 @@ class Collector:
         kv: what each layer caches.
         band: largest group size K.
         skip_positions: first positions of each sequence left out (attention sinks are outliers).
-        interleaved: the model's rotary pairs are neighbouring channels.
+        rope: from `rope_settings`.
         with_inputs: also collect the attention inputs' moments (for the `first` source).
         seed: of the sampled labels.
     """
@@ -82,13 +81,13 @@ class Collector:
         layers: tuple[int, ...],
         kv: KVShape,
         band: int,
+        rope: dict[str, Any] | None,
         skip_positions: int = 8,
-        interleaved: bool = False,
         with_inputs: bool = False,
         seed: int = 0,
     ) -> None:
         self.model, self.layers, self.kv, self.skip = model, layers, kv, skip_positions
-        self.interleaved, self.with_inputs = interleaved, with_inputs
+        self.rope, self.with_inputs = rope_of(model, rope), with_inputs
         count, n, hidden = len(layers), kv.values, model.config.get_text_config().hidden_size
         band = min(band, count)
         self.moments = BandedMoments(count, n, band=band)
@@ -101,6 +100,8 @@ class Collector:
     def add(self, input_ids: Tensor) -> None:
         """Fold in one batch of token ids [B, T]; every position counts, there is no padding."""
         taps = {layer: _Tap() for layer in self.layers}
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        rotation = None if self.rope is None else self.rope(positions)
         handles = [
             self.attention[layer].register_forward_pre_hook(_tap_hook(taps[layer]), with_kwargs=True)
             for layer in self.layers
@@ -110,7 +111,7 @@ class Collector:
             for parameter in frozen:
                 parameter.requires_grad_(False)
             with torch.enable_grad():
-                cache = _ProbeCache(taps, interleaved=self.interleaved)
+                cache = _ProbeCache(self.model.config, taps, rotation)
                 logits = self.model(input_ids=input_ids, use_cache=True, **{CACHE: cache}).logits
                 logits.backward(sampled_label_gradient(logits, self.generator))
         finally:
@@ -185,7 +186,6 @@ def _tap_hook(tap: _Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         tap.hidden = hidden.detach()
-        tap.rotation = kwargs.get("position_embeddings")
 
     return hook
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from clla.calibrate.data import (
     split_held_out,
     token_batches,
 )
+from clla.calibrate.positions import rope_settings
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.factor import make_codec
@@ -226,6 +228,11 @@ class Run:
             self._model = self.source.load_model(dtype=dtype, device=self.device)
         return self._model
 
+    @cached_property
+    def rope(self) -> dict[str, Any] | None:
+        """How the model rotates its keys."""
+        return rope_settings(self.model(), self.source.layers)
+
     def stats(self) -> Stats:
         path = self.work / f"stats-{self.stats_key}.safetensors"
         if path.exists():
@@ -241,7 +248,7 @@ class Run:
             kv=self.source.kv,
             band=plan.max_group_size,
             skip_positions=calibration.skip_positions,
-            interleaved=self.source.family.interleaved_rope,
+            rope=self.rope,
             with_inputs=needs_inputs(plan.metric, plan.source),
             seed=calibration.seed,
         )
@@ -328,7 +335,7 @@ class Run:
         """The config's `clla` block of a plan for this source."""
         return clla_block(
             plan,
-            interleaved_rope=self.source.family.interleaved_rope,
+            rope=self.rope,
             kv_dtype=self.source.dtype,
             prefill_chunk=self.recipe.runtime.prefill_chunk,
         )
