@@ -11,7 +11,7 @@ from clla.calibrate.collect import Collector, collect
 from clla.calibrate.positions import rope_settings
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.pipeline import weigh
+from clla.convert.run import weigh
 from clla.families import kv_shape, split_layers
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe

@@ -49,5 +49,7 @@ def attach(model: PreTrainedModel, codec: Codec, block: dict[str, Any]) -> CllaF
             value = stored.to(device=model.device, dtype=model.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
     converted.watch_source()
+    if hasattr(model, "hf_device_map"):  # so that saving fetches what lies on disk
+        converted.hf_device_map = model.hf_device_map
     converted.generation_config = model.generation_config
     return converted.eval()
