@@ -35,12 +35,12 @@ def decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     )
 
 
-def layers_on_disk(config: Any, device: torch.device) -> dict[str, Any]:
+def layers_on_disk(config: Any, device: torch.device) -> dict[str, str]:
     """A `device_map` of accelerate: decoder layers stay on disk, everything else goes to the device."""
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     name, _ = decoder_layers(empty, config.get_text_config().num_hidden_layers)
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
 
     def fill(module: nn.Module, path: str) -> None:
         for child_name, child in module.named_children():
@@ -50,7 +50,7 @@ def layers_on_disk(config: Any, device: torch.device) -> dict[str, Any]:
             elif name.startswith(full + "."):
                 fill(child, full)
             else:
-                found[full] = device
+                found[full] = str(device)
 
     fill(empty, "")
     return found
