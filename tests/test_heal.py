@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FAMILY_CONFIGS, pico
-from helpers import converted_of, plan_of, stats_of, tokens
+from helpers import converted_of, finish, plan_of, stats_of, tokens, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -610,22 +610,10 @@ def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     command = ["heal", checkpoint, *SMALL, "--train", "all", "--no-report", "--tokens", "4096", "--evaluations", "1"]
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, work = tmp_path / "one", tmp_path / "two", tmp_path / "work"
     assert clla(*command, "-o", one).exit_code == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "clla", *map(str, command), "-o", str(two)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(two_processes("-m", "clla", *command, "-o", two, "--work-dir", work))
+    assert len(list(work.glob("heal/step-*/random_states_*"))) == 2
     for name, value in load_file(one / "model.safetensors").items():
         torch.testing.assert_close(load_file(two / "model.safetensors")[name], value, rtol=1e-3, atol=2e-5, msg=name)
     histories = [json.loads((path / "clla_report.json").read_text())["healing"]["history"] for path in (one, two)]

@@ -14,6 +14,7 @@ from clla.calibrate.data import report_windows
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
 from clla.evaluate.report import Report, write_report
+from clla.heal.sharding import launched_sharded
 from clla.hub import write_card
 from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
 from clla.recipe import Recipe
@@ -62,6 +63,7 @@ def heal_checkpoint(
     """
     folder = checkpoint_folder(path)
     processes, device = start_processes(pick_device(options.device))
+    launched_sharded()  # refuses what cannot be, before weights are read
     check_output(options.output, folder, overwrite=options.overwrite)
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})

@@ -17,6 +17,7 @@ from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_m
 from clla.convert.run import Run, moment_bytes, resolve, weigh
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after, write_report
+from clla.heal.sharding import launched_sharded
 from clla.hub import write_card
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe
@@ -77,6 +78,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     """
     source = open_source(name)
     processes, device = start_processes(pick_device(options.device))
+    launched_sharded()  # refuses what cannot be, before weights are read
     recipe = resolve(recipe, source, device)
     if options.adapter_only and recipe.heal is not None and recipe.heal.train != "codec":
         raise UsageError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from clla.modeling.observe_clla import is_observed, listen, observed
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Rotation
 from clla.passing import RecordingCache
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,10 @@ class Distiller(nn.Module):
         hidden, kv = self.teach(input_ids, with_kv=not self.first)
         own = self.run_student(input_ids, kv, view)
         return chunked_kl(own.flatten(0, 1), hidden.flatten(0, 1), self.student_head, self.teacher_head)
+
+    def gathered(self, compute: Callable[[], T]) -> T:
+        """Run what reads teacher or student outside `forward`: of sharded ones the tensors are whole within it."""
+        return compute()
 
     @torch.no_grad()
     def teach(self, input_ids: Tensor, *, with_kv: bool) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:

@@ -9,6 +9,7 @@ Shape legend: B sequences, T tokens, H_q query heads, H key-value heads, d head 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,10 +111,12 @@ def fit_codec(
         view = drawn_view(settings, length, seed=seed, step=step)
         total = 0.0
         with accelerator.autocast():
-            targets, rotation = record_targets(distiller, ids), distiller.rotation(ids)
+            targets = distiller.gathered(partial(record_targets, distiller, ids))
+            rotation = distiller.rotation(ids)
         for group in distiller.groups:
             with accelerator.autocast():
-                error = group_error(group, targets, rotation, view, first=distiller.first)
+                compute = partial(group_error, group, targets, rotation, view, first=distiller.first)
+                error = distiller.gathered(compute)
             error.backward()
             total += float(error.detach())
         with relative_steps(sizes):
