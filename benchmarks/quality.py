@@ -21,7 +21,7 @@ from clla.artifacts import Stats
 from clla.calibrate.data import load_documents, whole_windows
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.pipeline import Run, resolve, weigh
+from clla.convert.run import Run, resolve, weigh
 from clla.convert.planners import make_plan
 from clla.evaluate.figures import draw_quality
 from clla.evaluate.perplexity import Quality, Subject, compare
@@ -104,7 +104,7 @@ def _variant(
         )
         block = clla_block(
             plan,
-            interleaved_rope=run.source.family.interleaved_rope,
+            rope=run.rope,
             kv_dtype=run.source.dtype,
             prefill_chunk=max(window, 32),
         )

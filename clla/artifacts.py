@@ -4,7 +4,8 @@ Every file carries the hash of what made it (`made_from`), so that a later run t
 nothing that it rests on has changed.
 
 Shape legend: L convertible layers, K band (largest group size), n = 2·H_kv·d values a token and layer,
-h hidden size, r rank of a layer group's latent.
+q coordinates in which their moments are kept (n, or fewer for wide models), h hidden size, r rank of a layer group's
+latent.
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ class Stats:
         kv: what each of them caches.
         tokens: positions that went into the moments.
         mean: [L, n].
-        covariance: [L, K, n, n], centred, of layers l and l + j.
-        fisher: [L, n, n], E[g gᵀ] with g the gradient of the summed token loss.
+        covariance: [L, K, q, q], centred, of layers l and l + j.
+        fisher: [L, q, q], E[g gᵀ] with g the gradient of the summed token loss.
         input_mean: [L, h] of the attention's input; with the next two only for the `first` source.
         input_covariance: [L, h, h].
-        input_cross: [L, K, h, n], centred, of layer l's input with layer l + j's keys and values.
+        input_cross: [L, K, h, q], centred, of layer l's input with layer l + j's keys and values.
+        reading: [L, q, n]: the coordinates are reading·(y - mean). None where they are y itself.
+        writing: [L, n, q]: y is mean + writing·coordinates, but for what the coordinates lack.
+        dropped: [L] nats a token that this costs, by second order.
         made_from: hash of source, data and settings.
     """
 
@@ -78,6 +82,14 @@ class Stats:
     input_mean: Tensor | None = None
     input_covariance: Tensor | None = None
     input_cross: Tensor | None = None
+    reading: Tensor | None = None
+    writing: Tensor | None = None
+    dropped: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """q."""
+        return self.fisher.shape[-1]
 
     def save(self, path: Path) -> None:
         meta = {"layers": self.layers, "kv": asdict(self.kv), "tokens": self.tokens, "made_from": self.made_from}

@@ -143,6 +143,13 @@ def convert(
         typer.Option(help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN),
     ] = None,
     report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
+    placement: Annotated[
+        Optional[str],
+        typer.Option(help="device, spread (over GPUs) or stream (layers from disk).", rich_help_panel=RUN),
+    ] = None,
+    max_shard_size: Annotated[
+        Optional[str], typer.Option(help="Of the weight files, e.g. '5GB'.", rich_help_panel=OUTPUT)
+    ] = None,
     adapter_only: Annotated[
         bool, typer.Option(help="Save the codec without the source's weights.", rich_help_panel=OUTPUT)
     ] = False,
@@ -177,7 +184,7 @@ def convert(
                     "source": source,
                     "planner": planner,
                 },
-                "runtime": {"compute_dtype": dtype},
+                "runtime": {"compute_dtype": dtype, "placement": placement},
                 **({"heal": {"tokens": heal_tokens, "train": heal_train}} if heal or base.heal is not None else {}),
             }
         )
@@ -186,6 +193,8 @@ def convert(
         folder = (output or Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-clla")).resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
         _start()
+        from accelerate import PartialState
+
         from clla.convert.pipeline import Options
         from clla.convert.pipeline import convert as run
         from clla.evaluate.report import plan_tables
@@ -200,8 +209,11 @@ def convert(
             dry_run=dry_run,
             report=report,
             tracker=tracker,
+            max_shard_size=max_shard_size,
         )
         done = run(model, chosen, options)
+        if not PartialState().is_main_process:
+            return
         plan_file = folder.with_name(folder.name + "-plan.json")
         if dry_run:
             done.plan.save(plan_file)

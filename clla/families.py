@@ -1,92 +1,149 @@
-"""What differs between model families, as far as the conversion must know it.
+"""Which models can be converted, decided from their config before any weight is read.
 
-Everything else is read off the model: attention modules are those with a `layer_idx`, keys and values
-are taken where the model hands them to its cache, and rotations where it hands them to its attention.
+What attention modules are, how keys are rotated and what a layer caches is read off the model itself
+(`modeling/hooks_clla.py`, `calibrate/positions.py`), so that a family needs no code of its own. Those in the table
+are tested; others are tried if their config describes ordinary attention.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from clla.artifacts import KVShape
 from clla.errors import UnsupportedModelError
 
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of `transformers`.
-
-    Attributes:
-        interleaved_rope: rotary pairs are neighbouring channels, not the two halves of a head.
-    """
-
-    interleaved_rope: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "granite": Family(),
-    "gpt_neox": Family(),
-    "llama": Family(),
-    "mistral": Family(),
-    "mixtral": Family(),
-    "olmo2": Family(),
-    "phi3": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "qwen3_moe": Family(),
+# What is special about a family's attention. The test suite goes through all of them (docs/models.md).
+FAMILIES: dict[str, str] = {
+    "falcon": "multi-query, fused projections; ALiBi or RoPE",
+    "gemma2": "soft-capped logits, sliding layers",
+    "gemma3_text": "QK-norm, sliding layers with a rotation of their own",
+    "gpt2": "learned positions",
+    "gpt_neox": "partial rotary, fused projections",
+    "granite": "scaled logits",
+    "llama": "RoPE, scaled by llama3, yarn or linear",
+    "mistral": "RoPE",
+    "mixtral": "mixture of experts",
+    "olmo2": "norm over all heads",
+    "opt": "learned positions",
+    "phi3": "fused projections",
+    "qwen2": "biases",
+    "qwen3": "QK-norm",
+    "qwen3_moe": "QK-norm, mixture of experts",
+    "smollm3": "layers without RoPE",
 }
 
+_LATENT = "it caches a latent already (multi-head latent attention)"
+_STATE = "its state does not grow with the context: there is nothing to compress"
+_BOTH = "its layers keep attention and a recurrent state in one"
+REFUSED: dict[str, str] = {
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "clla": "it is converted already: convert its source model instead",
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "deepseek_v4": _LATENT,
+    "falcon_h1": _BOTH,
+    "falcon_mamba": _STATE,
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "kimi_linear": _LATENT,
+    "longcat_flash": _LATENT,
+    "mamba": _STATE,
+    "mamba2": _STATE,
+    "minicpm3": _LATENT,
+    "recurrent_gemma": _STATE,
+    "rwkv": _STATE,
+    "sarvam_mla": _LATENT,
+    "xlstm": _STATE,
+    "youtu": _LATENT,
+    "zamba": _BOTH,
+    "zamba2": _BOTH,
+}
+ATTENTION, LEFT_ALONE = "full_attention", ("sliding_attention", "chunked_attention", "linear_attention", "conv")
+NO_CACHE = ("mlp", "moe")
 
-def family_of(config: Any) -> Family:
-    """The family of a `transformers` config, before any weight is read.
+
+def check_family(config: Any) -> None:
+    """Refuse what cannot be converted.
 
     Raises:
-        UnsupportedModelError: the architecture is not in the table, or is no decoder.
+        UnsupportedModelError: no decoder, no causal language model, or attention of another form.
     """
-    kind = config.model_type
-    supported = "one of " + ", ".join(sorted(FAMILIES))
+    kind, text = config.model_type, config.get_text_config()
+    supported = "one of " + ", ".join(sorted(FAMILIES)) + ", or a decoder with ordinary attention"
+    if kind in REFUSED:
+        raise UnsupportedModelError(
+            f"model type {kind!r} is not supported: {REFUSED[kind]}", expected=supported, remedy="convert another model"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{kind!r} is an encoder-decoder model", expected=supported, remedy="convert a decoder-only model"
         )
     architectures = getattr(config, "architectures", None) or []
-    if kind not in FAMILIES:
-        remedy = "open an issue naming the model if its cache is an ordinary key-value cache"
-        if kind == "clla":
-            remedy = "it is converted already: convert its source model instead"
-        elif architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
-            remedy = "it is no causal language model and keeps no key-value cache: convert a decoder"
-        raise UnsupportedModelError(f"model type {kind!r} is not supported", expected=supported, remedy=remedy)
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+    causal = [name for name in architectures if "CausalLM" in name or "LMHead" in name]
+    if (architectures and not causal) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
-            f"the checkpoint holds {', '.join(architectures)}",
-            expected="a causal language model (…ForCausalLM)",
+            f"the checkpoint holds {', '.join(architectures) or 'a ' + repr(kind) + ' model'}",
+            expected="a decoder: a causal language model (…ForCausalLM)",
             remedy="convert the checkpoint that has the language-model head",
         )
-    return FAMILIES[kind]
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"model type {kind!r} is not supported: {_LATENT}", expected=supported, remedy="convert another model"
+        )
+    if getattr(config, "new_decoder_architecture", False):
+        raise UnsupportedModelError(
+            f"this {kind!r} model repeats its keys for every head before it caches them",
+            expected="a cache of the key-value heads alone",
+            remedy="convert a model without new_decoder_architecture",
+        )
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        if not isinstance(getattr(text, name, None), int):
+            raise UnsupportedModelError(
+                f"the config of model type {kind!r} has no {name}",
+                expected=supported,
+                remedy="open an issue naming the model if its cache is an ordinary key-value cache",
+            )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"the weights of this {kind!r} model are quantized",
+            expected="weights in 16 or 32 bits, or a .gguf file, which is unpacked",
+            remedy="convert the model that was quantized; the converted one can be quantized afterwards",
+        )
 
 
 def kv_shape(config: Any) -> KVShape:
     """Key-value heads and head dim of a decoder config."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return KVShape(getattr(config, "num_key_value_heads", None) or heads, head_dim)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    found = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
+    return KVShape(1 if getattr(text, "multi_query", False) else found, head_dim)
 
 
 def split_layers(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Indices of convertible layers, and of layers whose cache is bounded already (sliding window).
+    """Indices of convertible layers, and of those left alone, whose cache does not grow (sliding window, state).
 
     Raises:
-        UnsupportedModelError: no layer has a cache that grows with the context.
+        UnsupportedModelError: no layer has a cache that grows with the context, or one is of an unknown kind.
     """
-    count = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None)
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None)
     if kinds is None:
-        kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-        kinds = [kind] * count
-    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    kept = tuple(i for i, kind in enumerate(kinds) if kind != "full_attention")
+        kinds = ["sliding_attention" if getattr(text, "sliding_window", None) else ATTENTION] * count
+    strange = sorted({kind for kind in kinds if kind not in (ATTENTION, *LEFT_ALONE, *NO_CACHE)})
+    if strange:
+        raise UnsupportedModelError(
+            f"this {config.model_type!r} model has layers of kind {', '.join(strange)}",
+            expected=", ".join((ATTENTION, *LEFT_ALONE)),
+            remedy="open an issue naming the model if its cache is an ordinary key-value cache",
+        )
+    full = tuple(i for i, kind in enumerate(kinds) if kind == ATTENTION)
+    kept = tuple(i for i, kind in enumerate(kinds) if kind != ATTENTION)
     if not full:
         raise UnsupportedModelError(
             f"every layer of this {config.model_type!r} model has a bounded cache ({kinds[0]})",

@@ -44,6 +44,11 @@ class CalibrationConfig(_Section):
     sequence_length: int = Field(1024, ge=32, description="tokens a sequence")
     batch_size: int | None = Field(None, ge=1, description="sequences a forward pass; by default 1 on CPU, 8 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
+    basis: int = Field(
+        2048,
+        ge=16,
+        description="more values a token and layer than these are reduced to so many coordinates, to bound memory",
+    )
     seed: int = Field(0, description="of shuffling and of sampled labels")
 
 
@@ -125,6 +130,11 @@ class RuntimeConfig(_Section):
     )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
+    )
+    placement: Literal["auto", "device", "spread", "stream"] = Field(
+        "auto",
+        description="of the source while it is calibrated: on one device, spread over several GPUs, or its layers read "
+        "from disk one at a time; 'auto' takes the first that has room",
     )
 
 

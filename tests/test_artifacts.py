@@ -128,7 +128,7 @@ def test_saving_replaces_the_file_before(tmp_path: Path) -> None:
 
 def test_a_plan_is_read_from_a_larger_block() -> None:
     plan = make_plan(at_context=None)
-    assert Plan.from_json({**plan.to_json(), "interleaved_rope": False, "prefill_chunk": 512}) == plan
+    assert Plan.from_json({**plan.to_json(), "rope": None, "prefill_chunk": 512}) == plan
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -260,7 +260,7 @@ def _refuse(*args: object, **kwargs: object) -> None:
     raise _Stop("this must not run again")
 
 
-@pytest.mark.parametrize("stage", ["make_codec", "write_checkpoint"])
+@pytest.mark.parametrize("stage", ["run.make_codec", "pipeline.write_checkpoint"])
 def test_resume_after_an_interruption(
     pico_dir: Path, text_file: Path, converted: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,12 +268,12 @@ def test_resume_after_an_interruption(
     folder = tmp_path / "out"
     command = ["convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--no-report"]
     with monkeypatch.context() as patch:
-        patch.setattr(f"clla.convert.pipeline.{stage}", _refuse)
+        patch.setattr(f"clla.convert.{stage}", _refuse)
         assert isinstance(clla(*command).exception, _Stop)
     assert not folder.exists() and (tmp_path / "out.work").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr("clla.convert.pipeline.collect", _refuse)
-        patch.setattr("clla.convert.pipeline.make_plan", _refuse)
+        patch.setattr("clla.convert.run.collect", _refuse)
+        patch.setattr("clla.convert.run.make_plan", _refuse)
         ok(*command, "--resume")
     assert (folder / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FAMILY_CONFIGS, pico
-from helpers import converted_of, plan_of, stats_of, tokens
+from helpers import converted_of, finish, plan_of, stats_of, tokens, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,19 +28,21 @@ from clla.artifacts import Stats
 from clla.baselines.stored import SourceCache
 from clla.cli import app
 from clla.convert.healing import resolve_healing
-from clla.errors import CorruptArtifactError, UsageError
+from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.heal.attention import View, _seen, masks, mixed_attention, view_of, visible
 from clla.heal.losses import chunked_kl, kl_of_logits
 from clla.heal.steps import component_sizes, relative_steps
-from clla.heal.student import Distiller, RecordingCache, hidden_states, make_student, trainable_copy
+from clla.heal.student import Distiller, hidden_states, make_student, trainable_copy
 from clla.heal.targets import fit_codec, group_error, record_targets
 from clla.heal.train import Progress, Schedule, enable_checkpointing, last_state, load_trained, parameter_groups, train
 from clla.modeling.hooks_clla import logits_head
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.passing import RecordingCache
 from clla.recipe import HealConfig, Recipe
 
 CHUNK = 24
+UNOBSERVED = {"falcon", "falcon-alibi", "gemma2"}
 
 
 @lru_cache(maxsize=1)
@@ -149,11 +151,11 @@ def test_flex_attention_sees_the_same() -> None:
 @pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
 def test_heads_give_the_models_logits(name: str) -> None:
     model, ids = pico(name), tokens(2, 20)
-    hidden = hidden_states(model, ids, RecordingCache(set()))
+    hidden = hidden_states(model, ids, RecordingCache(model.config, set()))
     torch.testing.assert_close(logits_head(model)(hidden), model(ids).logits)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
+@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS.keys() - UNOBSERVED))
 @pytest.mark.parametrize(("source", "window"), [("group", 16), ("first", 16), ("first", 0)])
 def test_parallel_student_is_the_converted_model(name: str, source: str, window: int) -> None:
     """Few bits with the `first` source, whose latents are the student's own; full rank with `group`."""
@@ -167,7 +169,14 @@ def test_parallel_student_is_the_converted_model(name: str, source: str, window:
     with torch.no_grad():
         lossless = model.source(ids).logits
     if source == "first":
-        assert (expected - lossless).abs().max() > 100 * tolerance  # it is not that nothing was compressed
+        assert (expected - lossless).abs().max() > 30 * tolerance  # it is not that nothing was compressed
+
+
+@pytest.mark.parametrize("name", sorted(UNOBSERVED))
+def test_models_whose_attention_cannot_be_observed_are_refused(name: str) -> None:
+    """Falcon computes attention in its own modules, Gemma 2 has a soft cap that sdpa lacks."""
+    with pytest.raises(UnsupportedModelError, match="without healing"):
+        in_parallel(distiller_of(converted(name, bits=(2, 2))), tokens(2, 60))
 
 
 def test_group_latents_of_the_first_layer_are_the_caches() -> None:
@@ -604,22 +613,10 @@ def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     command = ["heal", checkpoint, *SMALL, "--train", "all", "--no-report", "--tokens", "4096", "--evaluations", "1"]
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, work = tmp_path / "one", tmp_path / "two", tmp_path / "work"
     assert clla(*command, "-o", one).exit_code == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "clla", *map(str, command), "-o", str(two)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(two_processes("-m", "clla", *command, "-o", two, "--work-dir", work))
+    assert len(list(work.glob("heal/step-*/random_states_*"))) == 2
     for name, value in load_file(one / "model.safetensors").items():
         torch.testing.assert_close(load_file(two / "model.safetensors")[name], value, rtol=1e-3, atol=2e-5, msg=name)
     histories = [json.loads((path / "clla_report.json").read_text())["healing"]["history"] for path in (one, two)]

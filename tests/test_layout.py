@@ -11,7 +11,8 @@ import clla
 
 PACKAGE = Path(clla.__file__).parent
 STAGES = {"calibrate", "convert", "evaluate", "heal"}
-COMPOSERS = {"convert/pipeline.py", "convert/healing.py", "convert/heal_checkpoint.py"}  # know the order of the stages
+# These know the order of the stages.
+COMPOSERS = {"convert/pipeline.py", "convert/run.py", "convert/healing.py", "convert/heal_checkpoint.py"}
 
 
 def imported(path: Path) -> set[str]:

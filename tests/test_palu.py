@@ -12,6 +12,8 @@ from clla.baselines.palu import factor_projection, head_groups, palu
 from clla.convert.assemble import attach, clla_block
 from clla.errors import UsageError
 
+LLAMA_ROPE = {"form": "halves", "plain_layers": []}
+
 
 def samples(count: int, width: int, seed: int = 0) -> Tensor:
     """Correlated inputs [count, width], not centred."""
@@ -59,7 +61,7 @@ def test_full_share_reproduces_the_source(name: str) -> None:
     model = pico(name)
     stats = stats_of(model)
     plan, codec = palu(stats, share=1.0, kv_itemsize=4)
-    block = clla_block(plan, interleaved_rope=False, kv_dtype=torch.float32, prefill_chunk=24)
+    block = clla_block(plan, rope=LLAMA_ROPE, kv_dtype=torch.float32, prefill_chunk=24)
     converted = attach(model, codec, block)
     ids = tokens(2, 70)
     torch.testing.assert_close(converted(ids).logits, model(ids).logits, atol=0.05, rtol=0.05)
@@ -84,7 +86,7 @@ def test_a_rotation_spreads_the_latents_for_four_bits() -> None:
 
     def kl(bits: int) -> float:
         plan, codec = palu(stats, share=1.0, kv_itemsize=4, bits=bits)
-        block = clla_block(plan, interleaved_rope=False, kv_dtype=torch.float32, prefill_chunk=24)
+        block = clla_block(plan, rope=LLAMA_ROPE, kv_dtype=torch.float32, prefill_chunk=24)
         logits = attach(model, codec, block)(ids).logits.log_softmax(-1)
         return float((source.exp() * (source - logits)).sum(-1).mean())
 

@@ -48,6 +48,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "batch_size": (st.none() | COUNT, odd(0, -3, 2.5, False, 10**30)),
         "skip_positions": (st.integers(0, LARGEST), odd(-1, 0.5, None)),
         "seed": (st.integers(-LARGEST, LARGEST), odd(None, "x", 0.5, True, -(10**30))),
+        "basis": (st.integers(16, LARGEST), odd(15, None, "x")),
     },
     "budget": {
         "kv_budget": (
@@ -80,6 +81,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "flush_block": (COUNT, odd(0, None, 0.5)),
     },
     "runtime": {
+        "placement": (st.sampled_from(["auto", "memory", "split", "stream"]), odd("nowhere", None, True)),
         "prefill_chunk": (COUNT, odd(0, None, "x")),
         "compute_dtype": (st.sampled_from(["auto", "float32", "bfloat16", "float16"]), odd("float64", None, 32)),
     },

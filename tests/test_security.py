@@ -17,7 +17,7 @@ from clla.modeling.modeling_clla import CODEC_FILE
 
 FILES = sorted((Path(clla.__file__).parent / "modeling").glob("*.py"))
 PACKAGES = {"torch", "transformers", "safetensors"}
-STANDARD = {"contextlib", "contextvars", "dataclasses", "hashlib", "math", "typing"}
+STANDARD = {"contextlib", "contextvars", "dataclasses", "functools", "hashlib", "inspect", "math", "typing"}
 CALLS = {"eval", "exec", "compile", "__import__", "open", "input", "breakpoint", "globals", "locals", "delattr"}
 # Parts of the packages that load pickles, fetch or run code.
 PARTS = {

@@ -14,26 +14,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clla.baselines.xkv import XkvCache, truncated_svd
+from clla.calibrate.positions import rope_settings
 from clla.errors import UsageError
-from clla.modeling.hooks_clla import rotary_module
-from clla.modeling.rotary_clla import rotate, unrotate
+from clla.modeling.hooks_clla import rope_of
+from clla.modeling.rotary_clla import Rope, rotate, unrotate
 
 
-def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
     """Three frequencies over six of eight channels."""
-    angles = positions[..., None] * torch.tensor([1.0, 0.3, 0.05]).repeat(2)
-    return angles.cos(), angles.sin()
+    turned = positions[..., None] * torch.tensor([1.0, 0.3, 0.05]).repeat(2)
+    return turned.cos(), turned.sin()
 
 
-def interleaved_rope(positions: Tensor) -> tuple[Tensor, Tensor]:
-    angles = positions[..., None] * torch.tensor([1.0, 0.3, 0.05]).repeat_interleave(2)
-    return angles.cos(), angles.sin()
+ROPES = {form: Rope(angles, form) for form in ("halves", "pairs_of_halves")}
 
 
-def rope_of(model: Any) -> Any:
-    rotary = rotary_module(model)
-    like = next(model.parameters())[:1]
-    return lambda positions: rotary(like, positions)  # type: ignore[misc]
+def models_rope(model: Any) -> Rope | None:
+    return rope_of(model, rope_settings(model, tuple(range(model.config.num_hidden_layers))))
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), columns=st.integers(1, 12), rank=st.integers(1, 14))
@@ -47,25 +44,24 @@ def test_truncated_svd_is_the_best_approximation(seed: int, rows: int, columns: 
     torch.testing.assert_close((x - left @ right).flatten(1).norm(dim=-1), tail, atol=1e-4, rtol=1e-4)
 
 
-def low_rank_keys(layers: int, count: int, rank: int, *, interleaved: bool) -> Tensor:
+def low_rank_keys(layers: int, count: int, rank: int, form: str) -> Tensor:
     """Keys [layers, B, H, count, D] after RoPE whose columns before it lie in `rank` dimensions."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(B, count, rank, generator=generator)
     flat = basis @ torch.randn(rank, layers * H * D, generator=generator)
     keys = flat.unflatten(-1, (layers, H, D)).permute(2, 0, 3, 1, 4)
-    rotation = (interleaved_rope if interleaved else rope)(torch.arange(count)[None])
-    return torch.stack([rotate(layer, *rotation, interleaved=interleaved) for layer in keys])
+    rotation = ROPES[form](torch.arange(count)[None])
+    return torch.stack([rotation.rotate(layer) for layer in keys])
 
 
-@pytest.mark.parametrize("interleaved", (False, True))
-def test_rank_one_before_rope_is_enough(interleaved: bool) -> None:
+@pytest.mark.parametrize("form", ROPES)
+def test_rank_one_before_rope_is_enough(form: str) -> None:
     """Keys of one dimension come back exactly, at the positions of every block, and only if turned the right way."""
     text = vectors(4, 23)
-    text[:, 0] = low_rank_keys(4, 23, 1, interleaved=interleaved)
+    text[:, 0] = low_rank_keys(4, 23, 1, form)
     errors = []
-    for turn in (interleaved, not interleaved):
-        turning = interleaved_rope if interleaved else rope
-        cache = XkvCache(config_of(4), turning, rank=1, block=8, sinks=3, interleaved=turn)
+    for turning in (form, *(other for other in ROPES if other != form)):
+        cache = XkvCache(config_of(4), ROPES[turning], rank=1, block=8, sinks=3)
         feed(cache, text)
         handed = feed(cache, vectors(4, 1))
         errors.append(max(float((keys[..., :23, :] - text[i, 0]).abs().max()) for i, (keys, _) in enumerate(handed)))
@@ -73,7 +69,7 @@ def test_rank_one_before_rope_is_enough(interleaved: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("turning", (None, rope))
+@pytest.mark.parametrize("turning", (None, ROPES["halves"]))
 def test_the_past_equals_a_naive_loop(turning: Any, dtype: torch.dtype) -> None:
     """Six layers in groups of four and two; two blocks of 8 after three sinks, and four exact tokens."""
     text, new = vectors(6, 23, dtype=dtype), vectors(6, 2, seed=1, dtype=dtype)
@@ -90,7 +86,7 @@ def test_the_past_equals_a_naive_loop(turning: Any, dtype: torch.dtype) -> None:
                 for b in range(B):
                     plain = [expected[i, kind, b : b + 1, :, start : start + 8] for i in members]
                     if kind == 0:
-                        plain = [unrotate(x, *rotation) for x in plain]
+                        plain = [unrotate(x, *rotation[:2]) for x in plain]
                     side_by_side = torch.cat([x[0, h] for x in plain for h in range(H)], dim=1)  # [8, G·H·D]
                     u, s, v = torch.linalg.svd(side_by_side, full_matrices=False)
                     rebuilt = (u[:, :rank] * s[:rank]) @ v[:rank]
@@ -98,7 +94,7 @@ def test_the_past_equals_a_naive_loop(turning: Any, dtype: torch.dtype) -> None:
                         for h in range(H):
                             part = rebuilt[:, (column * H + h) * D :][:, :D][None, None]
                             if kind == 0:
-                                part = rotate(part, *rotation)
+                                part = rotate(part, *rotation[:2])
                             expected[i, kind, b, h, start : start + 8] = part[0, 0]
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     for i, pair in enumerate(handed):
@@ -113,7 +109,12 @@ def test_the_past_equals_a_naive_loop(turning: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sinks", (0, 3))
 def test_nbytes_is_what_is_stored(sinks: int, dtype: torch.dtype) -> None:
     """Five layers: a group of four, and one of one that is never of rank above 16."""
-    cache, size, block, rank = XkvCache(config_of(5), rope, rank=6, block=20, sinks=sinks), dtype.itemsize, 20, 6
+    cache, size, block, rank = (
+        XkvCache(config_of(5), ROPES["halves"], rank=6, block=20, sinks=sinks),
+        dtype.itemsize,
+        20,
+        6,
+    )
     assert cache.nbytes == kept_bytes(cache) == 0
     total = 0
     for step, new in enumerate((19, 1, 2, 1, 60)):
@@ -127,13 +128,13 @@ def test_nbytes_is_what_is_stored(sinks: int, dtype: torch.dtype) -> None:
 
 
 def test_more_than_full_rank_is_full_rank() -> None:
-    cache = XkvCache(config_of(1), rope, rank=50, block=20, sinks=0)
+    cache = XkvCache(config_of(1), ROPES["halves"], rank=50, block=20, sinks=0)
     feed(cache, vectors(1, 20))
     assert cache.nbytes == kept_bytes(cache) == 2 * B * 16 * (20 + 16) * 4
 
 
 def test_state_does_not_depend_on_the_chunks() -> None:
-    caches = [XkvCache(config_of(4), rope, rank=3, block=8, sinks=2) for _ in range(2)]
+    caches = [XkvCache(config_of(4), ROPES["halves"], rank=3, block=8, sinks=2) for _ in range(2)]
     text, new = vectors(4, 21), vectors(4, 3, seed=9)
     feed(caches[0], text)
     for i in range(21):
@@ -146,7 +147,7 @@ def test_state_does_not_depend_on_the_chunks() -> None:
 @pytest.mark.parametrize(("chunk", "group_size", "block"), ((1, 4, 16), (7, 3, 16), (5, 1, 40)))
 def test_full_rank_reproduces_the_source(name: str, chunk: int, group_size: int, block: int) -> None:
     model, ids = pico(name), tokens(1, 50)
-    cache = XkvCache(model.config, rope_of(model), rank=64, group_size=group_size, block=block)
+    cache = XkvCache(model.config, models_rope(model), rank=64, group_size=group_size, block=block)
     expected = model(ids).logits[0].log_softmax(-1)
     torch.testing.assert_close(stream(model, cache, ids, chunk), expected, atol=1e-5, rtol=1e-5)
 
@@ -154,14 +155,14 @@ def test_full_rank_reproduces_the_source(name: str, chunk: int, group_size: int,
 def test_a_low_rank_matters_from_its_first_block_on() -> None:
     model, ids = pico(), tokens(1, 50)
     expected = model(ids).logits[0].log_softmax(-1)
-    got = stream(model, XkvCache(model.config, rope_of(model), rank=2, block=20), ids, 8)
+    got = stream(model, XkvCache(model.config, models_rope(model), rank=2, block=20), ids, 8)
     torch.testing.assert_close(got[:24], expected[:24], atol=1e-4, rtol=1e-4)
     assert float((got[24:] - expected[24:]).abs().amax(-1).min()) > 1e-2
 
 
 def test_sliding_layers_stay_as_they_are() -> None:
     model, ids = pico("qwen2-sliding"), tokens(1, 50)
-    cache = XkvCache(model.config, rope_of(model), rank=16, block=16)
+    cache = XkvCache(model.config, models_rope(model), rank=16, block=16)
     expected = model(ids).logits[0].log_softmax(-1)
     torch.testing.assert_close(stream(model, cache, ids, 8), expected, atol=1e-5, rtol=1e-5)
 
@@ -169,4 +170,4 @@ def test_sliding_layers_stay_as_they_are() -> None:
 @pytest.mark.parametrize("wrong", ({"rank": 0}, {"group_size": 0}, {"block": 0}, {"sinks": -1}))
 def test_settings_that_cannot_be(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        XkvCache(config_of(4), rope, **{"rank": 4, **wrong})
+        XkvCache(config_of(4), ROPES["halves"], **{"rank": 4, **wrong})

@@ -27,8 +27,7 @@ from torch import Tensor
 from clla.baselines.grouped import GroupedCache, GroupStore
 from clla.baselines.settings import check_at_least
 from clla.families import split_layers
-from clla.modeling.rotary_clla import rotate, unrotate
-from clla.modeling.timeline_clla import Rope
+from clla.modeling.rotary_clla import Rope, Rotation
 
 VALUE_RANK = 1.5  # rank of values to that of keys, as in the paper
 
@@ -50,11 +49,9 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class SvdStore(GroupStore):
     """One group of layers. Args as `XkvCache`."""
 
-    def __init__(
-        self, layers: list[int], rope: Rope | None, *, rank: int, block: int, sinks: int, interleaved: bool
-    ) -> None:
+    def __init__(self, layers: list[int], rope: Rope | None, *, rank: int, block: int, sinks: int) -> None:
         super().__init__(layers, block=block, sinks=sinks)
-        self.rope, self.rank, self.sinks, self.interleaved = rope, rank, sinks, interleaved
+        self.rope, self.rank, self.sinks = rope, rank, sinks
         self.sink: Tensor | None = None  # [G, B, 2H, S, d]
         self.blocks: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []  # factors of keys and values
 
@@ -64,7 +61,7 @@ class SvdStore(GroupStore):
         keys, values = block.float().chunk(2, dim=2)  # [G, B, H, T, d]
         rotation = self._rotation(len(self.blocks), block.device)
         if rotation is not None:
-            keys = torch.stack([unrotate(layer, *rotation, interleaved=self.interleaved) for layer in keys])
+            keys = torch.stack([rotation.unrotate(k, layer) for k, layer in zip(keys, self.layers, strict=True)])
         ranks = self.rank, round(VALUE_RANK * self.rank)
         key_factors, value_factors = (
             self._factor(half, rank, block.dtype) for half, rank in zip((keys, values), ranks, strict=True)
@@ -84,7 +81,7 @@ class SvdStore(GroupStore):
             )
             rotation = self._rotation(number, keys.device)
             if rotation is not None:
-                keys = rotate(keys, *rotation, interleaved=self.interleaved)
+                keys = rotation.rotate(keys, self.layers[index])
             parts.append(torch.cat((keys, values), dim=1))
         return parts
 
@@ -97,13 +94,13 @@ class SvdStore(GroupStore):
         basis, rows = truncated_svd(layers.permute(1, 3, 0, 2, 4).flatten(2), rank)
         return basis.to(dtype), rows.to(dtype)
 
-    def _rotation(self, number: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines [1, T, p] (fp32) of a block's positions."""
+    def _rotation(self, number: int, device: torch.device) -> Rotation | None:
+        """The rotation to a block's positions, in fp32."""
         if self.rope is None:
             return None
         first = self.sinks + number * self.block
-        cos, sin = self.rope(torch.arange(first, first + self.block, device=device)[None])
-        return cos.float(), sin.float()
+        rotation = self.rope(torch.arange(first, first + self.block, device=device)[None])
+        return rotation._replace(cos=rotation.cos.float(), sin=rotation.sin.float())
 
 
 class XkvCache(GroupedCache):
@@ -111,12 +108,11 @@ class XkvCache(GroupedCache):
 
     Args:
         config: the model's text config.
-        rope: cosines and sines of positions [B, T]; None for models without RoPE.
+        rope: rotations of the model; None for models without.
         rank: of keys; values get 1.5 times as much. More than full rank is full rank.
         group_size: neighbouring layers with full attention that share a basis; the last group may have fewer.
         block: tokens factored at a time.
         sinks: first tokens that stay exact.
-        interleaved: rotary pairs are neighbouring channels.
 
     Raises:
         UsageError: a setting out of range.
@@ -131,7 +127,6 @@ class XkvCache(GroupedCache):
         group_size: int = 4,
         block: int = 1024,
         sinks: int = 4,
-        interleaved: bool = False,
     ) -> None:
         check_at_least(1, rank=rank, group_size=group_size, block=block)
         check_at_least(0, sinks=sinks)
@@ -139,9 +134,7 @@ class XkvCache(GroupedCache):
         super().__init__(
             config,
             [
-                SvdStore(
-                    list(full[i : i + group_size]), rope, rank=rank, block=block, sinks=sinks, interleaved=interleaved
-                )
+                SvdStore(list(full[i : i + group_size]), rope, rank=rank, block=block, sinks=sinks)
                 for i in range(0, len(full), group_size)
             ],
         )

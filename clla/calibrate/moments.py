@@ -6,6 +6,7 @@ Shape legend: N tokens, L layers, n values a token and layer (keys and values), 
 from __future__ import annotations
 
 import torch
+from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
 
@@ -44,6 +45,31 @@ class BandedMoments:
             stop = len(left) - j
             self._products[:stop, j] += torch.bmm(left[:stop].mT, right[j:]).cpu()  # [L-j, n, n]
 
+    def join(self, device: torch.device) -> None:
+        """Add up the sums of all processes of `torch.distributed`, brought to the first one's shift; exact in fp64.
+
+        Args:
+            device: that the processes talk through.
+        """
+        left_dim, right_dim = self._products.shape[2:]
+        layers = len(self._products)
+        shapes = ((layers, 1, left_dim), (layers, 1, right_dim))
+        own = self._shift or tuple(torch.zeros(shape) for shape in shapes)
+        common = tuple(broadcast(shift.to(device, torch.float32).contiguous()).cpu() for shift in own)
+        left, right = ((a.double().cpu() - b.double())[:, 0] for a, b in zip(own, common, strict=True))
+        for j in range(self.band):
+            stop = max(layers - j, 0)
+            a, b = left[:stop, :, None], right[j:, None, :]
+            self._products[:stop, j] += (
+                self._sum_left[:stop, :, None] * b + a * self._sum_right[j:, None, :] + self.count * a * b
+            )
+        self._sum_left += self.count * left
+        self._sum_right += self.count * right
+        self._shift = (common[0], common[1])
+        self.count = int(_sum(torch.tensor(self.count), device))
+        for total in (self._sum_left, self._sum_right, *self._products):
+            total.copy_(_sum(total, device))
+
     def mean(self) -> Tensor:
         """Mean of the left factor, [L, n_left], fp32."""
         assert self._shift is not None, "no data was added"
@@ -69,3 +95,7 @@ class BandedMoments:
             stop = max(len(left) - j, 0)
             out[:stop, j] += left[:stop, :, None] * right[j:, None, :]
         return out
+
+
+def _sum(value: Tensor, device: torch.device) -> Tensor:
+    return reduce(value.to(device), reduction="sum").cpu()

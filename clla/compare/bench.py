@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Codec, Plan, Stats
+from clla.calibrate.positions import rope_settings
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.pipeline import weigh
 from clla.convert.planners import make_plan
+from clla.convert.run import weigh
 from clla.convert.spectra import Spectra
 from clla.errors import UsageError
 from clla.evaluate.perplexity import Subject
@@ -82,7 +83,7 @@ class Bench:
         plan = replace(plan, kept_layers=self.source.kept_layers, kept_window=self.source.kept_window)
         block = clla_block(
             plan,
-            interleaved_rope=self.source.family.interleaved_rope,
+            rope=rope_settings(self.model, self.source.layers),
             kv_dtype=self.source.dtype,
             prefill_chunk=max(self.chunk, BYTES_CHUNK),  # a call with fewer tokens is not cut
         )

@@ -21,6 +21,7 @@ from clla.baselines.pyramidkv import PyramidKvCache
 from clla.baselines.stored import SourceCache
 from clla.baselines.think import ThinkCache
 from clla.baselines.xkv import VALUE_RANK, XkvCache
+from clla.calibrate.positions import rope_settings
 from clla.compare.bench import SINKS, Bench, Setting
 from clla.convert.planners import derive_window
 from clla.errors import CllaError, UsageError
@@ -142,7 +143,7 @@ def palu_settings(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
 
 def xkv(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """Four layers a group, blocks of an eighth of the context."""
-    rope, interleaved = rope_of(bench.model), bench.source.family.interleaved_rope
+    rope = rope_of(bench.model, rope_settings(bench.model, bench.source.layers))
     kv, block, size = bench.source.kv, max(16, bench.context // 8), 4
     blocks = (bench.context - SINKS) // block
     exact = bench.context - blocks * block
@@ -153,7 +154,7 @@ def xkv(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
         if rank < 1:
             yield Setting(f"{100 * budget:g} %", why_not=f"a block of {block} tokens that is not yet full takes it")
             continue
-        new_cache = partial(XkvCache, bench.source.config, rope, rank=rank, block=block, interleaved=interleaved)
+        new_cache = partial(XkvCache, bench.source.config, rope, rank=rank, block=block)
         yield Setting(f"rank {rank} of 4 layers, blocks of {block}", Subject(bench.model, new_cache))
 
 

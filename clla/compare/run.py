@@ -17,7 +17,7 @@ from clla.baselines.stored import SourceCache
 from clla.calibrate.data import evaluation_windows
 from clla.compare.bench import BYTES_CHUNK, Bench, Setting
 from clla.compare.methods import METHODS, pick_methods
-from clla.convert.pipeline import Run, resolve
+from clla.convert.run import Run, resolve
 from clla.evaluate.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject

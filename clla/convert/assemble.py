@@ -13,19 +13,19 @@ from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 
-def clla_block(plan: Plan, *, interleaved_rope: bool, kv_dtype: torch.dtype, prefill_chunk: int) -> dict[str, Any]:
+def clla_block(plan: Plan, *, rope: dict[str, Any] | None, kv_dtype: torch.dtype, prefill_chunk: int) -> dict[str, Any]:
     """The config's `clla` block: all that the shipped code needs to run the plan.
 
     Args:
         plan: layer groups, tiers, window.
-        interleaved_rope: of the model's family.
+        rope: from `clla.calibrate.positions.rope_settings`.
         kv_dtype: in which sinks and window are stored.
         prefill_chunk: tokens a forward pass of the source takes at most.
     """
     return {
         "schema_version": CLLA_SCHEMA_VERSION,
         **plan.to_json(),
-        "interleaved_rope": interleaved_rope,
+        "rope": rope,
         "kv_dtype": str(kv_dtype).removeprefix("torch."),
         "prefill_chunk": prefill_chunk,
     }
@@ -49,5 +49,7 @@ def attach(model: PreTrainedModel, codec: Codec, block: dict[str, Any]) -> CllaF
             value = stored.to(device=model.device, dtype=model.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
     converted.watch_source()
+    if hasattr(model, "hf_device_map"):  # so that saving fetches what lies on disk
+        converted.hf_device_map = model.hf_device_map
     converted.generation_config = model.generation_config
     return converted.eval()

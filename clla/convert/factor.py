@@ -4,7 +4,7 @@
 `first`: with Cov(x)^(-1/2)·Cov(x, y_G)·M = U S Vᵀ, E = Uᵀ Cov(x)^(-1/2) and D = M⁻¹ V S.
 Latents have unit variance and are sorted by their worth.
 
-Shape legend: r rank, n = 2·H_kv·d, h hidden size, G layers of a group.
+Shape legend: r rank, n = 2·H_kv·d, q coordinates of the moments (n unless reduced), h hidden size, G layers of a group.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[
     groups, kl = [], 0.0
     for group in plan.groups:
         start, size = stats.layers.index(group.layers[0]), len(group.layers)
-        codec = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)
+        codec = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)  # in the moments' coordinates
         shares = error_shares(group.tier_bits, plan.tier_size)
         error = error_covariance(codec, stats, start, size, source=spectra.source, shares=shares)
         kl += predicted_kl(error, stats.fisher[start : start + size])
-        groups.append(codec)
+        groups.append(lift(codec, stats, start, size, source=spectra.source))
         on_step()
+    if stats.dropped is not None:
+        kl += float(stats.dropped.sum())
     return Codec(tuple(groups), made_from=plan.made_from, predicted_kl=kl)
 
 
 def factor(spectra: Spectra, start: int, size: int, rank: int) -> GroupCodec:
-    """Codec of one layer group, fp32.
+    """Codec of one layer group for the coordinates of the moments, fp32.
 
     Args:
         spectra: weighted moments.
@@ -49,7 +51,10 @@ def factor(spectra: Spectra, start: int, size: int, rank: int) -> GroupCodec:
         size: number of layers G.
         rank: r.
     """
-    stats, n = spectra.stats, spectra.stats.kv.values
+    stats, n = spectra.stats, spectra.stats.width
+    mean = stats.mean[start : start + size].float()
+    if stats.reading is not None:
+        mean = mean.new_zeros(size, n)  # coordinates are centred
     metric, inverse = spectra.metric[start : start + size], spectra.inverse_metric[start : start + size]
     if spectra.source == "first":
         assert stats.input_mean is not None
@@ -61,30 +66,51 @@ def factor(spectra: Spectra, start: int, size: int, rank: int) -> GroupCodec:
         values, vectors = values.flip(0)[:rank].clamp_min(values[-1] * 1e-12), vectors.flip(1)[:, :rank]
         per_layer = vectors.unflatten(0, (size, n)).mT @ metric  # [G, r, n]
         encoder = (per_layer / values.sqrt()[:, None]).transpose(0, 1).flatten(1)  # [r, G·n]
-        loadings, offset = vectors * values.sqrt(), stats.mean[start : start + size].flatten().clone()
+        loadings, offset = vectors * values.sqrt(), mean.flatten().clone()
     decoder = inverse @ loadings.unflatten(0, (size, n))  # [G, n, r]
     return GroupCodec(
         encoder=encoder.float(),
         offset=offset.float(),
         decoder=decoder.float(),
-        mean=stats.mean[start : start + size].float(),
+        mean=mean,
     )
+
+
+def lift(codec: GroupCodec, stats: Stats, start: int, size: int, *, source: str) -> GroupCodec:
+    """The codec of keys and values, from that of the coordinates in which the moments are kept.
+
+    Args:
+        codec: from `factor`.
+        stats: its moments.
+        start: first layer of the group, among the convertible ones.
+        size: number of layers G.
+        source: `group` or `first`.
+    """
+    if stats.reading is None or stats.writing is None:
+        return codec
+    mean, encoder, offset = stats.mean[start : start + size].float(), codec.encoder, codec.offset
+    if source == "group":
+        parts = encoder.unflatten(1, (size, stats.width)).transpose(0, 1)  # [G, r, q]
+        encoder = (parts @ stats.reading[start : start + size]).transpose(0, 1).flatten(1)  # [r, G·n]
+        offset = mean.flatten().clone()
+    decoder = stats.writing[start : start + size] @ codec.decoder  # [G, n, r]
+    return GroupCodec(encoder=encoder.contiguous(), offset=offset, decoder=decoder, mean=mean)
 
 
 def error_covariance(
     codec: GroupCodec, stats: Stats, start: int, size: int, *, source: str, shares: Tensor | None = None
 ) -> Tensor:
-    """Covariance of each layer's reconstruction error y - ŷ, [G, n, n], fp64.
+    """Covariance of each layer's reconstruction error in the moments' coordinates, [G, q, q], fp64.
 
     Args:
-        codec: any linear codec of the group.
+        codec: any linear codec of the group, for those coordinates.
         stats: measured moments.
         start: first layer of the group, among the convertible ones.
         size: number of layers G.
         source: `group` or `first`.
         shares: [r] error of quantization as a share of each component's variance; None for no quantization.
     """
-    n, encoder, decoder = stats.kv.values, codec.encoder.double(), codec.decoder.double()
+    n, encoder, decoder = stats.width, codec.encoder.double(), codec.decoder.double()
     own = stats.covariance[start : start + size, 0].double()
     if source == "first":
         assert stats.input_covariance is not None and stats.input_cross is not None

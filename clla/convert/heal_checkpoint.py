@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from clla.artifacts import read_json, write_text
 from clla.calibrate.data import report_windows
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
 from clla.evaluate.report import Report, write_report
+from clla.heal.sharding import launched_sharded
 from clla.hub import write_card
 from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
 from clla.recipe import Recipe
-from clla.source import pick_device
+from clla.source import pick_device, start_processes
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,9 @@ def heal_checkpoint(
     Raises:
         CllaError: bad input; nothing is left half-written.
     """
-    folder, device = checkpoint_folder(path), pick_device(options.device)
-    processes = PartialState(cpu=device.type == "cpu")
-    if processes.num_processes > 1:
-        device = processes.device
-    elif device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+    folder = checkpoint_folder(path)
+    processes, device = start_processes(pick_device(options.device))
+    launched_sharded()  # refuses what cannot be, before weights are read
     check_output(options.output, folder, overwrite=options.overwrite)
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,9 +24,10 @@ from clla.convert.checkpoint import check_disk
 from clla.errors import CllaError, CorruptArtifactError, DatasetError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after
+from clla.heal.sharding import launched_sharded, sharded_distiller
 from clla.heal.student import Distiller, make_student
 from clla.heal.targets import fit_codec
-from clla.heal.train import Point, Progress, Schedule, discard, train
+from clla.heal.train import BEST, Point, Progress, Schedule, discard, load_trained, train
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import HealConfig, Recipe
@@ -161,10 +163,15 @@ def heal_and_measure(
         )
 
     before = report(converted)
+    device = teacher.device
     healed, progress = heal(converted, teacher, tokenizer, config, options)
     stored = getattr(torch, converted.config.clla["kv_dtype"])
     for parameter in healed.parameters():  # measure what will be saved
         parameter.data = parameter.data.to(stored).to(teacher.dtype)
+    if launched_sharded():
+        gc.collect()  # the parts: their modules and hooks refer to each other
+        for model in (healed, teacher):
+            model.to(device)  # type: ignore[arg-type]
     return healed, report(healed), Healing(config, progress.history, progress.stopped, before)
 
 
@@ -232,6 +239,8 @@ def heal(
 ) -> tuple[CllaForCausalLM, Progress]:
     """Train a copy of a converted model against the source it was made from.
 
+    Launched sharded, it leaves `converted`, the teacher and the healed model on the CPU.
+
     Args:
         converted: where training starts; not changed.
         teacher: the source, frozen, on the device to train on.
@@ -240,7 +249,7 @@ def heal(
         options: how to run.
 
     Raises:
-        CllaError: too little text, or a batch smaller than one sequence.
+        CllaError: too little text, a batch smaller than one sequence, or processes that cannot shard as asked.
     """
     assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
     assert config.codec_lr and config.weight_lr
@@ -265,7 +274,11 @@ def heal(
             remedy="raise heal.tokens or heal.batch_tokens, or lower heal.sequence_length",
         )
     accelerator = _accelerator(config, options, teacher)
-    distiller = Distiller(teacher, make_student(converted, config.train))
+    sharded = launched_sharded()
+    if sharded:
+        distiller = sharded_distiller(teacher, converted, config.train, accelerator)
+    else:
+        distiller = Distiller(teacher, make_student(converted, config.train))
     trained = sum(p.numel() for p in distiller.student.parameters() if p.requires_grad)
     check_disk(work, STATE_BYTES * trained, instead="train less with --train codec")
     codec_steps = round(config.codec_share * steps)
@@ -296,13 +309,13 @@ def heal(
         gradient_checkpointing=config.gradient_checkpointing,
     )
     kv_dtype = getattr(torch, settings["kv_dtype"])
-    source = Subject(teacher, lambda: SourceCache(teacher.config, kv_dtype))
+    source = Subject(distiller.teacher, lambda: SourceCache(teacher.config, kv_dtype))
     subjects = {"source": source, "student": Subject(distiller.student, distiller.student.new_cache)}
     held, chunk = held.to(accelerator.device), window or converted.prefill_chunk
 
     def evaluate() -> float:
         with accelerator.autocast():
-            return compare(subjects, held, chunk=chunk)["student"].kl
+            return distiller.gathered(lambda: compare(subjects, held, chunk=chunk)["student"].kl)
 
     total = schedule.steps * batch * config.sequence_length
     with console.progress("Healing (tokens)", total) as advance:
@@ -331,6 +344,10 @@ def heal(
             ) from error
     if options.tracker:
         accelerator.end_training()
+    if sharded:
+        distiller = Distiller(teacher, make_student(converted, config.train))
+        load_trained(distiller, work / BEST)
+    accelerator.wait_for_everyone()  # what is in `work` may go from now on
     distiller.student.requires_grad_(False)
     earlier = settings.get("healed")
     distiller.student.config.clla["healed"] = earlier if earlier and config.train == "codec" else config.train
@@ -357,16 +374,20 @@ def _check_same_run(path: Path, converted: CllaForCausalLM, config: HealConfig, 
         UsageError: the states in the work directory belong to another run.
     """
     own = {**config.model_dump(mode="json"), "codec": tensor_digest(converted.codec.state_dict())}
+    own |= {"sharding": True} if launched_sharded() else {}  # its states hold the optimizer in another way
     if resume and path.is_file():
         stored = read_json(path)
-        changed = sorted(name for name in own if stored.get(name) != own[name])
+        changed = sorted(name for name in own | stored if stored.get(name) != own.get(name))
         if changed:
             raise UsageError(
                 f"the interrupted run in {path.parent} had another {', '.join(changed)}",
                 expected="the same checkpoint and options as before",
                 remedy="give those again, or leave out --resume",
             )
-    write_text(path, json.dumps(own))
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        write_text(path, json.dumps(own))
 
 
 def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, work: Path) -> tuple[Tensor, Tensor]:

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from accelerate import PartialState
 from transformers.utils import cached_file
 
 from clla import console
-from clla.artifacts import Codec, Plan, Stats, digest, write_text
-from clla.baselines.stored import SourceCache
-from clla.calibrate.collect import Collector, collect
-from clla.calibrate.data import (
-    fingerprint,
-    load_documents,
-    report_windows,
-    self_written,
-    split_held_out,
-    token_batches,
-)
+from clla.artifacts import Plan, write_text
 from clla.checksums import base_checksums
-from clla.convert.assemble import attach, clla_block
+from clla.convert.assemble import attach
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
-from clla.convert.factor import make_codec
-from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, check_healing, heal_and_measure
-from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
-from clla.convert.spectra import Spectra
-from clla.convert.surrogates import needs_inputs, surrogate_stats
-from clla.errors import CorruptArtifactError, UsageError
-from clla.evaluate.perplexity import Subject, compare
+from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_measure
+from clla.convert.run import Run, moment_bytes, resolve, weigh
+from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after, write_report
+from clla.heal.sharding import launched_sharded
 from clla.hub import write_card
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.recipe import Provenance, Recipe, load_recipe, parse_budget
-from clla.source import Source, open_source, pick_device, pick_dtype
-
-DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
-DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
-MAX_DEFAULT_CONTEXT = 32_768
-T = TypeVar("T", Stats, Plan, Codec)
-DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
+from clla.recipe import Recipe, load_recipe
+from clla.source import Source, open_source, pick_device, start_processes
 
 
 @dataclass(frozen=True)
@@ -64,6 +40,7 @@ class Options:
         dry_run: stop after the plan.
         report: measure before and after.
         tracker: of accelerate, for healing.
+        max_shard_size: of the weight files; by default 5 GB, or one layer where layers are read from disk.
     """
 
     output: Path
@@ -75,6 +52,7 @@ class Options:
     dry_run: bool = False
     report: bool = True
     tracker: str | None = None
+    max_shard_size: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +79,8 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
         CllaError: bad input; nothing is left half-written.
     """
     source = open_source(name)
-    device = pick_device(options.device)
+    processes, device = start_processes(pick_device(options.device))
+    launched_sharded()  # refuses what cannot be, before weights are read
     recipe = resolve(recipe, source, device)
     if options.adapter_only and recipe.heal is not None and recipe.heal.train != "codec":
         raise UsageError(
@@ -126,23 +105,32 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             )
         check_output(options.output, Path(source.path), overwrite=options.overwrite or ours)
         check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
-    check_memory(_moment_bytes(source, recipe))
-    work = _work_dir(options)
+    check_memory(moment_bytes(source, recipe, streamed=True))
+    work = _work_dir(options, processes)
     run = Run(source, recipe, device, work)
+    if run.placement == "stream" and recipe.heal is not None:
+        raise UsageError(
+            "healing a model whose layers are read from disk",
+            expected="a model that fits in memory, with its gradients",
+            remedy="convert it without --heal, and run clla heal on a machine that holds it",
+        )
 
     stats = run.stats()
     spectra = weigh(stats, recipe)
     plan = run.plan(stats, spectra)
     codec = run.codec(stats, spectra, plan)
-    if options.dry_run:
-        if options.work_dir is None:
+    processes.wait_for_everyone()
+    if options.dry_run or (recipe.heal is None and not processes.is_main_process):
+        if options.work_dir is None and processes.is_main_process:
             shutil.rmtree(work)
         return Conversion(plan, recipe, codec.predicted_kl, None, None)
 
-    converted = attach(run.model(), codec, run.block(plan))
+    converted = attach(run.model_as_stored(), codec, run.block(plan))
     tokenizer = run.tokenizer
     report = healing = None
-    measured = run.report_windows() if options.report else None
+    measured = run.report_windows() if options.report and run.placement != "stream" else None
+    if options.report and measured is None:
+        console.say("Nothing is measured, since layers are read from disk; where the model fits: clla eval")
     if recipe.heal is not None:
         logs = options.output.with_name(options.output.name + "-logs")
         how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
@@ -151,10 +139,18 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     elif measured is not None:
         windows, unseen = measured
         report = before_and_after(converted, tokenizer, plan, windows, unseen=unseen)
+    if not processes.is_main_process:
+        return Conversion(plan, recipe, codec.predicted_kl, report, converted, healing)
     with finished_directory(options.output) as folder:
         for parameter in converted.parameters():  # buffers keep the precision that the model wants
             parameter.data = parameter.data.to(source.dtype)
-        write_checkpoint(folder, converted, tokenizer, base_model=_base_model(source) if options.adapter_only else None)
+        write_checkpoint(
+            folder,
+            converted,
+            tokenizer,
+            base_model=_base_model(source) if options.adapter_only else None,
+            max_shard_size=options.max_shard_size or run.shard_size,
+        )
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
         healed = healing.to_json() if healing else None
         write_report(folder, plan, recipe, report, predicted_kl=codec.predicted_kl, healing=healed)
@@ -164,220 +160,14 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     return Conversion(plan, recipe, codec.predicted_kl, report, converted, healing)
 
 
-def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
-    """Fill in every derived default, check the budget against the model, and note where it ran.
-
-    Raises:
-        UsageError: the budget does not fit the model.
-    """
-    budget = parse_budget(recipe.budget.kv_budget, source_bytes=source.bytes_per_token)
-    context = recipe.budget.at_context
-    if context is None:
-        context = min(getattr(source.config, "max_position_embeddings", None) or 4096, MAX_DEFAULT_CONTEXT)
-    sinks, window = recipe.budget.sinks, recipe.budget.window
-    if window is None:
-        window = derive_window(
-            recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context or None, sinks=sinks
-        )
-    latent_bits(
-        recipe.plan,
-        budget=budget,
-        source_bytes=source.bytes_per_token,
-        context=context or None,
-        window=window,
-        sinks=sinks,
-        evict=recipe.budget.evict,
-    )
-    tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
-    batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
-    dtype = str(pick_dtype(recipe.runtime.compute_dtype, source.dtype, device)).removeprefix("torch.")
-    filled = recipe.override(
-        {
-            "calibration": {"tokens": tokens, "batch_size": batch_size},
-            "budget": {"at_context": context, "window": window},
-            "plan": {"max_group_size": min(recipe.plan.max_group_size, len(source.layers))},
-            "runtime": {"compute_dtype": dtype},
-        }
-    )
-    versions = {package: version(package) for package in ("clla", "torch", "transformers")}
-    where = Provenance(model=source.name, revision=source.revision, versions=versions)
-    return filled.model_copy(update={"provenance": where})
-
-
-def weigh(stats: Stats, recipe: Recipe) -> Spectra:
-    """Weighted moments as the recipe's metric wants them."""
-    power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
-    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source)
-
-
-class Run:
-    """Stages of one conversion; each looks for its result in the work directory before it computes it."""
-
-    def __init__(
-        self, source: Source, recipe: Recipe, device: torch.device, work: Path, *, hold_out: bool = True
-    ) -> None:
-        self.hold_out = hold_out  # False: calibrate on all of the text, when another one is measured on
-        self.source, self.recipe, self.device, self.work = source, recipe, device, work
-        self.tokenizer = source.load_tokenizer()
-        self._model: PreTrainedModel | None = None
-        plan = recipe.plan
-        inputs = needs_inputs(plan.metric, plan.source)
-        calibration = recipe.calibration.model_dump(mode="json")
-        text = fingerprint(recipe.calibration.dataset)
-        self.stats_key = digest(
-            source.revision, calibration, text, hold_out, plan.max_group_size, inputs, recipe.runtime.compute_dtype
-        )
-        self.plan_key = digest(self.stats_key, plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
-
-    def model(self) -> PreTrainedModel:
-        if self._model is None:
-            console.say(f"Loading {self.source.name}")
-            dtype = getattr(torch, self.recipe.runtime.compute_dtype)
-            self._model = self.source.load_model(dtype=dtype, device=self.device)
-        return self._model
-
-    def stats(self) -> Stats:
-        path = self.work / f"stats-{self.stats_key}.safetensors"
-        if (found := _kept(path, Stats.load, self.stats_key, "Calibrating")) is not None:
-            return found
-        calibration, plan = self.recipe.calibration, self.recipe.plan
-        batches = self.batches()
-        collector = Collector(
-            self.model(),
-            layers=self.source.layers,
-            kv=self.source.kv,
-            band=plan.max_group_size,
-            skip_positions=calibration.skip_positions,
-            interleaved=self.source.family.interleaved_rope,
-            with_inputs=needs_inputs(plan.metric, plan.source),
-            seed=calibration.seed,
-        )
-        if isinstance(batches, list):
-            total = sum(batch.numel() for batch in batches)
-        else:
-            total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
-        with console.progress("Calibrating (tokens)", total) as advance:
-            stats = collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
-        stats.save(path)
-        return stats
-
-    def batches(self, sequence_length: int | None = None) -> list[Tensor] | Iterator[Tensor]:
-        """Token ids [B, T] of the calibration text, T the recipe's unless given.
-
-        An iterator while the model writes its own text.
-        """
-        c = self.recipe.calibration
-        length = sequence_length or c.sequence_length
-        assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
-        if c.dataset == "self":
-            return self_written(self.model(), self.tokenizer, tokens=c.tokens, sequence_length=length, seed=c.seed)
-        documents = load_documents(c.dataset)
-        batches = token_batches(
-            split_held_out(documents)[0] if self.hold_out else documents,
-            self.tokenizer,
-            tokens=c.tokens,
-            sequence_length=length,
-            batch_size=c.batch_size,
-            seed=c.seed,
-        )
-        found = sum(batch.numel() for batch in batches)
-        if found < c.tokens:
-            console.say(f"The text has only {found} tokens of the {c.tokens} wanted, in whole sequences")
-        return batches
-
-    def plan(self, stats: Stats, spectra: Spectra) -> Plan:
-        path = self.work / f"plan-{self.plan_key}.json"
-        if (found := _kept(path, Plan.load, self.plan_key, "Planning")) is not None:
-            return found
-        config, budget = self.recipe.plan, self.recipe.budget
-        assert budget.window is not None
-        with console.progress("Planning (steps)", count_candidates(config, len(stats.layers))) as advance:
-            plan = make_plan(
-                stats,
-                config,
-                budget=parse_budget(budget.kv_budget, source_bytes=self.source.bytes_per_token),
-                context=budget.at_context or None,
-                window=budget.window,
-                sinks=budget.sinks,
-                evict=budget.evict,
-                kv_itemsize=self.source.dtype.itemsize,
-                kept_layers=self.source.kept_layers,
-                kept_window=self.source.kept_window,
-                made_from=self.plan_key,
-                spectra=spectra,
-                measure=self.damage(stats, spectra) if config.planner == "kvsharer" else None,
-                on_step=advance,
-            )
-        plan.save(path)
-        return plan
-
-    def damage(self, stats: Stats, spectra: Spectra) -> Callable[[Plan], float]:
-        """A function that gives the KL to the source, nats a token, of the model running on a plan.
-
-        Measured on the first calibration sequences, streamed at most `DAMAGE_CHUNK` tokens a step.
-        """
-        rows = torch.cat(list(islice(self.batches(), DAMAGE_SEQUENCES)))[:DAMAGE_SEQUENCES].to(self.device)
-        source = Subject(self.model(), lambda: SourceCache(self.source.config, self.source.dtype))
-
-        def measured(plan: Plan) -> float:
-            converted = attach(self.model(), make_codec(spectra, plan, stats), self.block(plan))
-            subjects = {"source": source, "converted": Subject(converted, converted.new_cache)}
-            found = compare(subjects, rows, chunk=min(DAMAGE_CHUNK, plan.window or DAMAGE_CHUNK))
-            converted.release_source()
-            return found["converted"].kl
-
-        return measured
-
-    def block(self, plan: Plan) -> dict[str, Any]:
-        """The config's `clla` block of a plan for this source."""
-        return clla_block(
-            plan,
-            interleaved_rope=self.source.family.interleaved_rope,
-            kv_dtype=self.source.dtype,
-            prefill_chunk=self.recipe.runtime.prefill_chunk,
-        )
-
-    def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
-        path = self.work / f"codec-{self.plan_key}.safetensors"
-        if (found := _kept(path, Codec.load, self.plan_key, "Factoring")) is not None:
-            return found
-        with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
-            result = make_codec(spectra, plan, stats, on_step=advance)
-        result.save(path)
-        return result
-
-    def report_windows(self) -> tuple[Tensor, bool]:
-        """Token ids [N, T] to measure on, and whether calibration left them out.
-
-        A text too short to keep enough back is measured on as a whole, and the report says so.
-        """
-        c = self.recipe.calibration
-        return report_windows(
-            c.dataset, self.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=c.sequence_length
-        )
-
-
-def _kept(path: Path, load: Callable[[Path], T], made_from: str, doing: str) -> T | None:
-    """The result of a stage, if an earlier run kept it, whole and made from the same."""
-    if not path.exists():
-        return None
-    try:
-        found = load(path)
-    except CorruptArtifactError as error:
-        console.say(f"{doing} again: {error.got}")
-        return None
-    if found.made_from != made_from:
-        console.say(f"{doing} again: {path} was made from something else")
-        return None
-    return found
-
-
 def _work_path(options: Options) -> Path:
     return options.work_dir or options.output.with_name(options.output.name + ".work")
 
 
-def _work_dir(options: Options) -> Path:
+def _work_dir(options: Options, processes: PartialState) -> Path:
     work = _work_path(options)
+    if not processes.is_main_process:
+        return work
     if work.exists() and options.work_dir is None:
         if options.resume:
             console.say(f"Resuming from {work}")
@@ -396,17 +186,6 @@ def _is_result(output: Path, recipe: Recipe) -> bool:
     found = load_recipe(str(path))
     healed = found.heal is not None and recipe.heal is not None  # healing fills in its defaults later
     return found.model_copy(update={"heal": recipe.heal} if healed else {}) == recipe
-
-
-def _moment_bytes(source: Source, recipe: Recipe) -> int:
-    """Peak memory of moments and spectra: fp64 sums, fp32 moments and weighted moments, metric and its inverse."""
-    layers, n = len(source.layers), source.kv.values
-    band = min(recipe.plan.max_group_size, layers)
-    total = layers * n * n * (16 * band + 40)
-    if needs_inputs(recipe.plan.metric, recipe.plan.source):
-        hidden = source.config.hidden_size
-        total += layers * hidden * (12 * band * n + 28 * hidden)
-    return total
 
 
 def _bytes_needed(source: Source, *, adapter_only: bool) -> int:

@@ -5,7 +5,8 @@ With M = blockdiag(F_l^(p/2)) the eigenvalues of M·Cov(y_G)·M are the componen
 first layer: reduced-rank regression (Izenman, 1975) of M·y_G on x, whose squared singular values take
 the eigenvalues' place; what x cannot explain is a constant residual.
 
-Shape legend: L layers, K band, n = 2·H_kv·d, h hidden size, G layers of a group.
+Shape legend: L layers, K band, n coordinates of the moments (2·H_kv·d unless they are reduced), h hidden size, G layers
+of a group.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clla.artifacts import Stats
 from clla.convert.spectra import RIDGE
+from clla.errors import UsageError
 
 
 def surrogate_stats(stats: Stats, metric: str) -> Stats:
@@ -26,9 +27,13 @@ def surrogate_stats(stats: Stats, metric: str) -> Stats:
     Args:
         stats: collected with inputs for `weights` and `asvd`.
         metric: `fisher` (unchanged), `pca`, `weights` or `asvd`.
+
+    Raises:
+        UsageError: the moments are kept in directions that the Fisher metric chose.
     """
     if metric == "fisher":
         return stats
+    _check_whole(stats)
     count, n = stats.mean.shape
     flat = torch.eye(n).expand(count, n, n).contiguous()
     if metric == "pca":
@@ -52,12 +57,25 @@ def surrogate_stats(stats: Stats, metric: str) -> Stats:
     )
 
 
+def _check_whole(stats: Stats) -> None:
+    if stats.reading is not None:
+        raise UsageError(
+            f"a baseline's metric with moments reduced to {stats.width} coordinates a layer",
+            expected="moments of all keys and values",
+            remedy=f"raise calibration.basis to {stats.kv.values}",
+        )
+
+
 def projections(stats: Stats) -> tuple[Tensor, Tensor, Tensor]:
     """Key-value projections W [L, h, n], the inputs' second moments E[xxᵀ] [L, h, h] and biases [L, n], fp64.
 
     Args:
         stats: collected with inputs.
+
+    Raises:
+        UsageError: the moments are kept in directions that the Fisher metric chose.
     """
+    _check_whole(stats)
     assert stats.input_covariance is not None and stats.input_cross is not None and stats.input_mean is not None
     covariance, mean = stats.input_covariance.double(), stats.input_mean.double()
     ridge = RIDGE * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)

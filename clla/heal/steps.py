@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from clla.heal.sharding import cut_like, whole
 from clla.heal.student import Distiller
 
 
@@ -18,9 +19,9 @@ def component_sizes(distiller: Distiller) -> list[tuple[Tensor, Tensor]]:
     """The codec's encoders [r, m] and decoders [G, n, r], with the root mean square of each component's part."""
     found: list[tuple[Tensor, Tensor]] = []
     for group in distiller.groups:
-        encoder, decoder = group.codec.encoder, group.codec.decoder
-        found.append((encoder, encoder.detach().square().mean(1, keepdim=True).sqrt()))
-        found.append((decoder, decoder.detach().square().mean((0, 1), keepdim=True).sqrt()))
+        for tensor, others in ((group.codec.encoder, (1,)), (group.codec.decoder, (0, 1))):
+            size = whole(tensor.detach()).square().mean(others, keepdim=True).sqrt()
+            found.append((tensor, cut_like(size, tensor)))
     return found
 
 

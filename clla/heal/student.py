@@ -12,13 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
+from clla.errors import UnsupportedModelError
 from clla.heal.attention import View, mixed_attention
 from clla.heal.losses import chunked_kl, kl_of_logits
 from clla.modeling.cache_clla import CllaCache, before_rope, decode, encode
@@ -26,31 +26,10 @@ from clla.modeling.hooks_clla import CACHE, attention_modules, logits_head, rope
 from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
 from clla.modeling.observe_clla import is_observed, listen, observed
 from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.rotary_clla import Rotation
+from clla.passing import RecordingCache
 
-Rotation = tuple[Tensor, Tensor]
-
-
-class RecordingCache(Cache):
-    """Keeps nothing between forward passes; notes keys after RoPE and values of some layers in passing.
-
-    Args:
-        layers: whose keys and values are wanted.
-
-    Attributes:
-        kv: [B, 2H, T, d] by layer.
-    """
-
-    def __init__(self, layers: set[int]) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.wanted = layers
-        self.kv: dict[int, Tensor] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if layer_idx in self.wanted:
-            self.kv[layer_idx] = torch.cat((key_states, value_states), dim=1)
-        return key_states, value_states
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,19 +41,17 @@ class GroupOnSequence:
         codec: the group's, trained.
         layout: of its packed rows.
         heads: H.
-        interleaved: rotary pairs are neighbouring channels.
     """
 
     layers: tuple[int, ...]
     codec: GroupCodecModule
     layout: RowLayout
     heads: int
-    interleaved: bool
 
-    def encode_kv(self, kv: dict[int, Tensor], rotation: Rotation | None) -> Tensor:
+    def encode_kv(self, kv: dict[int, tuple[Tensor, Tensor]], rotation: Rotation | None) -> Tensor:
         """Latents of the group's keys after RoPE and values, by layer as `RecordingCache` notes them."""
-        layers = [kv[layer] for layer in self.layers]
-        return self.encode(before_rope(layers, rotation, self.heads, interleaved=self.interleaved))
+        layers = {layer: torch.cat(kv[layer], dim=1) for layer in self.layers}
+        return self.encode(before_rope(layers, rotation, self.heads))
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Latents [B, T, r] of inputs [B, T, n·G or h], rounded as the cache would hold them."""
@@ -86,7 +63,7 @@ class GroupOnSequence:
     ) -> tuple[Tensor, Tensor]:
         """Keys after RoPE and values [B, H, T, d] of one layer."""
         index = self.layers.index(layer)
-        both = decode(latents, self.codec, index, rotation, self.heads, dtype, interleaved=self.interleaved)
+        both = decode(latents, self.codec, index, rotation, self.heads, dtype, layer=layer)
         return both[:, : self.heads], both[:, self.heads :]
 
 
@@ -94,18 +71,25 @@ class SequenceCache(RecordingCache):
     """What the student's attention reads in one parallel forward pass. Keeps nothing.
 
     Args:
+        config: the model's.
         groups: all layer groups.
         latents: by group number, as far as they are known before the pass.
-        rotation: cosines and sines [1, T, p] of the positions; None without rotation.
+        rotation: to the positions; None without.
         view: what each token sees exactly.
     """
 
     def __init__(
-        self, groups: list[GroupOnSequence], latents: dict[int, Tensor], rotation: Rotation | None, view: View
+        self,
+        config: Any,
+        groups: list[GroupOnSequence],
+        latents: dict[int, Tensor],
+        rotation: Rotation | None,
+        view: View,
     ) -> None:
-        super().__init__(set())
+        super().__init__(config, set())
         self.group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
         self.groups, self.latents, self.rotation, self.view = groups, latents, rotation, view
+        self.attended: set[int] = set()
 
     def observe(self, layer: int, hidden: Tensor) -> None:
         """Take the attention input [B, T, h] of a group's first layer (`first` source)."""
@@ -117,6 +101,7 @@ class SequenceCache(RecordingCache):
     ) -> Tensor:
         if layer_idx not in self.group_of:
             return plain()
+        self.attended.add(layer_idx)
         number = self.group_of[layer_idx]
         decoded = self.groups[number].decode(self.latents[number], layer_idx, self.rotation, key.dtype)
         return mixed_attention(query, (key, value), decoded, self.view, scaling)
@@ -181,12 +166,13 @@ class Distiller(nn.Module):
                 module,  # type: ignore[arg-type]
                 RowLayout(tuple(spec["tier_bits"]), settings["tier_size"]),
                 settings["kv"]["num_key_value_heads"],
-                settings["interleaved_rope"],
             )
             for spec, module in zip(settings["groups"], student.codec.groups, strict=True)
         ]
-        self.rope = rope_of(student.source)
+        self.rope = rope_of(student.source, settings["rope"])
         source = student.source
+        if source.config._attn_implementation == "eager":  # chosen where sdpa lacks something, such as a soft cap
+            raise _unobserved(source)
         if not is_observed(source.config._attn_implementation):
             source.set_attn_implementation(observed("sdpa"))
         self.attention = attention_modules(source)
@@ -220,27 +206,35 @@ class Distiller(nn.Module):
         own = self.run_student(input_ids, kv, view)
         return chunked_kl(own.flatten(0, 1), hidden.flatten(0, 1), self.student_head, self.teacher_head)
 
+    def gathered(self, compute: Callable[[], T]) -> T:
+        """Run what reads teacher or student outside `forward`: of sharded ones the tensors are whole within it."""
+        return compute()
+
     @torch.no_grad()
-    def teach(self, input_ids: Tensor, *, with_kv: bool) -> tuple[Tensor, dict[int, Tensor]]:
+    def teach(self, input_ids: Tensor, *, with_kv: bool) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """The teacher's final hidden states [B, T, h], and its keys after RoPE and values by layer where wanted."""
-        cache = RecordingCache({layer for group in self.groups for layer in group.layers} if with_kv else set())
+        layers = {layer for group in self.groups for layer in group.layers}
+        cache = RecordingCache(self.teacher.config, layers if with_kv else set())
         return hidden_states(self.teacher, input_ids, cache), cache.kv
 
-    def run_student(self, input_ids: Tensor, kv: dict[int, Tensor], view: View) -> Tensor:
+    def run_student(self, input_ids: Tensor, kv: dict[int, tuple[Tensor, Tensor]], view: View) -> Tensor:
         """The student's final hidden states [B, T, h]."""
         rotation = self.rotation(input_ids)
         latents = {} if self.first else {i: g.encode_kv(kv, rotation) for i, g in enumerate(self.groups)}
-        cache = SequenceCache(self.groups, latents, rotation, view)
+        cache = SequenceCache(self.student.source.config, self.groups, latents, rotation, view)
         # On the modules rather than around the call, since checkpointed layers run once more in the backward pass.
         listen(self.attention.values(), cache)
-        return hidden_states(self.student.source, input_ids, cache)
+        hidden = hidden_states(self.student.source, input_ids, cache)
+        if cache.attended != cache.group_of.keys():
+            raise _unobserved(self.student.source)
+        return hidden
 
     def release(self) -> None:
         """After the backward pass of a whole sequence: the attention is the model's own again."""
         listen(self.attention.values(), None)
 
     def rotation(self, input_ids: Tensor) -> Rotation | None:
-        """Cosines and sines [1, T, p]."""
+        """The rotation to the positions of whole sequences."""
         if self.rope is None:
             return None
         return self.rope(torch.arange(input_ids.shape[1], device=input_ids.device)[None])
@@ -251,6 +245,14 @@ class Distiller(nn.Module):
         loss = kl_of_logits(logits, self.teacher_head(teacher_hidden)) / input_ids.numel()
         # Encoders get no gradient here, and decoders none from the first tokens; data-parallel training waits for all.
         return loss + 0.0 * sum(p.sum() for p in self.student.codec.parameters())
+
+
+def _unobserved(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} computes its attention in a way that healing cannot take part in",
+        expected="a model whose attention goes through transformers' AttentionInterface and can be 'sdpa'",
+        remedy="convert it without healing",
+    )
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:

@@ -9,6 +9,8 @@ Shape legend: B sequences, T tokens, H_q query heads, H key-value heads, d head 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,20 +18,22 @@ from torch import Tensor
 
 from clla.heal.attention import View, drawn_view, mixed_attention
 from clla.heal.steps import component_sizes, relative_steps
-from clla.heal.student import Distiller, GroupOnSequence, RecordingCache, Rotation, hidden_states
+from clla.heal.student import Distiller, GroupOnSequence, hidden_states
 from clla.modeling.observe_clla import listen
+from clla.modeling.rotary_clla import Rotation
+from clla.passing import RecordingCache
 
 
 class TargetCache(RecordingCache):
-    """Notes what attention read and gave: `kv` [B, 2H, T, d], `queries` [B, H_q, T, d], `outputs` [B, T, H_q, d].
+    """Notes what attention read and gave: `kv` by layer, `queries` [B, H_q, T, d], `outputs` [B, T, H_q, d].
 
     Attributes:
         inputs: attention inputs [B, T, h] of the groups' first layers (`first` source).
         scaling: of the logits, by layer.
     """
 
-    def __init__(self, layers: set[int]) -> None:
-        super().__init__(layers)
+    def __init__(self, config: Any, layers: set[int]) -> None:
+        super().__init__(config, layers)
         self.queries: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.inputs: dict[int, Tensor] = {}
@@ -50,7 +54,8 @@ class TargetCache(RecordingCache):
 @torch.no_grad()
 def record_targets(distiller: Distiller, input_ids: Tensor) -> TargetCache:
     """What the student's model, not yet trained, reads and gives over sequences [B, T] without any latents."""
-    cache = TargetCache({layer for group in distiller.groups for layer in group.layers})
+    layers = {layer for group in distiller.groups for layer in group.layers}
+    cache = TargetCache(distiller.teacher.config, layers)
     listen(distiller.attention.values(), cache)
     hidden_states(distiller.student.source, input_ids, cache)
     distiller.release()
@@ -65,7 +70,7 @@ def group_error(
     errors = []
     for layer in group.layers:
         query, wanted = targets.queries[layer], targets.outputs[layer].float()
-        keys, values = targets.kv[layer].chunk(2, dim=1)
+        keys, values = targets.kv[layer]
         decoded = group.decode(latents, layer, rotation, keys.dtype)
         found = mixed_attention(query, (keys, values), decoded, view, targets.scaling[layer])
         errors.append((found.float() - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12))
@@ -106,10 +111,12 @@ def fit_codec(
         view = drawn_view(settings, length, seed=seed, step=step)
         total = 0.0
         with accelerator.autocast():
-            targets, rotation = record_targets(distiller, ids), distiller.rotation(ids)
+            targets = distiller.gathered(partial(record_targets, distiller, ids))
+            rotation = distiller.rotation(ids)
         for group in distiller.groups:
             with accelerator.autocast():
-                error = group_error(group, targets, rotation, view, first=distiller.first)
+                compute = partial(group_error, group, targets, rotation, view, first=distiller.first)
+                error = distiller.gathered(compute)
             error.backward()
             total += float(error.detach())
         with relative_steps(sizes):

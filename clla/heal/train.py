@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from clla.artifacts import load_verified, save_verified
 from clla.errors import CorruptArtifactError, UsageError
 from clla.heal.attention import drawn_view
+from clla.heal.sharding import cut_like, is_sharded, prepare, to_main
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller
 
@@ -132,7 +133,7 @@ def train(
     """Train the student; afterwards it holds the state of least held-out KL.
 
     Args:
-        distiller: teacher and student.
+        distiller: teacher and student, sharded or not.
         sequences: token ids [N, T], read in order.
         schedule: how long and how fast.
         evaluate: held-out KL of the student as it is.
@@ -158,7 +159,7 @@ def train(
     optimizer = torch.optim.AdamW(parameter_groups(distiller, schedule), betas=(0.9, 0.95), weight_decay=0.0)
     paces = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.pace)
     sizes = component_sizes(distiller)
-    prepared, optimizer = accelerator.prepare(distiller, optimizer)
+    prepared, optimizer = prepare(accelerator, distiller, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(progress, paces)
     hooks = [
@@ -241,21 +242,25 @@ def _one_step(prepared: nn.Module, ids: Tensor, step: int, schedule: Schedule, a
         parts = ids.split(max(1, MICRO_TOKENS // length))
         distiller.student.source.train(schedule.gradient_checkpointing)  # there is no dropout that is not zero
         for part in parts:
-            with accelerator.no_sync(prepared) if part is not parts[-1] else nullcontext():
-                loss = prepared(part, view=view) * (len(part) / len(ids))
+            # Of a sharded student, gradients that wait to be exchanged would be whole ones.
+            waits = part is not parts[-1] and not is_sharded(distiller)
+            with accelerator.no_sync(prepared) if waits else nullcontext():
+                with accelerator.autocast():
+                    loss = prepared(part, view=view) * (len(part) / len(ids))
                 accelerator.backward(loss)
             total += loss.detach()
         distiller.student.source.eval()  # recomputed layers would run without the cache
         distiller.release()
         return total
     with accelerator.autocast():
-        hidden, _ = distiller.teach(ids, with_kv=False)
-    cache, total = distiller.student.new_cache(), torch.zeros((), device=ids.device)
+        hidden, _ = distiller.gathered(partial(distiller.teach, ids, with_kv=False))
+    cache, total = distiller.gathered(distiller.student.new_cache), torch.zeros((), device=ids.device)
     chunk = settings["window"] or CACHED_CHUNK
     for start in range(0, length, chunk):
         part = ids[:, start : start + chunk]
         wanted = hidden[:, start : start + chunk]
-        loss = prepared(part, cache=cache, teacher_hidden=wanted, start=start) * (part.shape[1] / length)
+        with accelerator.autocast():
+            loss = prepared(part, cache=cache, teacher_hidden=wanted, start=start) * (part.shape[1] / length)
         accelerator.backward(loss)
         total += loss.detach()
     return total
@@ -267,18 +272,19 @@ def trained_tensors(distiller: Distiller) -> dict[str, Tensor]:
 
 
 def _save_best(distiller: Distiller, accelerator: Accelerator, folder: Path, progress: Progress) -> None:
+    tensors = {name: to_main(tensor) for name, tensor in trained_tensors(distiller).items()}
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        save_verified(folder / BEST, {k: v.cpu() for k, v in trained_tensors(distiller).items()})
+        save_verified(folder / BEST, tensors)
     accelerator.wait_for_everyone()
 
 
 def _save_trained(distiller: Distiller, models: list[Any], weights: list[Any], folder: str) -> None:
     """Of all the weights only what is trained goes into a state."""
     weights.clear()
-    if not PartialState().is_main_process:
-        return
-    save_verified(Path(folder) / TRAINED, {k: v.cpu() for k, v in trained_tensors(distiller).items()})
+    tensors = {name: to_main(tensor) for name, tensor in trained_tensors(distiller).items()}
+    if PartialState().is_main_process:
+        save_verified(Path(folder) / TRAINED, tensors)
 
 
 def _load_trained(distiller: Distiller, models: list[Any], folder: str) -> None:
@@ -295,7 +301,7 @@ def load_trained(distiller: Distiller, path: Path) -> None:
     try:
         tensors = load_verified(path)
         for name, parameter in trained_tensors(distiller).items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(cut_like(tensors[name], parameter))
     except (CorruptArtifactError, KeyError, RuntimeError) as error:
         raise CorruptArtifactError(
             f"{path} cannot be used: {error}",

@@ -25,8 +25,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from .evict_clla import best, observed_weight
 from .quantize_clla import RowLayout
-from .rotary_clla import rotate, unrotate
-from .timeline_clla import Rope, Timeline
+from .rotary_clla import Rope, Rotation
+from .timeline_clla import Timeline
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LatentGroup:
         self.layers = list(spec["layers"])
         self.layout = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
         self.window, self.sinks, self.block = settings["window"], settings["sinks"], settings["flush_block"]
-        self.first, self.interleaved = settings["source"] == "first", settings["interleaved_rope"]
+        self.first = settings["source"] == "first"
         self.capacity: Optional[int] = settings.get("capacity")
         self.heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
         self.storage_dtype = getattr(torch, settings["kv_dtype"])
@@ -80,7 +80,7 @@ class LatentGroup:
         self._incoming: dict[int, Tensor] = {}  # layer -> [B, 2H, T, d] of this forward pass
         self._incoming_rows: Optional[Tensor] = None  # [B, T, N] of this forward pass (`first` only)
         self._latents: Optional[Tensor] = None  # unpacked, for the layers of one forward pass
-        self._turns: "Optional[tuple[Tensor, Tensor]]" = None  # rotation of the rows, likewise
+        self._turns: Optional[Rotation] = None  # rotation of the rows, likewise
 
     @property
     def strict(self) -> bool:
@@ -124,7 +124,7 @@ class LatentGroup:
                 self._turns = self.timeline.rotation(0, self.encoded)
             else:
                 self._turns = self.timeline.rotation_at(held.positions)
-        both = decode(self._latents, self.codec, index, self._turns, self.heads, dtype, interleaved=self.interleaved)
+        both = decode(self._latents, self.codec, index, self._turns, self.heads, dtype, layer=self.layers[index])
         reach = min(both.shape[2], self.timeline.max_padding + self.sinks)
         if reach and self.sinks:
             order = torch.arange(reach, device=both.device) - self._padding_kept[:, None]  # [B, reach]
@@ -149,16 +149,16 @@ class LatentGroup:
         self._incoming, self._incoming_rows = {}, None
 
     def _flush(self, held: _Storage, leaving: int, total: int) -> None:
-        gone = []
+        gone: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             recent = held.exact[index, :, :, : self.filled]
             recent = torch.cat((recent, self._incoming[layer].to(self.storage_dtype)), dim=2)
             self._capture_sinks(held, index, recent, self.encoded, leaving)
             held.exact[index, :, :, : total - leaving] = recent[:, :, leaving:]
-            gone.append(recent[:, :, :leaving])
+            gone[layer] = recent[:, :, :leaving]
         if self._incoming_rows is None:
             rotation = self.timeline.rotation(self.encoded, self.encoded + leaving)
-            inputs = before_rope(gone, rotation, self.heads, interleaved=self.interleaved)
+            inputs = before_rope(gone, rotation, self.heads)
             rows = self.layout.pack(encode(inputs, self.codec))
         else:
             recent_rows = torch.cat((held.pending[:, : self.filled], self._incoming_rows), dim=1)
@@ -196,6 +196,8 @@ class LatentGroup:
             return  # no row has joined
         excess = held.rows.shape[1] - self.capacity
         if excess > 0:
+            if held.score.shape[1] == 0:
+                raise ValueError("this model computes its attention where it cannot be observed: convert without evict")
             score = held.score[:, : held.rows.shape[1]].float()
             stay = best(score, self.capacity, self._padding_kept, self.sinks)
             held.rows = held.rows.gather(1, stay[:, :, None].expand(-1, -1, held.rows.shape[2]))
@@ -313,7 +315,7 @@ class CllaCache(Cache):
     Args:
         config: the model's `CllaConfig`.
         codec: its `codec` module (one module a layer group).
-        rope: cosines and sines of positions; None without rotation.
+        rope: rotations of the model; None without.
     """
 
     def __init__(self, config: Any, codec: Any, rope: Optional[Rope]) -> None:
@@ -345,7 +347,7 @@ class CllaCache(Cache):
         for group in self.groups:
             group.evict()
         for layer in self.kept.values():
-            if layer.keys is not None:  # a sliding layer keeps a view of the whole chunk
+            if getattr(layer, "keys", None) is not None:  # a sliding layer keeps a view of the whole chunk
                 layer.keys, layer.values = layer.keys.detach().clone(), layer.values.detach().clone()
 
     @property
@@ -356,7 +358,7 @@ class CllaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that is kept between forward passes, counted by storage."""
-        kept = [t for layer in self.kept.values() for t in (layer.keys, layer.values) if t is not None]
+        kept = [t for layer in self.kept.values() for t in _tensors_of(layer)]
         held = kept + self.timeline.tensors() + [t for group in self.groups for t in group.tensors()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
@@ -393,6 +395,12 @@ class CllaCache(Cache):
             group.rebatch(select)
 
 
+def _tensors_of(layer: Any) -> "list[Tensor]":
+    """Keys and values, or states, of a layer of transformers' own caches."""
+    values = [v for value in vars(layer).values() for v in (value if isinstance(value, list) else [value])]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
 def exact_slots(window: int, block: int) -> int:
     """Slots of the exact buffer: the window, and what may gather until a whole block leaves it."""
     return window + block - 1 if window else 0
@@ -412,29 +420,27 @@ def decode(
     latents: Tensor,
     codec: Any,
     index: int,
-    rotation: "Optional[tuple[Tensor, Tensor]]",
+    rotation: Optional[Rotation],
     heads: int,
     dtype: torch.dtype,
     *,
-    interleaved: bool,
+    layer: int,
 ) -> Tensor:
-    """Keys after RoPE and values [B, 2H, T, d] of a group's layer number `index`, from latents [B, T, r]."""
+    """Keys after RoPE and values [B, 2H, T, d] of the model's `layer`, number `index` of its group, from [B, T, r]."""
     flat = nn.functional.linear(latents, codec.decoder[index], codec.mean[index])  # [B, T, n]
     both = flat.to(dtype).unflatten(-1, (2 * heads, -1)).transpose(1, 2)
     if rotation is None:
         return both
-    keys = rotate(both[:, :heads], *rotation, interleaved=interleaved)
+    keys = rotation.rotate(both[:, :heads], layer)
     return torch.cat((keys.to(dtype), both[:, heads:]), dim=1)
 
 
-def before_rope(
-    layers: "list[Tensor]", rotation: "Optional[tuple[Tensor, Tensor]]", heads: int, *, interleaved: bool
-) -> Tensor:
+def before_rope(layers: "dict[int, Tensor]", rotation: Optional[Rotation], heads: int) -> Tensor:
     """Keys before RoPE and values of a group's layers, [B, T, n·G] in fp32, from [B, 2H, T, d] each after RoPE."""
     parts = []
-    for both in layers:
+    for layer, both in layers.items():
         keys, values = both[:, :heads].float(), both[:, heads:].float()
         if rotation is not None:
-            keys = unrotate(keys, *rotation, interleaved=interleaved)
+            keys = rotation.unrotate(keys, layer)
         parts.append(torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2))
     return torch.cat(parts, dim=-1)

@@ -1,10 +1,14 @@
 """Find a source model's attention and rotary modules by their public marks, and how it names its cache."""
 
+import inspect
 from dataclasses import fields
+from functools import partial
 from typing import Any, Callable, Optional
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .rotary_clla import Rope
 
 # How models of the installed transformers name their cache, as an argument and in their output: 5.24 renamed it.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -20,11 +24,24 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def rope_of(model: Any) -> "Optional[Callable[[Tensor], tuple[Tensor, Tensor]]]":
-    """Cosines and sines of positions [B, T] as the model makes them; None where positions are learned."""
+def rope_of(model: Any, settings: "Optional[dict[str, Any]]") -> Optional[Rope]:
+    """How the model rotates the keys of its layers with full attention.
+
+    Args:
+        model: the source.
+        settings: `form` and `plain_layers`, as in the config's `clla` block; None where no key is rotated.
+    """
+    if settings is None:
+        return None
     rotary: Any = rotary_module(model)
     like = next(model.get_input_embeddings().parameters())[:1]
-    return None if rotary is None else lambda positions: rotary(like.to(positions.device), positions)
+    if "layer_type" in inspect.signature(rotary.forward).parameters:  # local and global rotations in one module
+        rotary = partial(rotary, layer_type="full_attention")
+    return Rope(
+        lambda positions: rotary(like.to(positions.device), positions),
+        settings["form"],
+        tuple(settings["plain_layers"]),
+    )
 
 
 def logits_head(model: Any) -> "Callable[[Tensor], Tensor]":
@@ -42,7 +59,11 @@ def logits_head(model: Any) -> "Callable[[Tensor], Tensor]":
 
 
 def rotary_module(model: nn.Module) -> nn.Module | None:
-    """The module that turns positions into cosines and sines; None where positions are learned."""
+    """The module that turns positions into cosines and sines; None where there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
     found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     if len(found) > 1:
         raise ValueError(f"expected one rotary embedding, found {len(found)}")

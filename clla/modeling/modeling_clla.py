@@ -66,9 +66,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: CllaConfig) -> None:
         super().__init__(config)
-        self.source = AutoModelForCausalLM.from_config(
-            config.text_config, attn_implementation=config._attn_implementation
-        )
+        self.source = _empty_source(config)
         self.codec = CodecModule(config)
         self._no_split_modules = getattr(self.source, "_no_split_modules", None)
         self.prefill_chunk = config.clla["prefill_chunk"]
@@ -162,7 +160,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> CllaCache:
         """An empty compressed cache for one batch of sequences."""
-        return CllaCache(self.config, self.codec, rope_of(self.source))
+        return CllaCache(self.config, self.codec, rope_of(self.source, self.config.clla["rope"]))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
@@ -276,6 +274,17 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = self.new_cache()
+
+
+def _empty_source(config: CllaConfig) -> Any:
+    """The source model without its weights; sdpa is what transformers asks for where the user asked for nothing."""
+    wanted = config._attn_implementation
+    try:
+        return AutoModelForCausalLM.from_config(config.text_config, attn_implementation=wanted)
+    except ValueError:
+        if wanted != "sdpa":
+            raise
+        return AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
 
 
 def _kept_from(count: int, logits_to_keep: "int | Tensor") -> int:

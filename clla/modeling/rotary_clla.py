@@ -3,8 +3,72 @@
 Shape legend: B batch, H key-value heads, T tokens, d head dim, p rotary dim (p <= d).
 """
 
+from typing import Callable, NamedTuple, Optional
+
 import torch
 from torch import Tensor
+
+
+class RopeForm(NamedTuple):
+    """How a family lays out rotary pairs, and what its rotary embedding returns for them.
+
+    Attributes:
+        full: cosines or sines [..., p] as `rotate` takes them, from what the model's rotary embedding returns.
+        interleaved: pairs are neighbouring channels, not the two halves.
+    """
+
+    full: "Callable[[Tensor], Tensor]"
+    interleaved: bool
+
+
+ROPE_FORMS: "dict[str, RopeForm]" = {
+    "halves": RopeForm(lambda x: x, False),  # Llama and most others
+    "halves_once": RopeForm(lambda x: torch.cat((x, x), dim=-1), False),  # each angle once: gpt-oss
+    "pairs": RopeForm(lambda x: x, True),  # Cohere
+    "pairs_of_halves": RopeForm(lambda x: x.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1), True),  # GLM, Helium
+}
+
+
+class Rope:
+    """Rotations of a model's keys.
+
+    Args:
+        angles: cosines and sines of positions [B, T], as the model's rotary embedding makes them.
+        form: a key of `ROPE_FORMS`.
+        plain_layers: indices of the layers whose keys are not rotated.
+    """
+
+    def __init__(
+        self, angles: "Callable[[Tensor], tuple[Tensor, Tensor]]", form: str, plain_layers: "tuple[int, ...]" = ()
+    ) -> None:
+        self.angles, self.form, self.plain_layers = angles, form, frozenset(plain_layers)
+
+    def __call__(self, positions: Tensor) -> "Rotation":
+        """The rotation to positions [B, T]."""
+        cos, sin = self.angles(positions)
+        full, interleaved = ROPE_FORMS[self.form]
+        return Rotation(full(cos), full(sin), interleaved, self.plain_layers)
+
+
+class Rotation(NamedTuple):
+    """Attributes: cos and sin [B or 1, T, p]; interleaved: see `RopeForm`; plain_layers: see `Rope`."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+    plain_layers: "frozenset[int]" = frozenset()
+
+    def rotate(self, keys: Tensor, layer: "Optional[int]" = None) -> Tensor:
+        """Keys [B, H, T, d] of a layer, rotated."""
+        if layer in self.plain_layers:
+            return keys
+        return rotate(keys, self.cos, self.sin, interleaved=self.interleaved)
+
+    def unrotate(self, keys: Tensor, layer: "Optional[int]" = None) -> Tensor:
+        """Keys [B, H, T, d] of a layer, before their rotation."""
+        if layer in self.plain_layers:
+            return keys
+        return unrotate(keys, self.cos, self.sin, interleaved=self.interleaved)
 
 
 def _swap(x: Tensor, interleaved: bool) -> Tensor:

@@ -8,14 +8,14 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-Rope = Callable[[Tensor], "tuple[Tensor, Tensor]"]
+from .rotary_clla import Rope, Rotation
 
 
 class Timeline:
     """Slots, positions and padding of all sequences, shared by all layer groups.
 
     Args:
-        rope: cosines and sines of positions [B, T]; None for models without rotation.
+        rope: rotations of the model; None for models without.
     """
 
     def __init__(self, rope: Optional[Rope]) -> None:
@@ -28,7 +28,7 @@ class Timeline:
         self._padding: Optional[Tensor] = None  # [B] padded slots before the first token
         self.max_padding = 0
         self._segments: list[tuple[int, Tensor]] = []  # (first slot, slot - position [B])
-        self._memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._memo: dict[tuple[int, int], Rotation] = {}
 
     def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor], *, left_padded: bool = False) -> None:
         """Announce the tokens of the next forward pass.
@@ -76,16 +76,16 @@ class Timeline:
         assert self._padding is not None, "begin() announces the tokens first"
         return self._padding
 
-    def rotation(self, start: int, stop: int) -> "Optional[tuple[Tensor, Tensor]]":
-        """Cosines and sines [B or 1, stop - start, p] of a range of slots."""
+    def rotation(self, start: int, stop: int) -> Optional[Rotation]:
+        """The rotation to a range of slots, with angles [B or 1, stop - start, p]."""
         if self.rope is None:
             return None
         if (start, stop) not in self._memo:
             self._memo[start, stop] = self.rope(self.positions(start, stop))
         return self._memo[start, stop]
 
-    def rotation_at(self, positions: Tensor) -> "Optional[tuple[Tensor, Tensor]]":
-        """Cosines and sines [B, K, p] of positions [B, K]."""
+    def rotation_at(self, positions: Tensor) -> Optional[Rotation]:
+        """The rotation to positions [B, K]."""
         return None if self.rope is None else self.rope(positions.long())
 
     def positions(self, start: int, stop: int) -> Tensor:

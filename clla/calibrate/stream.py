@@ -1,0 +1,383 @@
+"""Collect the moments layer by layer: for models larger than memory, and for wide ones.
+
+Forward, each layer in turn runs on all batches, whose hidden states are kept at every layer boundary; backward, each
+layer runs once more on what it got, now with a graph of its own, which passes the gradient on to the layer below. So
+every layer's weights are read twice in all, and no more than one layer with the activations of one batch is ever in
+use. What a layer is called with beside the hidden states (masks, rotations) is taken from the model's own forward pass,
+in which its layers are replaced for the moment. Moments of neighbouring layers are formed on the way back, from the
+keys and values of the last K layers.
+
+Shape legend: B sequences, T tokens, n = 2·H·d, q coordinates, h hidden size, L convertible layers, K band.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from clla.artifacts import KVShape, Stats
+from clla.calibrate.basis import leading_directions
+from clla.calibrate.collect import ProbeCache, Tap, batch_generator, tap_hook
+from clla.calibrate.fisher import sampled_label_gradient
+from clla.errors import DatasetError, UnsupportedModelError
+from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
+from clla.passing import RecordingCache
+from clla.placement import decoder_layers
+
+
+class Spill:
+    """Tensors by key: in memory, or as mapped files of a folder, which the system may write out and drop."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.held: dict[str, Tensor] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, key: str, value: Tensor) -> None:
+        if self.folder is None:
+            self.held[key] = value.detach().cpu()
+            return
+        if key not in self.held or self.held[key].shape != value.shape or self.held[key].dtype != value.dtype:
+            self.drop(key)
+            flat = torch.from_file(str(self.folder / key), shared=True, size=value.numel(), dtype=value.dtype)
+            self.held[key] = flat.view(value.shape)
+        self.held[key].copy_(value.detach())
+
+    def get(self, key: str) -> Tensor:
+        return self.held[key]
+
+    def drop(self, key: str) -> None:
+        if self.held.pop(key, None) is not None and self.folder is not None:
+            (self.folder / key).unlink()
+
+    def clear(self) -> None:
+        for key in list(self.held):
+            self.drop(key)
+
+
+class LayerStack:
+    """A model's decoder layers, to be run one at a time as the model would."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        config: Any = model.config.get_text_config()
+        _, self.layers = decoder_layers(model, config.num_hidden_layers)
+        self._tuples: bool | None = None  # whether layers return tuples
+        self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Hidden states [B, T, h] that the first layer gets; notes what else the layers are called with."""
+        first: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(hidden: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            first.append(hidden)
+            calls.append((rest, kwargs))
+            return hidden
+
+        with torch.no_grad():
+            if self._tuples is None:
+                self._tuples = self._returns_tuples(input_ids)
+            self._through(input_ids, note)
+        known = self._calls.setdefault(tuple(input_ids.shape), calls)
+        if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+            raise UnsupportedModelError(
+                f"layers of {type(self.model).__name__} get something of the tokens beside their hidden states",
+                expected="layers that can be run one after another",
+                remedy="use a machine that holds the model in memory",
+            )
+        return first[0]
+
+    def run(self, number: int, hidden: Tensor, input_shape: tuple[int, ...], cache: Cache) -> Tensor:
+        """One layer's output [B, T, h]."""
+        rest, kwargs = self._calls[input_shape][number]
+        rest = tuple(cache if isinstance(value, Cache) else value for value in rest)
+        kwargs = {name: cache if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        out = self.layers[number](hidden, *rest, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def logits(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [B, T, V] of the last layer's output."""
+        return self._through(input_ids, lambda *_: hidden, with_logits=True).logits
+
+    def _returns_tuples(self, input_ids: Tensor) -> bool:
+        """Whether layers return tuples; the first one is run to see."""
+        caught: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def stop(hidden: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            caught.append((hidden, rest, kwargs))
+            raise _Caught
+
+        with suppress(_Caught):
+            self._through(input_ids[:1, :2], stop)
+        hidden, rest, kwargs = caught[0]
+        return isinstance(self.layers[0](hidden, *rest, **kwargs), tuple)
+
+    def _through(
+        self,
+        input_ids: Tensor,
+        instead: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor],
+        *,
+        with_logits: bool = False,
+    ) -> Any:
+        """The model's forward pass with something else in its layers' places."""
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+            rest = args if args and hidden is not args[0] else args[1:]
+            out = instead(hidden, rest, kwargs)
+            return (out,) if self._tuples else out
+
+        with _replaced(self.layers, stand_in):
+            options: dict[str, Any] = {CACHE: RecordingCache(self.model.config, set())}
+            if not with_logits and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+                options["logits_to_keep"] = 1
+            return self.model(input_ids=input_ids, use_cache=True, **options)
+
+
+class _Caught(Exception):
+    """What the first layer is called with is known."""
+
+
+@contextmanager
+def _replaced(layers: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call something else than the layers' own forward functions (an instance attribute hides that of the class)."""
+    own = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, function in zip(layers, own, strict=True):
+            if function is None:
+                del layer.forward
+            else:
+                layer.forward = function
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return True
+
+
+class StreamedCollector:
+    """Makes `Stats` as `Collector` does, from the same batches and labels, layer by layer.
+
+    Args:
+        model: the source, in evaluation mode; its layers may lie on disk (`accelerate`).
+        layers: convertible layer indices.
+        kv: what each layer caches.
+        band: largest group size K.
+        rope: from `rope_settings`.
+        skip_positions: first positions of each sequence left out.
+        with_inputs: also collect the attention inputs' moments (for the `first` source).
+        seed: of the sampled labels.
+        basis: q; more values a layer are reduced to so many coordinates.
+        folder: where hidden states are spilled to; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        layers: tuple[int, ...],
+        kv: KVShape,
+        band: int,
+        rope: dict[str, Any] | None,
+        skip_positions: int = 8,
+        with_inputs: bool = False,
+        seed: int = 0,
+        basis: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.layers, self.kv = model, layers, kv
+        self.band, self.skip, self.seed, self.with_inputs = min(band, len(layers)), skip_positions, seed, with_inputs
+        self.basis = basis if basis is not None and basis < kv.values else None
+        self.rope = rope_of(model, rope)
+        self.stack, self.spill = LayerStack(model), Spill(folder)
+        self.attention = attention_modules(model)
+        self.device = model.device
+
+    def collect(
+        self, batches: Sequence[Tensor], *, made_from: str, on_tokens: Callable[[int], None] = lambda _: None
+    ) -> Stats:
+        """Moments of batches of token ids [B, T].
+
+        Args:
+            batches: token ids.
+            made_from: hash of source, data and settings.
+            on_tokens: called with tokens that a layer has read, for progress: each batch counts once for every layer
+                forward and once backward.
+
+        Raises:
+            DatasetError: there is no batch.
+            UnsupportedModelError: the model's layers cannot be run one after another.
+        """
+        if not batches:
+            raise DatasetError("no calibration tokens were read", remedy="pass a longer --dataset")
+        try:
+            self._forward(batches, on_tokens)
+            self._top(batches)
+            return self._backward(batches, made_from, on_tokens)
+        finally:
+            self.spill.clear()
+
+    def _forward(self, batches: Sequence[Tensor], on_tokens: Callable[[int], None]) -> None:
+        """Leave the hidden states that each layer gets in `hidden-<layer>-<batch>`."""
+        for b, ids in enumerate(batches):
+            self.spill.put(f"hidden-0-{b}", self.stack.embed(ids.to(self.device)))
+        for number in range(len(self.stack)):
+            for b, ids in enumerate(batches):
+                with torch.no_grad():
+                    hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device)
+                    cache = RecordingCache(self.model.config, set())
+                    out = self.stack.run(number, hidden, tuple(ids.shape), cache)
+                self.spill.put(f"hidden-{number + 1}-{b}", out)
+                on_tokens(ids.numel())
+
+    def _top(self, batches: Sequence[Tensor]) -> None:
+        """Leave the gradient of the last layer's output in `gradient-<batch>`."""
+        top = len(self.stack)
+        for b, ids in enumerate(batches):
+            hidden = self.spill.get(f"hidden-{top}-{b}").to(self.device).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self.stack.logits(ids.to(self.device), hidden)
+            logits.backward(sampled_label_gradient(logits, batch_generator(self.seed, b)))
+            assert hidden.grad is not None
+            self.spill.put(f"gradient-{b}", hidden.grad)
+            self.spill.drop(f"hidden-{top}-{b}")
+
+    def _backward(self, batches: Sequence[Tensor], made_from: str, on_tokens: Callable[[int], None]) -> Stats:
+        found = self._empty()
+        count = 0
+        for number in reversed(range(len(self.stack))):
+            own = self.layers.index(number) if number in self.layers else None
+            metric = self._zeros(self.kv.values, self.kv.values)
+            for b, ids in enumerate(batches):
+                tap = self._step_back(number, b, ids)
+                on_tokens(ids.numel())
+                if own is None:
+                    continue
+                gradient = self._rows(tap.gradient)
+                metric += gradient.mT @ gradient
+                self.spill.put(f"values-{own}-{b}", self._rows(tap.values))
+                if self.with_inputs:
+                    self.spill.put(f"inputs-{b}", self._rows(tap.hidden))
+            if own is not None:
+                count = self._finish(found, own, metric, len(batches))
+        return Stats(layers=self.layers, kv=self.kv, tokens=count, made_from=made_from, **found)
+
+    def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
+        """Run one layer on one batch with a graph, and pass the gradient through it."""
+        hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_()
+        tap, taps, handles = Tap(), {}, []
+        if number in self.layers:
+            taps[number] = tap
+            handles.append(self.attention[number].register_forward_pre_hook(tap_hook(tap), with_kwargs=True))
+        rotation = None if self.rope is None else self.rope(torch.arange(ids.shape[1], device=self.device)[None])
+        try:
+            with torch.enable_grad():
+                cache = ProbeCache(self.model.config, taps, rotation)
+                out = self.stack.run(number, hidden, tuple(ids.shape), cache)
+            out.backward(self.spill.get(f"gradient-{b}").to(out.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert hidden.grad is not None
+        self.spill.put(f"gradient-{b}", hidden.grad)
+        self.spill.drop(f"hidden-{number}-{b}")
+        return tap
+
+    def _finish(self, found: dict[str, Tensor], own: int, metric: Tensor, batches: int) -> int:
+        """Moments of a layer that has seen all batches, with itself and the layers above; how many tokens they are."""
+        count = sum(len(self.spill.get(f"values-{own}-{b}")) for b in range(batches))
+        mean = self._total("values", own, batches) / count
+        found["mean"][own] = mean.cpu()
+        fisher = metric / count
+        for b in range(batches):
+            self.spill.put(f"values-{own}-{b}", self._held("values", own, b) - mean.float())
+        if self.basis is not None:
+            covariance = self._product("values", own, own, batches) / count
+            basis = leading_directions(covariance.float(), fisher.float(), self.basis, seed=self.seed)
+            found["reading"][own], found["writing"][own] = basis.reading.cpu(), basis.writing.cpu()
+            found["dropped"][own] = basis.dropped
+            fisher = basis.writing.mT.double() @ fisher @ basis.writing.double()
+            for b in range(batches):
+                self.spill.put(f"values-{own}-{b}", self._held("values", own, b) @ basis.reading.mT)
+        found["fisher"][own] = fisher.cpu()
+        reach = range(min(self.band, len(self.layers) - own))
+        for j in reach:
+            found["covariance"][own, j] = (self._product("values", own, own + j, batches) / count).cpu()
+        if self.with_inputs:
+            centre = self._total("inputs", None, batches) / count
+            found["input_mean"][own] = centre.cpu()
+            for b in range(batches):
+                self.spill.put(f"inputs-{b}", self._held("inputs", None, b) - centre.float())
+            found["input_covariance"][own] = (self._product("inputs", None, None, batches) / count).cpu()
+            for j in reach:
+                found["input_cross"][own, j] = (self._product("inputs", None, own + j, batches) / count).cpu()
+        for b in range(batches):
+            self.spill.drop(f"values-{own + self.band - 1}-{b}")
+        return count
+
+    def _total(self, kind: str, layer: int | None, batches: int) -> Tensor:
+        """Sum over tokens of a layer's rows, in fp64."""
+        return torch.stack([self._held(kind, layer, b).sum(0, dtype=torch.float64) for b in range(batches)]).sum(0)
+
+    def _product(self, kind: str, left: int | None, right: int | None, batches: int) -> Tensor:
+        """Sum over tokens of the outer products of two layers' rows, formed in fp32 and folded into fp64."""
+        total: Tensor | None = None
+        for b in range(batches):
+            a = self._held(kind, left, b)
+            other = a if right == left else self._held("values", right, b)
+            part = a.mT @ other
+            total = part.double() if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def _held(self, kind: str, layer: int | None, b: int) -> Tensor:
+        name = f"{kind}-{b}" if layer is None else f"{kind}-{layer}-{b}"
+        return self.spill.get(name).to(self.device)
+
+    def _empty(self) -> dict[str, Tensor]:
+        """Where the moments go, on the CPU in fp32."""
+        layers, n, band = len(self.layers), self.kv.values, self.band
+        q, text_config = self.basis or n, self.model.config.get_text_config()
+        shapes: dict[str, tuple[int, ...]] = {
+            "mean": (layers, n),
+            "covariance": (layers, band, q, q),
+            "fisher": (layers, q, q),
+        }
+        if self.basis is not None:
+            shapes |= {"reading": (layers, q, n), "writing": (layers, n, q), "dropped": (layers,)}
+        if self.with_inputs:
+            h = text_config.hidden_size
+            shapes |= {
+                "input_mean": (layers, h),
+                "input_covariance": (layers, h, h),
+                "input_cross": (layers, band, h, q),
+            }
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+    def _rows(self, x: Tensor | None) -> Tensor:
+        assert x is not None, "the layer did not call its cache"
+        return x.detach()[:, self.skip :].flatten(0, 1).float()

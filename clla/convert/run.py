@@ -1,0 +1,337 @@
+"""One conversion's stages, each of which looks for its result in the work directory before it computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clla import console
+from clla.artifacts import Codec, Plan, Stats, digest
+from clla.baselines.stored import SourceCache
+from clla.calibrate.collect import Collector, collect
+from clla.calibrate.data import (
+    fingerprint,
+    load_documents,
+    report_windows,
+    self_written,
+    split_held_out,
+    token_batches,
+)
+from clla.calibrate.positions import rope_settings
+from clla.calibrate.stream import StreamedCollector
+from clla.convert.assemble import attach, clla_block
+from clla.convert.checkpoint import check_disk
+from clla.convert.factor import make_codec
+from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS
+from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
+from clla.convert.spectra import Spectra
+from clla.convert.surrogates import needs_inputs, surrogate_stats
+from clla.errors import CorruptArtifactError, UsageError
+from clla.evaluate.perplexity import Subject, compare
+from clla.placement import choose_placement
+from clla.recipe import Provenance, Recipe, parse_budget
+from clla.source import Source, pick_dtype
+
+DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
+DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
+MAX_DEFAULT_CONTEXT = 32_768
+DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
+HIDDEN_ROOM = 0.2  # of the free memory, that hidden states may take before they are spilled to disk
+T = TypeVar("T", Stats, Plan, Codec)
+
+
+def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
+    """Fill in every derived default, check the budget against the model, and note where it ran.
+
+    Raises:
+        UsageError: the budget does not fit the model.
+    """
+    budget = parse_budget(recipe.budget.kv_budget, source_bytes=source.bytes_per_token)
+    context = recipe.budget.at_context
+    if context is None:
+        context = min(getattr(source.config, "max_position_embeddings", None) or 4096, MAX_DEFAULT_CONTEXT)
+    sinks, window = recipe.budget.sinks, recipe.budget.window
+    if window is None:
+        window = derive_window(
+            recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context or None, sinks=sinks
+        )
+    latent_bits(
+        recipe.plan,
+        budget=budget,
+        source_bytes=source.bytes_per_token,
+        context=context or None,
+        window=window,
+        sinks=sinks,
+        evict=recipe.budget.evict,
+    )
+    tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
+    batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
+    dtype = str(pick_dtype(recipe.runtime.compute_dtype, source.dtype, device)).removeprefix("torch.")
+    filled = recipe.override(
+        {
+            "calibration": {"tokens": tokens, "batch_size": batch_size},
+            "budget": {"at_context": context, "window": window},
+            "plan": {"max_group_size": min(recipe.plan.max_group_size, len(source.layers))},
+            "runtime": {"compute_dtype": dtype},
+        }
+    )
+    versions = {package: version(package) for package in ("clla", "torch", "transformers")}
+    where = Provenance(model=source.name, revision=source.revision, versions=versions)
+    return filled.model_copy(update={"provenance": where})
+
+
+def weigh(stats: Stats, recipe: Recipe) -> Spectra:
+    """Weighted moments as the recipe's metric wants them."""
+    power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
+    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source)
+
+
+class Run:
+    """Stages of one conversion; each looks for its result in the work directory before it computes it."""
+
+    def __init__(
+        self, source: Source, recipe: Recipe, device: torch.device, work: Path, *, hold_out: bool = True
+    ) -> None:
+        self.hold_out = hold_out  # False: calibrate on all of the text, when another one is measured on
+        self.source, self.recipe, self.device, self.work = source, recipe, device, work
+        self.tokenizer = source.load_tokenizer()
+        self._model: PreTrainedModel | None = None
+        self.dtype: torch.dtype = getattr(torch, recipe.runtime.compute_dtype)
+        self.weight_bytes = source.parameters * self.dtype.itemsize
+        self.placement = choose_placement(recipe.runtime.placement, self.weight_bytes, device)
+        plan = recipe.plan
+        inputs = needs_inputs(plan.metric, plan.source)
+        calibration = recipe.calibration.model_dump(mode="json")
+        text = fingerprint(recipe.calibration.dataset)
+        self.stats_key = digest(
+            source.revision, calibration, text, hold_out, plan.max_group_size, inputs, recipe.runtime.compute_dtype
+        )
+        self.plan_key = digest(self.stats_key, plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
+
+    def model(self) -> PreTrainedModel:
+        if self._model is None:
+            console.say(f"Loading {self.source.name}")
+            self._model = self._load(self.dtype)
+        return self._model
+
+    def model_as_stored(self) -> PreTrainedModel:
+        """The source in its own dtype; its layers stay on disk where they are."""
+        streamed = self.placement == "stream" and self.dtype != self.source.dtype
+        return self._load(self.source.dtype) if streamed else self.model()
+
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        offload = self.work / f"offload-{dtype}".replace("torch.", "")
+        return self.source.load_model(dtype=dtype, device=self.device, placement=self.placement, offload=offload)
+
+    @property
+    def streams(self) -> bool:
+        """Whether moments are collected layer by layer: the model or all its moments at once would not fit."""
+        free = psutil.virtual_memory().available
+        wide = self.source.kv.values > self.recipe.calibration.basis
+        return self.placement == "stream" or wide or moment_bytes(self.source, self.recipe, streamed=False) > free
+
+    @property
+    def shard_size(self) -> str:
+        """Of the weight files: where layers are read from disk no more than one of them should be in memory."""
+        layers = self.source.config.get_text_config().num_hidden_layers
+        return f"{max(1, self.weight_bytes // layers // 1_000_000)}MB" if self.placement == "stream" else "5GB"
+
+    @cached_property
+    def rope(self) -> dict[str, Any] | None:
+        """How the model rotates its keys."""
+        return rope_settings(self.model(), self.source.layers)
+
+    def stats(self) -> Stats:
+        path = self.work / f"stats-{self.stats_key}.safetensors"
+        if (found := _kept(path, Stats.load, self.stats_key, "Calibrating")) is not None:
+            return found
+        calibration, plan = self.recipe.calibration, self.recipe.plan
+        options: dict[str, Any] = {
+            "layers": self.source.layers,
+            "kv": self.source.kv,
+            "band": plan.max_group_size,
+            "skip_positions": calibration.skip_positions,
+            "rope": self.rope,
+            "with_inputs": needs_inputs(plan.metric, plan.source),
+            "seed": calibration.seed,
+        }
+        stats = self._streamed_stats(options) if self.streams else self._stats_at_once(options)
+        if stats.dropped is not None:
+            lost = float(stats.dropped.sum())
+            console.say(
+                f"Moments are kept in {stats.width} of {stats.kv.values} coordinates a layer; what these lack costs "
+                f"{lost:.2g} nats a token by second order"
+            )
+        if PartialState().is_main_process:
+            stats.save(path)
+        return stats
+
+    def _stats_at_once(self, options: dict[str, Any]) -> Stats:
+        calibration, batches = self.recipe.calibration, self.batches()
+        if isinstance(batches, list):
+            total = sum(batch.numel() for batch in batches)
+        else:
+            total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
+        collector = Collector(self.model(), **options)
+        with console.progress("Calibrating (tokens)", total) as advance:
+            return collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
+
+    def _streamed_stats(self, options: dict[str, Any]) -> Stats:
+        """Layer by layer; hidden states go to the work directory where they would take much of the memory."""
+        if PartialState().num_processes > 1:
+            raise UsageError(
+                "several processes for a model that is calibrated layer by layer",
+                expected="one process",
+                remedy="run it without accelerate launch",
+            )
+        batches = list(self.batches())
+        tokens, layers = sum(batch.numel() for batch in batches), self.source.config.get_text_config().num_hidden_layers
+        width = self.source.config.get_text_config().hidden_size * self.dtype.itemsize
+        wanted = tokens * ((layers + 2) * width + 4 * (self.recipe.plan.max_group_size + 1) * self.source.kv.values)
+        in_memory = self.placement != "stream" and wanted < HIDDEN_ROOM * psutil.virtual_memory().available
+        folder = None if in_memory else self.work / "spill"
+        if folder is not None:
+            check_disk(folder, wanted, instead="read fewer --calibration-tokens")
+        collector = StreamedCollector(self.model(), basis=self.recipe.calibration.basis, folder=folder, **options)
+        with console.progress("Calibrating (tokens a layer)", tokens * 2 * layers) as advance:
+            return collector.collect(batches, made_from=self.stats_key, on_tokens=advance)
+
+    def batches(self, sequence_length: int | None = None) -> list[Tensor] | Iterator[Tensor]:
+        """Token ids [B, T] of the calibration text, T the recipe's unless given.
+
+        An iterator while the model writes its own text.
+        """
+        c = self.recipe.calibration
+        length = sequence_length or c.sequence_length
+        assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
+        if c.dataset == "self":
+            return self_written(self.model(), self.tokenizer, tokens=c.tokens, sequence_length=length, seed=c.seed)
+        documents = load_documents(c.dataset)
+        batches = token_batches(
+            split_held_out(documents)[0] if self.hold_out else documents,
+            self.tokenizer,
+            tokens=c.tokens,
+            sequence_length=length,
+            batch_size=c.batch_size,
+            seed=c.seed,
+        )
+        found = sum(batch.numel() for batch in batches)
+        if found < c.tokens:
+            console.say(f"The text has only {found} tokens of the {c.tokens} wanted, in whole sequences")
+        return batches
+
+    def plan(self, stats: Stats, spectra: Spectra) -> Plan:
+        path = self.work / f"plan-{self.plan_key}.json"
+        PartialState().wait_for_everyone()
+        if (found := _kept(path, Plan.load, self.plan_key, "Planning")) is not None:
+            return found
+        config, budget = self.recipe.plan, self.recipe.budget
+        assert budget.window is not None
+        with console.progress("Planning (steps)", count_candidates(config, len(stats.layers))) as advance:
+            plan = make_plan(
+                stats,
+                config,
+                budget=parse_budget(budget.kv_budget, source_bytes=self.source.bytes_per_token),
+                context=budget.at_context or None,
+                window=budget.window,
+                sinks=budget.sinks,
+                evict=budget.evict,
+                kv_itemsize=self.source.dtype.itemsize,
+                kept_layers=self.source.kept_layers,
+                kept_window=self.source.kept_window,
+                made_from=self.plan_key,
+                spectra=spectra,
+                measure=self.damage(stats, spectra) if config.planner == "kvsharer" else None,
+                on_step=advance,
+            )
+        if PartialState().is_main_process:
+            plan.save(path)
+        return plan
+
+    def damage(self, stats: Stats, spectra: Spectra) -> Callable[[Plan], float]:
+        """A function that gives the KL to the source, nats a token, of the model running on a plan.
+
+        Measured on the first calibration sequences, streamed at most `DAMAGE_CHUNK` tokens a step.
+        """
+        rows = torch.cat(list(islice(self.batches(), DAMAGE_SEQUENCES)))[:DAMAGE_SEQUENCES].to(self.device)
+        source = Subject(self.model(), lambda: SourceCache(self.source.config, self.source.dtype))
+
+        def measured(plan: Plan) -> float:
+            converted = attach(self.model(), make_codec(spectra, plan, stats), self.block(plan))
+            subjects = {"source": source, "converted": Subject(converted, converted.new_cache)}
+            found = compare(subjects, rows, chunk=min(DAMAGE_CHUNK, plan.window or DAMAGE_CHUNK))
+            converted.release_source()
+            return found["converted"].kl
+
+        return measured
+
+    def block(self, plan: Plan) -> dict[str, Any]:
+        """The config's `clla` block of a plan for this source."""
+        return clla_block(
+            plan,
+            rope=self.rope,
+            kv_dtype=self.source.dtype,
+            prefill_chunk=self.recipe.runtime.prefill_chunk,
+        )
+
+    def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
+        path = self.work / f"codec-{self.plan_key}.safetensors"
+        if (found := _kept(path, Codec.load, self.plan_key, "Factoring")) is not None:
+            return found
+        with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
+            result = make_codec(spectra, plan, stats, on_step=advance)
+        if PartialState().is_main_process:
+            result.save(path)
+        return result
+
+    def report_windows(self) -> tuple[Tensor, bool]:
+        """Token ids [N, T] to measure on, and whether calibration left them out.
+
+        A text too short to keep enough back is measured on as a whole, and the report says so.
+        """
+        c = self.recipe.calibration
+        return report_windows(
+            c.dataset, self.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=c.sequence_length
+        )
+
+
+def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
+    """Peak memory of moments and spectra.
+
+    Moments and weighted moments in fp32, metric and its inverse in fp64, and, unless layers are collected one at a
+    time, sums of all of them in fp64.
+    """
+    layers, n = len(source.layers), min(source.kv.values, recipe.calibration.basis)
+    band = min(recipe.plan.max_group_size, layers)
+    total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40)
+    if source.kv.values > n:  # reading and writing, and one layer's whole moments
+        total += 8 * source.kv.values * (layers * n + 5 * source.kv.values)
+    if needs_inputs(recipe.plan.metric, recipe.plan.source):
+        hidden = source.config.get_text_config().hidden_size
+        total += layers * hidden * (12 * band * n + 28 * hidden)
+    return total
+
+
+def _kept(path: Path, load: Callable[[Path], T], made_from: str, doing: str) -> T | None:
+    """The result of a stage, if an earlier run kept it, whole and made from the same."""
+    if not path.exists():
+        return None
+    try:
+        found = load(path)
+    except CorruptArtifactError as error:
+        console.say(f"{doing} again: {error.got}")
+        return None
+    if found.made_from != made_from:
+        console.say(f"{doing} again: {path} was made from something else")
+        return None
+    return found
