@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, OTHER_CONFIGS, SIZES, byte_tokenizer, pico
-from helpers import converted_of, plan_of, tokens
+from helpers import converted_of, finish, plan_of, tokens, two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -328,13 +328,11 @@ def test_two_processes_calibrate_as_one(pico_dir: Path, text_file: Path, tmp_pat
     command = ["convert", pico_dir, "--dataset", text_file, *SMALL, "--json"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert clla(*command, "-o", one, "--work-dir", tmp_path / "a").exit_code == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "clla"]
-    launch += [str(a) for a in (*command, "-o", two, "--work-dir", tmp_path / "b")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.strip().splitlines()) == 1 and json.loads(done.stdout)["output"] == str(two)
+    processes = two_processes("-m", "clla", *command, "-o", two, "--work-dir", tmp_path / "b")
+    finish(processes)
+    refused = two_processes("-m", "clla", *command, "-o", tmp_path / "no", "--placement", "stream")
+    assert "one process" in refused[0].communicate(timeout=300)[0] + refused[1].communicate(timeout=300)[0]
+    assert all(process.returncode == 2 for process in refused) and not (tmp_path / "no").exists()
     a, b = (Stats.load(next((tmp_path / name).glob("stats-*"))) for name in "ab")
     assert a.tokens == b.tokens
     for key, value in tensors(a).items():

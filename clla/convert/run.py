@@ -157,6 +157,12 @@ class Run:
                 return Stats.load(path)
             except CorruptArtifactError as error:
                 console.say(f"Calibrating again: {error.got}")
+        if self.streams and PartialState().num_processes > 1:
+            raise UsageError(
+                "several processes for a model that is calibrated layer by layer",
+                expected="one process",
+                remedy="run it without accelerate launch",
+            )
         calibration, plan = self.recipe.calibration, self.recipe.plan
         options: dict[str, Any] = {
             "layers": self.source.layers,
@@ -190,12 +196,6 @@ class Run:
 
     def _streamed_stats(self, options: dict[str, Any]) -> Stats:
         """Layer by layer; hidden states go to the work directory where they would take much of the memory."""
-        if PartialState().num_processes > 1:
-            raise UsageError(
-                "several processes for a model that is calibrated layer by layer",
-                expected="one process",
-                remedy="run it without accelerate launch",
-            )
         batches = list(self.batches())
         tokens, layers = sum(batch.numel() for batch in batches), self.source.config.get_text_config().num_hidden_layers
         width = self.source.config.get_text_config().hidden_size * self.dtype.itemsize
