@@ -33,7 +33,7 @@ from clla.errors import UnsupportedModelError, UsageError
 from clla.families import kv_shape, split_layers
 from clla.placement import choose_placement, layers_on_disk
 
-SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "0", "--kv-budget", "25%"]
+SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "0", "--kv-budget", "10%"]
 SMALL += ["--window", "16", "--no-report", "--device", "cpu"]
 
 
@@ -261,8 +261,9 @@ def test_shards_have_the_size_asked_for(pico_dir: Path, text_file: Path, tmp_pat
     out = tmp_path / "out"
     command = ["convert", pico_dir, "-o", out, "--dataset", text_file, *SMALL, "--max-shard-size", "100KB"]
     assert clla(*command).exit_code == 0
-    sizes = [path.stat().st_size for path in out.glob("model-*.safetensors")]
-    assert len(sizes) > 4 and max(sizes) < 110_000
+    shards = {path: load_file(path) for path in out.glob("model-*.safetensors")}
+    assert len(shards) > 4
+    assert all(path.stat().st_size < 110_000 or len(held) == 1 for path, held in shards.items())
 
 
 LIMITED = """
@@ -338,5 +339,6 @@ def test_two_processes_calibrate_as_one(pico_dir: Path, text_file: Path, tmp_pat
     for key, value in tensors(a).items():
         torch.testing.assert_close(getattr(b, key), value, rtol=1e-5, atol=1e-6 * float(value.abs().max()))
     weights = [load_file(path / "model.safetensors") for path in (one, two)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name].abs(), value.abs(), rtol=1e-2, atol=1e-2 * float(value.abs().max()))
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items() if "source." in name)
+    costs = [json.loads((path / "clla_report.json").read_text())["predicted_kl"] for path in (one, two)]
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)

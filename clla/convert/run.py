@@ -143,7 +143,7 @@ class Run:
     def shard_size(self) -> str:
         """Of the weight files: where layers are read from disk no more than one of them should be in memory."""
         layers = self.source.config.get_text_config().num_hidden_layers
-        return f"{max(1, self.weight_bytes // layers // 1_000_000)}MB" if self.placement == "stream" else "5GB"
+        return f"{max(1, self.weight_bytes // layers // 1000)}KB" if self.placement == "stream" else "5GB"
 
     @cached_property
     def rope(self) -> dict[str, Any] | None:
