@@ -67,11 +67,8 @@ OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {}),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {**HALF_SLIDING}),
-    "dbrx": ("dbrx", {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 1024,
-                      "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-                      "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}}),
     "diffllama": ("diffllama", {}),
-    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16}),
     "exaone4": ("exaone4", {**HALF_SLIDING}),
     "gemma": ("gemma", {"head_dim": 16}),
     "gemma3n_text": ("gemma3n_text", {"num_hidden_layers": 6, "sliding_window": 24, "layer_types": [SLIDING, FULL] * 3,
@@ -90,7 +87,6 @@ OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                                               "num_experts_per_tok": 2, "mamba_n_heads": 8, "mamba_d_head": 16,
                                               "mamba_d_state": 16, "mamba_chunk_size": 16}),
     "helium": ("helium", {"head_dim": 16}),
-    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16}),
     "lfm2": ("lfm2", {"layer_types": ["conv", FULL, "conv", FULL]}),
     "llama4_text": ("llama4_text", {"layer_types": ["chunked_attention", FULL] * 2, "attention_chunk_size": 24,
                                     "no_rope_layers": [1, 0, 1, 0], "head_dim": 16, "num_local_experts": 4,
@@ -121,7 +117,7 @@ OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "xglm": ("xglm", {"ffn_dim": 96}),
 }  # fmt: skip
 # No grouped heads.
-OWN_HEADS = ("bloom", "dbrx", "falcon", "gpt2", "gpt_neox", "modernbert-decoder", "mpt", "opt", "persimmon", "xglm")
+OWN_HEADS = ("bloom", "falcon", "gpt2", "gpt_neox", "modernbert-decoder", "mpt", "opt", "persimmon", "xglm")
 
 
 def pico_config(kind: str, *, without: Sequence[str] = (), **extra: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clla.families import FAMILIES
+from clla.families import FAMILIES, NO_CACHE
 from clla.source import Source
 
 CHECKS = ("full rank", "first source", "step by step", "padding", "bytes", "save and load", "generate", "without clla")
@@ -15,6 +15,40 @@ ROTATIONS = {
     "halves_once": "halves",
     "pairs": "pairs",
     "pairs_of_halves": "pairs",
+}
+# What is special about models outside the table in `clla.families`.
+SPECIAL = {
+    "apertus": "QK-norm",
+    "bamba": "hybrid: Mamba 2",
+    "bloom": "ALiBi",
+    "cohere": "attention beside the MLP",
+    "cohere2": "sliding layers, the others without RoPE",
+    "diffllama": "difference of two attentions",
+    "exaone4": "sliding layers, the others without RoPE; QK-norm",
+    "gemma3n_text": "last layers read the cache of earlier ones, sliding layers, QK-norm",
+    "gemma4_text": "last layers read the cache of earlier ones, sliding layers with heads of another size, QK-norm",
+    "glm": "partial rotary",
+    "glm4_moe": "partial rotary, mixture of experts",
+    "gpt_bigcode": "multi-query, learned positions",
+    "gpt_oss": "attention sinks as weights, sliding layers, mixture of experts",
+    "granitemoehybrid": "hybrid: Mamba 2, mixture of experts",
+    "lfm2": "hybrid: convolutions, QK-norm",
+    "llama4_text": "chunked layers, the others without RoPE, mixture of experts",
+    "ministral": "sliding layers",
+    "modernbert-decoder": "sliding layers",
+    "mpt": "ALiBi",
+    "nemotron": "partial rotary",
+    "nemotron_h": "hybrid: Mamba 2, layers without attention",
+    "olmo3": "norm over all heads, sliding layers",
+    "olmo_hybrid": "hybrid: gated delta rule, norm over all heads",
+    "olmoe": "norm over all heads, mixture of experts",
+    "persimmon": "QK-norm, partial rotary",
+    "phi": "partial rotary",
+    "qwen2_moe": "mixture of experts",
+    "qwen3_5_text": "hybrid: gated delta rule, QK-norm, output gate",
+    "qwen3_next": "hybrid: gated delta rule, QK-norm, output gate, mixture of experts",
+    "stablelm": "partial rotary",
+    "xglm": "sinusoidal positions",
 }
 INTRODUCTION = """# Models
 
@@ -86,8 +120,8 @@ class Table:
             if rope["plain_layers"]:
                 keys += f", not in layers {', '.join(map(str, rope['plain_layers']))}"
         kinds = getattr(source.config, "layer_types", None)
-        alone = sorted({kinds[i] for i in source.kept_layers}) if kinds else []
-        self.families[name] = (FAMILIES.get(kind, ""), keys, ", ".join(alone).replace("_", " ") or "–")
+        alone = sorted({kinds[i] for i in source.kept_layers} - set(NO_CACHE)) if kinds else []
+        self.families[name] = ({**SPECIAL, **FAMILIES}.get(kind, "–"), keys, ", ".join(alone).replace("_", " ") or "–")
 
     def passed(self, name: str, check: str, verdict: str = "ok") -> None:
         """Note a check that a family passed."""
