@@ -38,6 +38,7 @@ from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
+from clla.families import FAMILIES
 from clla.placement import choose_placement
 from clla.recipe import Provenance, Recipe, parse_budget
 from clla.source import Source, pick_dtype
@@ -148,7 +149,8 @@ class Run:
     @cached_property
     def rope(self) -> dict[str, Any] | None:
         """How the model rotates its keys."""
-        return rope_settings(self.model(), self.source.layers)
+        trusted = self.placement == "stream" and self.source.config.model_type in FAMILIES
+        return rope_settings(self.model(), self.source.layers, trusted=trusted)
 
     def stats(self) -> Stats:
         path = self.work / f"stats-{self.stats_key}.safetensors"

@@ -212,7 +212,9 @@ class LatentGroup:
         """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
         if start >= self.timeline.max_padding + self.sinks:
             return
-        order = torch.arange(self.sinks, device=recent.device) + self.timeline.padding.to(recent.device)[:, None] - start  # [B, S]
+        order = (
+            torch.arange(self.sinks, device=recent.device) + self.timeline.padding.to(recent.device)[:, None] - start
+        )  # [B, S]
         inside = ((order >= 0) & (order < count))[:, None, :, None]
         found = recent.gather(2, self._spread(order, count)).to(self.storage_dtype)
         held.sink[index] = torch.where(inside, found, held.sink[index])
