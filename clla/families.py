@@ -7,6 +7,7 @@ are tested; others are tried if their config describes ordinary attention.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -40,19 +41,24 @@ _BOTH = "its layers keep attention and a recurrent state in one"
 REFUSED: dict[str, str] = {
     "axk1": _LATENT,
     "axk2": _LATENT,
+    "bailing_hybrid": _LATENT,
     "clla": "it is converted already: convert its source model instead",
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
     "deepseek_v4": _LATENT,
+    "dots3_note": _LATENT,
+    "dots3_note_text": _LATENT,
     "falcon_h1": _BOTH,
     "falcon_mamba": _STATE,
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
+    "hy_v4": _LATENT,
     "kimi_linear": _LATENT,
     "longcat_flash": _LATENT,
     "mamba": _STATE,
     "mamba2": _STATE,
+    "minimax": "it insists on a cache of its own",
     "minicpm3": _LATENT,
     "recurrent_gemma": _STATE,
     "rwkv": _STATE,
@@ -61,6 +67,7 @@ REFUSED: dict[str, str] = {
     "youtu": _LATENT,
     "zamba": _BOTH,
     "zamba2": _BOTH,
+    "zaya": _BOTH,
 }
 ATTENTION, LEFT_ALONE = "full_attention", ("sliding_attention", "chunked_attention", "linear_attention", "conv")
 NO_CACHE = ("mlp", "moe")
@@ -72,7 +79,7 @@ def check_family(config: Any) -> None:
     Raises:
         UnsupportedModelError: no decoder, no causal language model, or attention of another form.
     """
-    kind, text = config.model_type, config.get_text_config()
+    kind = config.model_type
     supported = "one of " + ", ".join(sorted(FAMILIES)) + ", or a decoder with ordinary attention"
     if kind in REFUSED:
         raise UnsupportedModelError(
@@ -81,6 +88,19 @@ def check_family(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{kind!r} is an encoder-decoder model", expected=supported, remedy="convert a decoder-only model"
+        )
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{kind!r} is made of several models", expected=supported, remedy="convert a decoder-only model"
+        ) from error
+    if text is not config:
+        raise UnsupportedModelError(
+            f"{kind!r} is made of a language model and others, for images or sound",
+            expected=supported,
+            remedy="save its language model as a checkpoint of its own, in the five lines that docs/models.md gives, "
+            "and convert that",
         )
     architectures = getattr(config, "architectures", None) or []
     causal = [name for name in architectures if "CausalLM" in name or "LMHead" in name]
@@ -107,6 +127,7 @@ def check_family(config: Any) -> None:
                 expected=supported,
                 remedy="open an issue naming the model if its cache is an ordinary key-value cache",
             )
+    _check_rope(text)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             f"the weights of this {kind!r} model are quantized",
@@ -115,13 +136,44 @@ def check_family(config: Any) -> None:
         )
 
 
+def _check_rope(text: Any) -> None:
+    """Refuse rotations that change while a sequence grows: keys would be turned back by another angle than forth."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    length = getattr(text, "max_position_embeddings", None) or math.inf
+    for settings in by_layer_type or [rope]:
+        kind = settings.get("rope_type")
+        original = settings.get("original_max_position_embeddings") or length
+        if kind == "dynamic":
+            remedy = "remove the scaling from its config.json if contexts stay within the trained length"
+        elif kind == "longrope" and length > original:
+            factor = settings.get("attention_factor") or math.sqrt(1 + math.log(length / original) / math.log(original))
+            remedy = (
+                f'for contexts of up to {original} tokens set "max_position_embeddings": {original} and, beside '
+                f'"short_factor", "attention_factor": {factor:.6f} in its config.json'
+            )
+        else:
+            continue
+        raise UnsupportedModelError(
+            f"this {text.model_type!r} model changes how it rotates its keys when a sequence grows ({kind} RoPE)",
+            expected="rotations that depend on the position alone",
+            remedy=remedy,
+        )
+
+
 def kv_shape(config: Any) -> KVShape:
     """Key-value heads and head dim of a decoder config."""
-    text = config.get_text_config()
+    text = _of_full_layers(config.get_text_config())
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     found = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
     return KVShape(1 if getattr(text, "multi_query", False) else found, head_dim)
+
+
+def _of_full_layers(text: Any) -> Any:
+    """The config as layers with full attention see it, where layers differ in their heads."""
+    by_layer, kinds = getattr(text, "per_layer_config", None), getattr(text, "layer_types", None)
+    return by_layer[kinds.index(ATTENTION)] if by_layer and kinds and ATTENTION in kinds else text
 
 
 def split_layers(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -142,8 +194,9 @@ def split_layers(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
             expected=", ".join((ATTENTION, *LEFT_ALONE)),
             remedy="open an issue naming the model if its cache is an ordinary key-value cache",
         )
-    full = tuple(i for i, kind in enumerate(kinds) if kind == ATTENTION)
-    kept = tuple(i for i, kind in enumerate(kinds) if kind != ATTENTION)
+    own = count - (getattr(text, "num_kv_shared_layers", None) or 0)  # the last ones read what others cached
+    full = tuple(i for i, kind in enumerate(kinds[:own]) if kind == ATTENTION)
+    kept = tuple(i for i, kind in enumerate(kinds[:own]) if kind != ATTENTION)
     if not full:
         raise UnsupportedModelError(
             f"every layer of this {config.model_type!r} model has a bounded cache ({kinds[0]})",

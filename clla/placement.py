@@ -41,6 +41,7 @@ def layers_on_disk(config: Any, device: torch.device) -> dict[str, str]:
         empty = AutoModelForCausalLM.from_config(config)
     name, _ = decoder_layers(empty, config.get_text_config().num_hidden_layers)
     found: dict[str, str] = {}
+    where = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no cpu:0
 
     def fill(module: nn.Module, path: str) -> None:
         for child_name, child in module.named_children():
@@ -50,7 +51,7 @@ def layers_on_disk(config: Any, device: torch.device) -> dict[str, str]:
             elif name.startswith(full + "."):
                 fill(child, full)
             else:
-                found[full] = str(device)
+                found[full] = where
 
     fill(empty, "")
     return found

@@ -52,8 +52,12 @@ class Source:
 
     @property
     def kept_window(self) -> int:
-        """Sliding window of the kept layers; 0 where there are none."""
-        return int(getattr(self.config, "sliding_window", None) or 0) if self.kept_layers else 0
+        """Tokens in the window of the kept layers; 0 where there are none, or they keep a state."""
+        kinds = getattr(self.config, "layer_types", None) or ()
+        chunked = "chunked_attention" in kinds
+        if not self.kept_layers or (kinds and not chunked and "sliding_attention" not in kinds):
+            return 0
+        return int(getattr(self.config, "attention_chunk_size" if chunked else "sliding_window", None) or 0)
 
     @property
     def bytes_per_token(self) -> int:

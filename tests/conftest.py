@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
     "llama-mha": ("llama", {"num_key_value_heads": 4, "attention_bias": True}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "mixtral": ("mixtral", {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -58,19 +61,46 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # Not in the table of `clla.families`: converted because their attention is of the standard form.
 OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("apertus", {}),
+    "bamba": ("bamba", {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
+                        "mamba_chunk_size": 16}),
     "bloom": ("bloom", {}),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {**HALF_SLIDING}),
+    "diffllama": ("diffllama", {}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16}),
     "exaone4": ("exaone4", {**HALF_SLIDING}),
     "gemma": ("gemma", {"head_dim": 16}),
+    "gemma3n_text": ("gemma3n_text", {"num_hidden_layers": 6, "sliding_window": 24, "layer_types": [SLIDING, FULL] * 3,
+                                      "head_dim": 16, "hidden_size_per_layer_input": 16, "laurel_rank": 8,
+                                      "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 2,
+                                      "activation_sparsity_pattern": None}),
+    "gemma4_text": ("gemma4_text", {"num_hidden_layers": 6, "sliding_window": 24, "layer_types": [SLIDING, FULL] * 3,
+                                    "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 16,
+                                    "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 2}),
     "glm": ("glm", {"head_dim": 16, "partial_rotary_factor": 0.5}),
+    "glm4_moe": ("glm4_moe", {"head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 4,
+                              "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
+    "gpt_bigcode": ("gpt_bigcode", {}),
     "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **HALF_SLIDING}),
+    "granitemoehybrid": ("granitemoehybrid", {"layer_types": [LINEAR, FULL, LINEAR, FULL], "num_local_experts": 4,
+                                              "num_experts_per_tok": 2, "mamba_n_heads": 8, "mamba_d_head": 16,
+                                              "mamba_d_state": 16, "mamba_chunk_size": 16}),
     "helium": ("helium", {"head_dim": 16}),
     "lfm2": ("lfm2", {"layer_types": ["conv", FULL, "conv", FULL]}),
+    "llama4_text": ("llama4_text", {"layer_types": ["chunked_attention", FULL] * 2, "attention_chunk_size": 24,
+                                    "no_rope_layers": [1, 0, 1, 0], "head_dim": 16, "num_local_experts": 4,
+                                    "intermediate_size_mlp": 96}),
+    "ministral": ("ministral", {"head_dim": 16, **HALF_SLIDING}),
+    "modernbert-decoder": ("modernbert-decoder", {"local_attention": 24, "layer_types": [SLIDING, FULL] * 2}),
     "mpt": ("mpt", {}),
     "nemotron": ("nemotron", {}),
+    "nemotron_h": ("nemotron_h", {"layer_types": [LINEAR, FULL, "mlp", FULL], "head_dim": 16, "mamba_num_heads": 8,
+                                  "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1}),
     "olmo3": ("olmo3", {**HALF_SLIDING}),
+    "olmo_hybrid": ("olmo_hybrid", {"layer_types": [LINEAR, FULL, LINEAR, FULL]}),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "persimmon": ("persimmon", {}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                                 "shared_expert_intermediate_size": 32}),
@@ -78,18 +108,33 @@ OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                                   "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
                                   "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
                                   "linear_value_head_dim": 16, "layer_types": [LINEAR, FULL, LINEAR, FULL]}),
+    "qwen3_5_text": ("qwen3_5_text", {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                                      "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+                                      "layer_types": [LINEAR, FULL, LINEAR, FULL]}),
     "seed_oss": ("seed_oss", {"head_dim": 16}),
     "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "xglm": ("xglm", {"ffn_dim": 96}),
 }  # fmt: skip
-OWN_HEADS = ("gpt_neox", "gpt2", "opt", "falcon", "bloom", "mpt")  # no grouped heads
+# No grouped heads.
+OWN_HEADS = ("bloom", "falcon", "gpt2", "gpt_neox", "modernbert-decoder", "mpt", "opt", "persimmon", "xglm")
+
+
+def pico_config(kind: str, *, without: Sequence[str] = (), **extra: Any) -> Any:
+    """Config of a tiny model of some kind, without the sizes that it has no use for."""
+    left_out = {*without, *(["num_key_value_heads"] if kind in OWN_HEADS else [])}
+    sizes = {k: v for k, v in SIZES.items() if k not in left_out}
+    return AutoConfig.for_model(kind, **{**sizes, **extra})
 
 
 def pico(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A tiny random model in fp32 whose attention is not uniform."""
     kind, extra = {**FAMILY_CONFIGS, **OTHER_CONFIGS}[name]
-    sizes = {k: v for k, v in SIZES.items() if kind not in OWN_HEADS or k != "num_key_value_heads"}
-    config = AutoConfig.for_model(kind, **{**sizes, **extra})
+    return pico_of(pico_config(kind, **extra), seed)
+
+
+def pico_of(config: Any, seed: int = 0) -> PreTrainedModel:
+    """The same, of a config."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -137,3 +182,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(" ".join(words[i] for i in picks) + ".")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """The table of families is written when all of them went through all checks."""
+    table = sys.modules.get("model_table")
+    if table is not None and exitstatus == 0:
+        table.TABLE.write([*FAMILY_CONFIGS, *OTHER_CONFIGS], Path(__file__).parents[1] / "docs" / "models.md")

@@ -57,7 +57,8 @@ def plan_of(
 ) -> Plan:
     """A plan with the same bits in every tier, full rank unless told otherwise."""
     _, kept = split_layers(model.config)
-    groups = groups or (stats.layers[:3], stats.layers[3:]) if len(stats.layers) > 3 else (stats.layers,)
+    if not groups:
+        groups = (stats.layers[:3], stats.layers[3:]) if len(stats.layers) > 3 else (stats.layers,)
     built = []
     for layers in groups:
         full = model.config.hidden_size if source == "first" else len(layers) * stats.kv.values

@@ -81,7 +81,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "flush_block": (COUNT, odd(0, None, 0.5)),
     },
     "runtime": {
-        "placement": (st.sampled_from(["auto", "memory", "split", "stream"]), odd("nowhere", None, True)),
+        "placement": (st.sampled_from(["auto", "device", "spread", "stream"]), odd("nowhere", None, True)),
         "prefill_chunk": (COUNT, odd(0, None, "x")),
         "compute_dtype": (st.sampled_from(["auto", "float32", "bfloat16", "float16"]), odd("float64", None, 32)),
     },

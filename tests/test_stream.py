@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, OTHER_CONFIGS, SIZES, byte_tokenizer, pico
-from helpers import converted_of, plan_of, tokens
+from helpers import converted_of, finish, plan_of, tokens, two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -33,7 +33,9 @@ from clla.errors import UnsupportedModelError, UsageError
 from clla.families import kv_shape, split_layers
 from clla.placement import choose_placement, layers_on_disk
 
-SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "0", "--kv-budget", "25%"]
+OF_THE_TOKENS = {"gemma3n_text", "gemma4_text"}  # every layer has embeddings of its own
+
+SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "0", "--kv-budget", "10%"]
 SMALL += ["--window", "16", "--no-report", "--device", "cpu"]
 
 
@@ -58,7 +60,7 @@ def tensors(stats: Stats) -> dict[str, Tensor]:
 # --- layer by layer ---
 
 
-@pytest.mark.parametrize("name", sorted({**FAMILY_CONFIGS, **OTHER_CONFIGS}))
+@pytest.mark.parametrize("name", sorted({**FAMILY_CONFIGS, **OTHER_CONFIGS}.keys() - OF_THE_TOKENS))
 def test_streamed_stats_are_the_ordinary_ones(name: str) -> None:
     model = pico(name)
     options = options_of(model)
@@ -68,6 +70,13 @@ def test_streamed_stats_are_the_ordinary_ones(name: str) -> None:
     assert tensors(found).keys() == tensors(expected).keys()
     for key, value in tensors(expected).items():
         torch.testing.assert_close(getattr(found, key), value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("name", sorted(OF_THE_TOKENS))
+def test_layers_that_get_embeddings_of_their_own_are_refused(name: str) -> None:
+    model = pico(name)
+    with pytest.raises(UnsupportedModelError, match="beside their hidden states"):
+        StreamedCollector(model, **options_of(model)).collect(batches(), made_from="test")
 
 
 def test_hidden_states_can_be_spilled(tmp_path: Path) -> None:
@@ -261,8 +270,9 @@ def test_shards_have_the_size_asked_for(pico_dir: Path, text_file: Path, tmp_pat
     out = tmp_path / "out"
     command = ["convert", pico_dir, "-o", out, "--dataset", text_file, *SMALL, "--max-shard-size", "100KB"]
     assert clla(*command).exit_code == 0
-    sizes = [path.stat().st_size for path in out.glob("model-*.safetensors")]
-    assert len(sizes) > 4 and max(sizes) < 110_000
+    shards = {path: load_file(path) for path in out.glob("model-*.safetensors")}
+    assert len(shards) > 4
+    assert all(path.stat().st_size < 110_000 or len(held) == 1 for path, held in shards.items())
 
 
 LIMITED = """
@@ -328,17 +338,16 @@ def test_two_processes_calibrate_as_one(pico_dir: Path, text_file: Path, tmp_pat
     command = ["convert", pico_dir, "--dataset", text_file, *SMALL, "--json"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert clla(*command, "-o", one, "--work-dir", tmp_path / "a").exit_code == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "clla"]
-    launch += [str(a) for a in (*command, "-o", two, "--work-dir", tmp_path / "b")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.strip().splitlines()) == 1 and json.loads(done.stdout)["output"] == str(two)
+    processes = two_processes("-m", "clla", *command, "-o", two, "--work-dir", tmp_path / "b")
+    finish(processes)
+    refused = two_processes("-m", "clla", *command, "-o", tmp_path / "no", "--placement", "stream")
+    assert "one process" in refused[0].communicate(timeout=300)[0] + refused[1].communicate(timeout=300)[0]
+    assert all(process.returncode == 2 for process in refused) and not (tmp_path / "no").exists()
     a, b = (Stats.load(next((tmp_path / name).glob("stats-*"))) for name in "ab")
     assert a.tokens == b.tokens
     for key, value in tensors(a).items():
         torch.testing.assert_close(getattr(b, key), value, rtol=1e-5, atol=1e-6 * float(value.abs().max()))
     weights = [load_file(path / "model.safetensors") for path in (one, two)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name].abs(), value.abs(), rtol=1e-2, atol=1e-2 * float(value.abs().max()))
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items() if "source." in name)
+    costs = [json.loads((path / "clla_report.json").read_text())["predicted_kl"] for path in (one, two)]
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clla.calibrate.lossless import check_lossless
 from clla.errors import UnsupportedModelError
 from clla.families import kv_shape
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
@@ -25,19 +26,28 @@ TOKENS = 8
 
 
 @torch.no_grad()
-def rope_settings(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, Any] | None:
+def rope_settings(model: PreTrainedModel, layers: tuple[int, ...], *, trusted: bool = False) -> dict[str, Any] | None:
     """The `rope` entry of the config's `clla` block.
 
     Args:
         model: the source.
         layers: convertible layer indices.
+        trusted: do not also run the model on a lossless cache, which reads all weights several times.
 
     Returns:
         `form`, a key of `ROPE_FORMS`, and `plain_layers`, those whose keys are not rotated; None if no key is.
 
     Raises:
-        UnsupportedModelError: keys depend on the position in another way, or are not what the config says.
+        UnsupportedModelError: keys depend on the position in another way, are not what the config says, or the
+            model computes something else when they pass through our cache.
     """
+    settings = _find_rope(model, layers)
+    if not trusted:
+        check_lossless(model, layers, settings)
+    return settings
+
+
+def _find_rope(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, Any] | None:
     text_config: Any = model.config.get_text_config()
     far = min(FAR, int(getattr(text_config, "max_position_embeddings", None) or FAR) - 1)
     near_kv, far_kv = _single_tokens(model, layers, 0), _single_tokens(model, layers, far)
@@ -46,9 +56,13 @@ def rope_settings(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, 
     if all(value < SAME for value in plain.values()):
         return None
     learned = all(_difference(near_kv[i][1], far_kv[i][1]) > SAME for i in layers)
-    if learned and rotary_module(model) is None:
+    try:
+        rotates = rotary_module(model) is not None
+    except ValueError:  # several modules, and no telling which layer has which
+        rotates = learned = False
+    if learned and not rotates:
         return None  # positions are in the hidden states: keys are what they are
-    for form in ROPE_FORMS if rotary_module(model) is not None else ():
+    for form in ROPE_FORMS if rotates else ():
         turned = _turned_differences(model, form, near_kv, far_kv, far)
         plain_layers = [i for i in layers if turned is not None and plain[i] <= turned[i]]
         if turned is not None and all(min(plain[i], turned[i]) < SAME for i in layers):

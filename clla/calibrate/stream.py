@@ -70,7 +70,7 @@ class LayerStack:
         self.model = model
         config: Any = model.config.get_text_config()
         _, self.layers = decoder_layers(model, config.num_hidden_layers)
-        self._tuples: bool | None = None  # whether layers return tuples
+        self._outputs: int | None = None  # how long the tuples are that layers return; 0 where they return no tuple
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     def __len__(self) -> int:
@@ -87,8 +87,8 @@ class LayerStack:
             return hidden
 
         with torch.no_grad():
-            if self._tuples is None:
-                self._tuples = self._returns_tuples(input_ids)
+            if self._outputs is None:
+                self._outputs = self._count_outputs(input_ids)
             self._through(input_ids, note)
         known = self._calls.setdefault(tuple(input_ids.shape), calls)
         if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
@@ -111,8 +111,8 @@ class LayerStack:
         """Logits [B, T, V] of the last layer's output."""
         return self._through(input_ids, lambda *_: hidden, with_logits=True).logits
 
-    def _returns_tuples(self, input_ids: Tensor) -> bool:
-        """Whether layers return tuples; the first one is run to see."""
+    def _count_outputs(self, input_ids: Tensor) -> int:
+        """Run the first layer to see what layers return."""
         caught: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def stop(hidden: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -122,7 +122,8 @@ class LayerStack:
         with suppress(_Caught):
             self._through(input_ids[:1, :2], stop)
         hidden, rest, kwargs = caught[0]
-        return isinstance(self.layers[0](hidden, *rest, **kwargs), tuple)
+        out = self.layers[0](hidden, *rest, **kwargs)
+        return len(out) if isinstance(out, tuple) else 0
 
     def _through(
         self,
@@ -137,7 +138,7 @@ class LayerStack:
             hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
             rest = args if args and hidden is not args[0] else args[1:]
             out = instead(hidden, rest, kwargs)
-            return (out,) if self._tuples else out
+            return (out, *[None] * (self._outputs - 1)) if self._outputs else out
 
         with _replaced(self.layers, stand_in):
             options: dict[str, Any] = {CACHE: RecordingCache(self.model.config, set())}

@@ -38,6 +38,7 @@ from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
+from clla.families import FAMILIES
 from clla.placement import choose_placement
 from clla.recipe import Provenance, Recipe, parse_budget
 from clla.source import Source, pick_dtype
@@ -144,17 +145,24 @@ class Run:
     def shard_size(self) -> str:
         """Of the weight files: where layers are read from disk no more than one of them should be in memory."""
         layers = self.source.config.get_text_config().num_hidden_layers
-        return f"{max(1, self.weight_bytes // layers // 1_000_000)}MB" if self.placement == "stream" else "5GB"
+        return f"{max(1, self.weight_bytes // layers // 1000)}KB" if self.placement == "stream" else "5GB"
 
     @cached_property
     def rope(self) -> dict[str, Any] | None:
         """How the model rotates its keys."""
-        return rope_settings(self.model(), self.source.layers)
+        trusted = self.placement == "stream" and self.source.config.model_type in FAMILIES
+        return rope_settings(self.model(), self.source.layers, trusted=trusted)
 
     def stats(self) -> Stats:
         path = self.work / f"stats-{self.stats_key}.safetensors"
         if (found := _kept(path, Stats.load, self.stats_key, "Calibrating")) is not None:
             return found
+        if self.streams and PartialState().num_processes > 1:
+            raise UsageError(
+                "several processes for a model that is calibrated layer by layer",
+                expected="one process",
+                remedy="run it without accelerate launch",
+            )
         calibration, plan = self.recipe.calibration, self.recipe.plan
         options: dict[str, Any] = {
             "layers": self.source.layers,
@@ -188,12 +196,6 @@ class Run:
 
     def _streamed_stats(self, options: dict[str, Any]) -> Stats:
         """Layer by layer; hidden states go to the work directory where they would take much of the memory."""
-        if PartialState().num_processes > 1:
-            raise UsageError(
-                "several processes for a model that is calibrated layer by layer",
-                expected="one process",
-                remedy="run it without accelerate launch",
-            )
         batches = list(self.batches())
         tokens, layers = sum(batch.numel() for batch in batches), self.source.config.get_text_config().num_hidden_layers
         width = self.source.config.get_text_config().hidden_size * self.dtype.itemsize

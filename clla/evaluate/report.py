@@ -219,7 +219,8 @@ def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
         rows.append((f"in all at {at:,}", f"{total_bytes:,.0f} bytes a token ({100 * total_bytes / source:.2f} %)"))
     rows.append(("predicted KL", f"{predicted_kl:.4f} nats a token if no token were exact"))
     if plan.kept_layers:
-        rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by a sliding window"))
+        bounded = f"a window of {plan.kept_window} tokens" if plan.kept_window else "a state of fixed size"
+        rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by {bounded}"))
     for row in rows:
         summary.add_row(*row)
     return [table, summary]

@@ -91,7 +91,7 @@ class LatentGroup:
     def observe(self, hidden: Tensor) -> None:
         """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
         held = self._storage(hidden)
-        rows = self.layout.pack(encode(hidden, self.codec))
+        rows = self.layout.pack(encode(hidden.to(held.rows.device), self.codec))
         if self.strict:
             self.encoded += rows.shape[1]
             held.rows = torch.cat((held.rows, rows), dim=1)
@@ -102,7 +102,7 @@ class LatentGroup:
         """Store one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
         held = self._storage(keys)
         index = self.layers.index(layer)
-        new = torch.cat((keys, values), dim=1)  # [B, 2H, T, d]
+        new = torch.cat((keys, values), dim=1).to(held.rows.device)  # [B, 2H, T, d]
         if self.strict:
             self._capture_sinks(held, index, new, self.timeline.length, new.shape[2])
             both = self._decode(held, index, keys.dtype)
@@ -114,6 +114,7 @@ class LatentGroup:
             self._latents = self._turns = None
             if not self.strict:
                 self._settle(held)
+        both = both.to(keys.device)
         return both[:, : self.heads], both[:, self.heads :]
 
     def _decode(self, held: _Storage, index: int, dtype: torch.dtype) -> Tensor:
@@ -166,14 +167,14 @@ class LatentGroup:
             rows = recent_rows[:, :leaving]
         held.rows = torch.cat((held.rows, rows), dim=1)
         if self.capacity is not None:
-            positions = self.timeline.positions(self.encoded, self.encoded + leaving).to(torch.int32)
+            positions = self.timeline.positions(self.encoded, self.encoded + leaving).to(rows.device, torch.int32)
             held.positions = torch.cat((held.positions, positions.expand(len(rows), -1)), dim=1)
         self.encoded += leaving
 
     @property
     def _padding_kept(self) -> Tensor:
         """[B] padded slots that still have a row; they are the first rows."""
-        return (self.timeline.padding - self.evicted).clamp(min=0)
+        return (self.timeline.padding.to(self.codec.encoder.device) - self.evicted).clamp(min=0)
 
     @torch.no_grad()
     def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -211,7 +212,9 @@ class LatentGroup:
         """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
         if start >= self.timeline.max_padding + self.sinks:
             return
-        order = torch.arange(self.sinks, device=recent.device) + self.timeline.padding[:, None] - start  # [B, S]
+        order = (
+            torch.arange(self.sinks, device=recent.device) + self.timeline.padding.to(recent.device)[:, None] - start
+        )  # [B, S]
         inside = ((order >= 0) & (order < count))[:, None, :, None]
         found = recent.gather(2, self._spread(order, count)).to(self.storage_dtype)
         held.sink[index] = torch.where(inside, found, held.sink[index])
@@ -221,21 +224,22 @@ class LatentGroup:
         return order.clamp(0, count - 1)[:, None, :, None].expand(-1, 2 * self.heads, -1, self.head_dim)
 
     def _storage(self, like: Tensor) -> _Storage:
-        """The tensors kept, allocated at the first token on its device."""
+        """The tensors kept, allocated at the first token beside the codec (layers may lie on several devices)."""
         if self.held is None:
             batch, slots, row = like.shape[0], exact_slots(self.window, self.block), self.layout.row_bytes
+            home = self.codec.encoder.device
 
             def zeros(slots: int) -> Tensor:
                 shape = (len(self.layers), batch, 2 * self.heads, slots, self.head_dim)
-                return torch.zeros(*shape, dtype=self.storage_dtype, device=like.device)
+                return torch.zeros(*shape, dtype=self.storage_dtype, device=home)
 
             self.held = _Storage(
-                rows=torch.empty(batch, 0, row, dtype=torch.uint8, device=like.device),
+                rows=torch.empty(batch, 0, row, dtype=torch.uint8, device=home),
                 exact=zeros(slots),
                 sink=zeros(self.sinks),
-                pending=torch.zeros(batch, slots if self.first else 0, row, dtype=torch.uint8, device=like.device),
-                positions=torch.zeros(batch, 0, dtype=torch.int32, device=like.device),
-                score=torch.zeros(batch, 0, dtype=torch.float16, device=like.device),
+                pending=torch.zeros(batch, slots if self.first else 0, row, dtype=torch.uint8, device=home),
+                positions=torch.zeros(batch, 0, dtype=torch.int32, device=home),
+                score=torch.zeros(batch, 0, dtype=torch.float16, device=home),
             )
         return self.held
 

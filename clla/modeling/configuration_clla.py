@@ -32,13 +32,17 @@ class CllaConfig(PreTrainedConfig):
                 f"this checkpoint was written with clla schema {version}, this code reads up to "
                 f"{CLLA_SCHEMA_VERSION}: upgrade with pip install -U clla, or pass trust_remote_code=True"
             )
-        self.text_config = text_config
         self.clla = clla
         self.base_model = base_model
         if text_config is not None:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
+        # Last, because the base class validates what `__getattr__` finds (see `validate`).
+        self.text_config = text_config
+
+    def validate(self):
+        """Before saving: the base class would judge what `__getattr__` finds by rules that are not the family's."""
 
     def __getattr__(self, name):
         # Tools that know nothing of nested configs ask for num_hidden_layers and the like.

@@ -35,10 +35,11 @@ def rope_of(model: Any, settings: "Optional[dict[str, Any]]") -> Optional[Rope]:
         return None
     rotary: Any = rotary_module(model)
     like = next(model.get_input_embeddings().parameters())[:1]
+    grids = hasattr(rotary, "mrope_section")  # positions in time, height and width, which are one for text
     if "layer_type" in inspect.signature(rotary.forward).parameters:  # local and global rotations in one module
         rotary = partial(rotary, layer_type="full_attention")
     return Rope(
-        lambda positions: rotary(like.to(positions.device), positions),
+        lambda positions: rotary(like.to(positions.device), positions.expand(3, -1, -1) if grids else positions),
         settings["form"],
         tuple(settings["plain_layers"]),
     )

@@ -92,7 +92,7 @@ def rotate(keys: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False)
         [B, H, T, d]; channels beyond p pass through (partial rotary).
     """
     p = cos.shape[-1]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(1).to(keys.device), sin.unsqueeze(1).to(keys.device)
     rotary, rest = keys[..., :p], keys[..., p:]
     turned = rotary * cos + _swap(rotary, interleaved) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
@@ -104,7 +104,7 @@ def unrotate(keys: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
     Args and shapes as `rotate`, with keys after RoPE.
     """
     p = cos.shape[-1]
-    cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+    cos, sin = cos.unsqueeze(1).to(keys.device).float(), sin.unsqueeze(1).to(keys.device).float()
     rotary, rest = keys[..., :p].float(), keys[..., p:]
     turned = (rotary * cos - _swap(rotary, interleaved) * sin) / (cos.square() + sin.square())
     turned = turned.to(keys.dtype)

@@ -1,0 +1,137 @@
+"""Does a model compute the same when its keys and values pass through our cache and nothing is lost in it?
+
+Attention that reads more than its cache, positions that are counted otherwise, states that forget what came before the
+current call: whatever does not fit shows in the logits, so it is found without knowing the family.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clla.errors import UnsupportedModelError
+from clla.families import kv_shape, split_layers
+from clla.modeling.cache_clla import CllaCache
+from clla.modeling.configuration_clla import CllaConfig
+from clla.modeling.hooks_clla import attention_modules, rope_of
+from clla.modeling.modeling_clla import CllaForCausalLM
+
+TOKENS, CHUNK, WINDOW = 48, 12, 8
+# Relative error of the logits of four tokens in five: what rounding does not explain, and how often the rounding of one
+# layer comes in.
+SAME, ROUNDINGS = 0.01, 3.0
+
+
+class _Raw:
+    """Stands for `RowLayout`, but keeps every bit of fp32."""
+
+    def __init__(self, values: int) -> None:
+        self.row_bytes = 4 * values
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents.float().contiguous().view(torch.uint8)
+
+    def unpack(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return rows.contiguous().view(torch.float32).to(dtype)
+
+
+@torch.no_grad()
+def check_lossless(model: PreTrainedModel, layers: tuple[int, ...], rope: dict[str, Any] | None) -> None:
+    """Run a few tokens through the model's own forward pass, and in parts through our cache with a lossless codec.
+
+    Args:
+        model: the source.
+        layers: convertible layer indices.
+        rope: how their keys are rotated.
+
+    Raises:
+        UnsupportedModelError: the logits differ, or the model cannot run on the cache at all.
+    """
+    config: Any = model.config
+    ids = torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7919 % config.get_text_config().vocab_size
+    expected = model(input_ids=ids).logits
+    ran: set[int] = set()
+    modules = attention_modules(model)
+    hooks = [
+        modules[layer].register_forward_pre_hook(lambda *_, layer=layer: ran.add(layer))
+        for layer in layers
+        if layer in modules
+    ]
+    try:
+        found = _through_the_cache(model, layers, rope, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises that is used in a way it does not know
+        raise _refusal(config, f"running on a compressed cache it says: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if ran != set(layers):
+        missing = sorted(set(layers) - ran)
+        raise _refusal(config, f"no module named …Attention computes the attention of layers {missing}")
+    moved = _difference(found, expected)
+    if not moved < SAME + ROUNDINGS * _difference(_rounded_once(model, ids), expected):
+        raise _refusal(config, f"running on a lossless cache in parts changes its logits by {100 * moved:.1f} %")
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    expected, found = (x.float() - x.float().mean(-1, keepdim=True) for x in (expected, found))  # [B, T, V]
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    return float(errors.quantile(0.8))
+
+
+def _rounded_once(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits after the embeddings were changed in their last bit: how far rounding alone moves this model."""
+    size = torch.finfo(model.dtype).eps
+
+    def disturb(module: Any, args: Any, output: Tensor) -> Tensor:
+        signs = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device) > 0.5
+        return output * (1 + size * (2.0 * signs - 1)).to(output.dtype)
+
+    handle: Any = model.get_input_embeddings().register_forward_hook(disturb)
+    try:
+        return model(input_ids=ids).logits
+    finally:
+        handle.remove()
+
+
+def _through_the_cache(
+    model: PreTrainedModel, layers: tuple[int, ...], rope: dict[str, Any] | None, ids: Tensor
+) -> Tensor:
+    kv, kept = kv_shape(model.config), split_layers(model.config)[1]
+    block = {
+        "groups": [{"layers": [layer], "tier_bits": (16,)} for layer in layers],
+        "kv": {"num_key_value_heads": kv.num_key_value_heads, "head_dim": kv.head_dim},
+        "kv_dtype": str(model.dtype).removeprefix("torch."),
+        "kept_layers": kept,
+        "prefill_chunk": CHUNK,
+        "window": WINDOW,
+        "rope": rope,
+        "source": "group",
+        "tier_size": kv.values,
+        "flush_block": 4,
+        "sinks": 2,
+    }
+    config = CllaConfig(text_config=model.config, clla=block, dtype=model.dtype)
+    with torch.device("meta"):
+        converted = CllaForCausalLM(config)
+    converted.source = model
+    eye = torch.eye(kv.values, device=model.device, dtype=model.dtype)
+    zeros = eye.new_zeros(kv.values)
+    codec = SimpleNamespace(encoder=eye, offset=zeros, decoder=eye[None], mean=zeros[None])
+    cache = CllaCache(config, SimpleNamespace(groups=[codec] * len(layers)), rope_of(model, rope))
+    for group in cache.groups:
+        group.layout = _Raw(kv.values)  # type: ignore[assignment]
+    return converted(ids, past_key_values=cache).logits
+
+
+def _refusal(config: Any, got: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"this {config.model_type!r} model does not run on a compressed cache: {got}",
+        expected="attention that reads keys and values from its cache alone, in any number of calls",
+        remedy="open an issue naming the model",
+    )
