@@ -225,7 +225,7 @@ def parse_budget(text: str, *, source_bytes: float) -> float:
     factor = {"%": source_bytes / 100, "KB": 1000.0, "KiB": 1024.0}.get(unit or "", 1.0)
     bytes_per_token = number * (source_bytes if unit is None and number <= 1 else factor)
     known = f" ({source_bytes:.0f})" if math.isfinite(source_bytes) else ""
-    if not number > 0 or not bytes_per_token <= source_bytes or (unit == "%" and number > 100):
+    if not 0 < number < math.inf or not bytes_per_token <= source_bytes or (unit == "%" and number > 100):
         raise UsageError(
             f"--kv-budget {text} is out of range",
             expected=f"more than 0 and at most 100 % of the source's bytes a token{known}",

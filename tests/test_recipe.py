@@ -97,6 +97,7 @@ def test_one_mistake_is_one_mistake(tmp_path: Path) -> None:
         "plan: {bits: [yes]}",
         "when: 2024-13-45",
         "heal: {codec_lr: .inf}",
+        "budget: {kv_budget: 1e999}",
     ],
 )
 def test_documents_that_are_no_recipe_are_refused(text: str, tmp_path: Path) -> None:
