@@ -46,8 +46,9 @@ TIER = 8
 
 
 def row_bits(tier_bits: Sequence[int], tier_size: int = TIER) -> int:
-    """Codes, and 8 bits of scale for every width in use; width 0 is not stored."""
-    return sum(tier_bits) * tier_size + 8 * len(set(tier_bits) - {0})
+    """Codes, and 8 bits of scale for every width in use, at 8 bits for tiers 1, 3, 7, … too; width 0 is not stored."""
+    more = sum(width == 8 for i, width in enumerate(tier_bits) if i in (1, 3, 7, 15, 31, 63))
+    return sum(tier_bits) * tier_size + 8 * (len(set(tier_bits) - {0}) + more)
 
 
 def partitions(num_layers: int, largest: int, start: int = 0) -> Iterator[list[Segment]]:

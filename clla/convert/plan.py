@@ -1,7 +1,7 @@
 """Choose layer groups, ranks and bits from one byte budget: reverse water-filling with a price a bit.
 
 A tier coded with b bits leaves the share ε(b) of its worth as loss. At a price μ a bit, each tier takes
-the width that minimises ε(b)·Σλ + μ·bits(b); every width that a group uses costs one scale more. Dynamic
+the width that minimises ε(b)·Σλ + μ·bits(b), and every scale that begins with it costs 8 bits more. Dynamic
 programming over cut points finds the partition into groups of least total cost; bisection on μ meets the
 budget; what is left over buys the best remaining upgrades.
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clla.convert.quantize import ERROR_SHARE, SCALE_BITS
+from clla.modeling.quantize_clla import begins_scale
 
 Segment = tuple[int, int]  # first layer (index among the convertible ones), number of layers
 
@@ -62,10 +63,11 @@ def choose_bits(option: Candidate, price: float, widths: Sequence[int], tier_siz
             before, least, wider = [], math.inf, 0
             for level in reversed(range(len(order))):
                 opened = least + price * SCALE_BITS * (level > 0)
-                before.append(level if best[level] <= opened else wider)
+                stayed = best[level] + price * SCALE_BITS * begins_scale(i, order[level], order[level])
+                before.append(level if stayed <= opened else wider)
                 if best[level] < least:
                     least, wider = best[level], level
-                best[level] = min(best[level], opened)
+                best[level] = min(stayed, opened)
             steps.append(before[::-1])
         best = [a + b for a, b in zip(best, added, strict=True)]
     levels = [min(range(len(order)), key=best.__getitem__)] if len(option.tiers) else []
@@ -158,8 +160,7 @@ def _spend_rest(
                 now = levels[tier] if tier < len(levels) else 0
                 ceiling = levels[tier - 1] if tier else len(order) - 1
                 for level in range(now + 1, ceiling + 1):
-                    changed = [*levels[:tier], level, *levels[tier + 1 :]]
-                    scales = len(set(changed)) - len(set(levels))
+                    scales = _scales_from(tier, level, levels, order) - _scales_from(tier, now, levels, order)
                     extra = float(costs[level] - costs[now]) + SCALE_BITS * scales
                     gain = float(tiers[tier] * (shares[now] - shares[level])) / max(extra, 1.0)
                     if extra <= left and gain > 0 and (best is None or gain > best[0]):
@@ -177,7 +178,15 @@ def _choice(option: Candidate, levels: list[int], order: list[int], shares: Tens
     index = torch.tensor(levels + [0] * (len(option.tiers) - len(levels)), dtype=torch.long)
     loss = float((option.tiers * shares[index]).sum()) + option.residual
     bits = tuple(order[i] for i in levels)
-    return Choice(bits, int(costs[index].sum()) + SCALE_BITS * len(set(bits)), loss)
+    scales = sum(begins_scale(i, width, bits[i - 1] if i else None) for i, width in enumerate(bits))
+    return Choice(bits, int(costs[index].sum()) + SCALE_BITS * scales, loss)
+
+
+def _scales_from(tier: int, level: int, levels: list[int], order: list[int]) -> int:
+    """How many scales begin with a tier, were it of this level, and with the next."""
+    wide, before = order[level], order[levels[tier - 1]] if tier else None
+    begin = int(level > 0 and begins_scale(tier, wide, before))
+    return begin + int(tier + 1 < len(levels) and begins_scale(tier + 1, order[levels[tier + 1]], wide))
 
 
 def _tables(widths: Sequence[int], tier_size: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import math
 
 from clla.modeling.quantize_clla import GAUSSIAN_STEP, PLANES
 
-SCALE_BITS = 8  # of every bit width that a group uses
+SCALE_BITS = 8  # of every scale (`begins_scale`)
 
 
 def _normal_pdf(x: float) -> float:

@@ -1,21 +1,23 @@
 """Quantize latents to a few bits a component and store them packed.
 
 A latent of r components is cut into tiers of `tier_size` neighbours, each with one bit width, never
-increasing; the tiers of one width form a class. One token's latent is one row of bytes: a scale for every
-class (8 bits, in steps of an eighth of an octave), then every class's codes in planes. Codes are symmetric
-mid-rise (half-integer levels) with the step that is best for a Gaussian (Max, 1960), times the scale. In a
-plane of w bits, byte j holds components j, j + m, j + 2m, … of its class (m = bytes in the plane), so a
-reader needs shifts and masks only. Widths that do not divide 8 are split into planes that do (3 = 2 + 1).
+increasing; the tiers of one width form a class, those of 8 bits several (`begins_scale`). One token's latent is
+one row of bytes: a scale for every class (8 bits, in steps of an eighth of an octave), then every class's codes
+in planes. Codes are symmetric mid-rise (half-integer levels) with the step that is best for a Gaussian (Max,
+1960), times the scale. In a plane of w bits, byte j holds components j, j + m, j + 2m, … of its class (m = bytes
+in the plane), so a reader needs shifts and masks only. Widths that do not divide 8 are split into planes that do
+(3 = 2 + 1).
 
 Latents have unit variance by construction and are nearly Gaussian. A scale for every tier buys less than
 the bits it takes; one scale for the whole row ruins frequent tokens whose size differs between the first
-components and the rest (docs/lab-notes.md).
+components and the rest, and so does one for a long class of 8 bits (docs/lab-notes.md).
 
 Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
 """
 
 import hashlib
 import math
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,9 +25,21 @@ from torch import Tensor
 # Best uniform step for a unit Gaussian by bits; 16 bits never clip (see `_step`).
 GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 16: (8, 8)}
+WIDE_BITS = 8  # of this width the first components do not share a scale with the rest; 16 bits never clip
 SCALE_STEPS_PER_OCTAVE = 8
 SCALE_BIAS = 128
 SCALE_OFFSETS = (0, -1, 1, -2, 2, 3)  # steps around the RMS that are tried; the RMS itself wins ties
+
+
+def begins_scale(tier: int, bits: int, before: "Optional[int]") -> bool:
+    """Whether a scale of its own begins with a tier: where widths change, and at tiers 1, 3, 7, 15 … of 8 bits.
+
+    Args:
+        tier: its number in the row.
+        bits: its width.
+        before: the width of the tier before; None for the first.
+    """
+    return bits != before or (bits == WIDE_BITS and tier & (tier + 1) == 0)
 
 
 class RowLayout:
@@ -49,7 +63,8 @@ class RowLayout:
         # (bits, first component, last component + 1) of each class
         self.classes: list[tuple[int, int, int]] = []
         for i, bits in enumerate(self.tier_bits):
-            first = self.classes.pop()[1] if self.classes and self.classes[-1][0] == bits else i * tier_size
+            begins = begins_scale(i, bits, self.tier_bits[i - 1] if i else None)
+            first = i * tier_size if begins else self.classes.pop()[1]
             self.classes.append((bits, first, (i + 1) * tier_size))
         self.row_bytes = len(self.classes) + sum(tier_size * b // 8 for b in self.tier_bits)
 
