@@ -19,7 +19,7 @@ from clla.artifacts import read_json
 from clla.checksums import CHECKSUMS, check_files
 from clla.cli import app
 from clla.convert.checkpoint import finished_directory, write_checkpoint
-from clla.convert.healing import healing_text
+from clla.convert.healing_text import healing_text
 from clla.errors import CllaError, CorruptArtifactError
 from clla.load import Checkpoint, load_checkpoint
 from clla.recipe import HealConfig, builtin_recipes

@@ -12,7 +12,13 @@ import clla
 PACKAGE = Path(clla.__file__).parent
 STAGES = {"calibrate", "convert", "evaluate", "heal"}
 # These know the order of the stages.
-COMPOSERS = {"convert/pipeline.py", "convert/run.py", "convert/healing.py", "convert/heal_checkpoint.py"}
+COMPOSERS = {
+    "convert/pipeline.py",
+    "convert/run.py",
+    "convert/healing.py",
+    "convert/healing_text.py",
+    "convert/heal_checkpoint.py",
+}
 
 
 def imported(path: Path) -> set[str]:

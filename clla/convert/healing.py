@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla import console
-from clla.artifacts import Plan, digest, load_verified, read_json, save_verified, write_text
+from clla.artifacts import Plan, read_json, write_text
 from clla.baselines.stored import SourceCache
-from clla.calibrate.data import fingerprint, load_documents, self_written, split_held_out, token_batches, whole_windows
 from clla.convert.checkpoint import check_disk
-from clla.errors import CllaError, CorruptArtifactError, DatasetError, UsageError
+from clla.convert.healing_text import healing_text
+from clla.errors import CllaError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after
 from clla.heal.sharding import launched_sharded, sharded_distiller
@@ -36,7 +36,7 @@ from clla.recipe import HealConfig, Recipe
 DEFAULTS = ((0.10, "codec", 131_072, 4_000_000), (0.04, "all", 131_072, 20_000_000), (0.0, "all", 262_144, 100_000_000))
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 CODEC_LR = 1e-3  # for the GPU's batch
-HELD_OUT_WINDOWS = 4
+
 REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after
 WORTH = 0.1  # of the held-out KL, below which healing was not worth its while
 STATE_BYTES = 32  # a trained parameter: two states with Adam's moments in fp32, and twice the best state
@@ -388,77 +388,3 @@ def _check_same_run(path: Path, converted: CllaForCausalLM, config: HealConfig, 
     processes.wait_for_everyone()
     if processes.is_main_process:
         write_text(path, json.dumps(own))
-
-
-def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, work: Path) -> tuple[Tensor, Tensor]:
-    """Sequences [N, T] (int32) to train on, made once and kept in `work`, and windows [M, T] that training leaves out.
-
-    A text shorter than what is wanted is read again in another order. Of text that the model writes itself the last
-    sequences are kept back.
-
-    Raises:
-        DatasetError: the text has less than one sequence.
-    """
-    assert config.tokens and config.dataset
-    length = config.sequence_length
-    text = config.dataset, fingerprint(config.dataset), model.config._name_or_path
-    key = digest(*text, config.tokens, length, config.seed)
-    path = work / f"text-{key}.safetensors"
-    if path.exists():
-        try:
-            found = load_verified(path)
-            return found["sequences"], found["held_out"].long()
-        except CorruptArtifactError as error:
-            console.say(f"Packing the text again: {error.got}")
-    wanted = max(1, config.tokens // length)
-    if config.dataset == "self":
-        total = config.tokens + HELD_OUT_WINDOWS * length
-        written = self_written(model, tokenizer, tokens=total, sequence_length=length, seed=config.seed)
-        with console.progress("Writing (tokens)", total) as advance:
-            rows = torch.cat([_counted(batch.cpu(), advance) for batch in written])
-        sequences, held = rows[:-HELD_OUT_WINDOWS], rows[-HELD_OUT_WINDOWS:]
-    else:
-        sequences, held = _packed(config, tokenizer, wanted)
-    sequences = sequences.to(torch.int32)
-    save_verified(path, {"sequences": sequences, "held_out": held.to(torch.int32)})
-    return sequences, held
-
-
-def _counted(batch: Tensor, advance: console.Advance) -> Tensor:
-    advance(batch.numel())
-    return batch
-
-
-def _packed(config: HealConfig, tokenizer: Any, wanted: int) -> tuple[Tensor, Tensor]:
-    """Sequences [wanted, T] of a text, and windows [M, T] of what is kept back of it."""
-    assert config.dataset
-    documents, length = load_documents(config.dataset), config.sequence_length
-
-    def pack(texts: list[str]) -> Tensor:
-        return torch.cat(
-            token_batches(texts, tokenizer, tokens=wanted * length, sequence_length=length, seed=config.seed)
-        )
-
-    kept, left_out = split_held_out(documents)
-    try:
-        held = whole_windows(left_out, tokenizer, count=HELD_OUT_WINDOWS, length=length)
-        sequences = pack(kept)
-    except DatasetError:  # too short for that: keep the last sequences back
-        sequences = pack(documents)
-        count = min(HELD_OUT_WINDOWS, len(sequences) // 2)
-        if count == 0:
-            raise DatasetError(
-                f"{config.dataset} has a single sequence of {length} tokens",
-                expected="one to train on and one to measure on",
-                remedy="name a longer text, or lower heal.sequence_length",
-            ) from None
-        sequences, held = sequences[:-count], sequences[-count:]
-    if len(sequences) < wanted:
-        console.say(
-            f"The text has {sequences.numel():,} tokens of the {wanted * length:,} wanted; it is read repeatedly"
-        )
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = [torch.arange(len(sequences))]
-    while sum(map(len, rows)) < wanted:
-        rows.append(torch.randperm(len(sequences), generator=generator))
-    return sequences[torch.cat(rows)[:wanted]], held
