@@ -91,6 +91,13 @@ class Stats:
         """q."""
         return self.fisher.shape[-1]
 
+    @property
+    def reduction(self) -> dict[str, float] | None:
+        """In how many coordinates the moments are kept, of how many values, and nats a token lost; None if whole."""
+        if self.dropped is None:
+            return None
+        return {"coordinates": self.width, "of": self.kv.values, "kl": float(self.dropped.sum())}
+
     def save(self, path: Path) -> None:
         meta = {"layers": self.layers, "kv": asdict(self.kv), "tokens": self.tokens, "made_from": self.made_from}
         _save(path, _tensor_fields(self), "stats", meta)

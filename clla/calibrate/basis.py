@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1e-6  # of the covariance, relative to its mean eigenvalue
+RIDGE = 1e-6  # of the covariance, relative to its mean eigenvalue; more where rounding has made it indefinite
 FLOOR = 1e-3  # of the metric's eigenvalues, relative to its mean: what it is blind to is not free
 EXTRA = 32  # directions beyond q that the randomized search draws
 ITERATIONS = 4
@@ -43,7 +43,7 @@ def leading_directions(covariance: Tensor, fisher: Tensor, width: int, *, seed: 
     """
     fisher, eye = fisher.to(covariance), torch.eye(len(covariance)).to(covariance)
     metric = fisher + FLOOR * fisher.diagonal().mean() * eye
-    lower = torch.linalg.cholesky(covariance + RIDGE * covariance.diagonal().mean() * eye)
+    lower = _root(covariance)
     worth = lower.mT @ metric @ lower  # what an error of each whitened direction costs
     vectors = _top_eigenvectors(worth, width, seed)  # [n, q]
     writing, triangle = torch.linalg.qr(lower @ vectors)
@@ -54,6 +54,17 @@ def leading_directions(covariance: Tensor, fisher: Tensor, width: int, *, seed: 
     whole = 0.5 * float((fisher * covariance).sum(dtype=torch.float64))
     dropped = max(0.0, 0.5 * float((fisher * error).sum(dtype=torch.float64)))
     return Basis(reading, writing, dropped, dropped / whole if whole > 0 else 0.0)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Lower triangle L with C = LLᵀ, of a covariance that few tokens may have left without full rank."""
+    share, eye = RIDGE, torch.eye(len(covariance)).to(covariance)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(covariance + share * covariance.diagonal().mean() * eye)
+        if not bool(failed):
+            return lower
+        share *= 10
+        assert share <= 1, "a covariance has no negative eigenvalues of that size"
 
 
 def _top_eigenvectors(matrix: Tensor, count: int, seed: int) -> Tensor:

@@ -153,7 +153,15 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
         )
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
         healed = healing.to_json() if healing else None
-        write_report(folder, plan, recipe, report, predicted_kl=codec.predicted_kl, healing=healed)
+        write_report(
+            folder,
+            plan,
+            recipe,
+            report,
+            predicted_kl=codec.predicted_kl,
+            reduction=stats.reduction,
+            healing=healed,
+        )
         write_card(folder, source.name, plan, recipe, report, tokens=stats.tokens, healing=healed)
     if options.work_dir is None:
         shutil.rmtree(work)

@@ -174,11 +174,10 @@ class Run:
             "seed": calibration.seed,
         }
         stats = self._streamed_stats(options) if self.streams else self._stats_at_once(options)
-        if stats.dropped is not None:
-            lost = float(stats.dropped.sum())
+        if (reduction := stats.reduction) is not None:
             console.say(
-                f"Moments are kept in {stats.width} of {stats.kv.values} coordinates a layer; what these lack costs "
-                f"{lost:.2g} nats a token by second order"
+                f"Moments are kept in {reduction['coordinates']} of {reduction['of']} coordinates a layer; what these "
+                f"lack costs {reduction['kl']:.2g} nats a token by second order"
             )
         if PartialState().is_main_process:
             stats.save(path)

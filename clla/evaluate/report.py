@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -233,12 +234,25 @@ def write_report(
     report: Report | None,
     *,
     predicted_kl: float,
+    reduction: dict[str, float] | None = None,
     healing: dict[str, Any] | None = None,
 ) -> None:
-    """`clla_report.json`, and the plan, the quality and the healing as pictures."""
+    """`clla_report.json`, and the plan, the quality and the healing as pictures.
+
+    Args:
+        folder: of the checkpoint.
+        plan: what it runs on.
+        recipe: resolved.
+        report: what was measured, if it was.
+        predicted_kl: nats a token, of the plan.
+        reduction: `coordinates` of a layer's moments, `of` how many values, and the `kl` that this alone costs; None
+            where the moments are whole.
+        healing: what training did, if it was trained.
+    """
     data = {
         "plan": plan.to_json(),
         "predicted_kl": predicted_kl,
+        "reduction": reduction,
         "recipe": recipe.model_dump(mode="json"),
         "measured": report.to_json() if report else None,
         "healing": healing,
@@ -254,4 +268,5 @@ def write_report(
 
 def _runs(layout: RowLayout) -> str:
     """Bits and how many components have them, most important first: `6:16 4:120 2:64`."""
-    return " ".join(f"{bits}:{stop - first}" for bits, first, stop in layout.classes)
+    runs = [(bits, len(list(run))) for bits, run in groupby(layout.tier_bits)]
+    return " ".join(f"{bits}:{count * layout.tier_size}" for bits, count in runs)
