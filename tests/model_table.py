@@ -60,7 +60,7 @@ Written by the tests (`tests/test_families.py`), which put a tiny model of every
 - **padding**: a sequence padded on the left, in a batch, gives the logits that it gives alone.
 - **bytes**: the latents and the exact tokens take the bytes that the plan says.
 - **save and load**: written as `clla convert` does, with the weights and with the codec alone, and loaded again: the
-  same logits, bit for bit.
+  same weights, bit for bit, and the same logits.
 - **generate**: greedy decoding gives the tokens of the source.
 - **without clla**: the same logits and tokens where only transformers and the code in the checkpoint are there.
 
