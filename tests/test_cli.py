@@ -23,6 +23,7 @@ from clla.artifacts import read_json
 from clla.checksums import CHECKSUMS
 from clla.cli import app
 from clla.modeling.hooks_clla import CACHE
+from clla.source import open_source
 
 CALIBRATION = ["--calibration-tokens", "2048", "--sequence-length", "256"]
 SMALL = [*CALIBRATION, "--at-context", "512", "--window", "16", "--kv-budget", "25%"]
@@ -322,6 +323,19 @@ def test_unsupported_models_are_refused_before_weights_are_read(tmp_path: Path) 
     assert "llama" in mistake(1, "convert", mamba, "-o", out, output=out)
     assert "no/such-model" in mistake(1, "convert", "no/such-model", "-o", out, output=out)
     assert "gguf" in mistake(1, "convert", tmp_path / "missing.gguf", "-o", out, output=out)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_config_without_dtype_keeps_that_of_the_weights(tmp_path: Path, stored: str) -> None:
+    model = pico().to(getattr(torch, stored))
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert open_source(str(tmp_path / "model")).dtype == getattr(torch, stored)
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.unlink()
+    assert open_source(str(tmp_path / "model")).dtype == torch.float32
 
 
 def test_converting_twice_is_refused(converted: Path, tmp_path: Path) -> None:
