@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
 
 from clla import console
 from clla.artifacts import Plan, read_json
@@ -19,7 +18,7 @@ from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import Recipe, load_recipe
-from clla.source import check_complete, open_source, pick_dtype
+from clla.source import check_complete, model_folder, open_source, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         check_complete(info, path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if not local:  # the files are here now
-            checked = check_files(_downloaded(path), complete=False)
+            checked = check_files(model_folder(path), complete=False)
         _check_base_model(config.base_model)
     except CllaError:
         raise
@@ -152,19 +151,11 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
     return source.load_model(dtype=loaded.model.source.dtype, device=device)
 
 
-def _downloaded(hub_id: str, revision: str | None = None) -> Path:
-    """Where the files of a model on the Hub lie once it was loaded."""
-    return Path(str(cached_file(hub_id, "config.json", revision=revision))).parent
-
-
 def _check_base_model(base: dict[str, Any] | None) -> None:
     """The checkpoint that a codec stands on must be the one that was converted, byte for byte."""
     if base is None or "sha256" not in base:
         return
-    folder = Path(base["path"])
-    if not folder.is_dir():
-        folder = _downloaded(base["path"], base.get("hub_revision"))
-    check_base(folder, base["sha256"], base["path"])
+    check_base(model_folder(base["path"], base.get("hub_revision")), base["sha256"], base["path"])
 
 
 def _check_folder(folder: Path) -> None:

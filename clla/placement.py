@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from clla.errors import UnsupportedModelError, UsageError
 from clla.modeling.hooks_clla import attention_modules
@@ -15,16 +15,16 @@ from clla.modeling.hooks_clla import attention_modules
 ROOM = 0.7  # of the free memory, that weights may take
 
 
-def decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of a model's decoder layers, and its name.
 
     Args:
         model: with or without weights.
-        count: how many there are.
 
     Raises:
         UnsupportedModelError: there is no such list.
     """
+    count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and len(attention_modules(module)) > 0:
             return name, module
@@ -39,7 +39,7 @@ def layers_on_disk(config: Any, device: torch.device) -> dict[str, str]:
     """A `device_map` of accelerate: decoder layers stay on disk, everything else goes to the device."""
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    name, _ = decoder_layers(empty, config.get_text_config().num_hidden_layers)
+    name, _ = decoder_layers(empty)
     found: dict[str, str] = {}
     where = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no cpu:0
 

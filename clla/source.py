@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from clla.artifacts import KVShape, digest
 from clla.errors import CllaError, CorruptArtifactError, UsageError
@@ -233,6 +234,12 @@ def _fast_in_16_bits() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware; without, fp32 is several times faster."""
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Where the files of a model lie: its directory, or the place that its download from the Hub has got."""
+    folder = Path(name)
+    return folder if folder.is_dir() else Path(str(cached_file(name, "config.json", revision=revision))).parent
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

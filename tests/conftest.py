@@ -189,3 +189,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     table = sys.modules.get("model_table")
     if table is not None and exitstatus == 0:
         table.TABLE.write([*FAMILY_CONFIGS, *OTHER_CONFIGS], Path(__file__).parents[1] / "docs" / "models.md")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The llama pico, converted to a small budget, so that there is something to heal."""
+    from helpers import clla
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "converted"
+    options = ["--dataset", text_file, "--calibration-tokens", 2048, "--sequence-length", 128, "--window", 8]
+    done = clla("convert", pico_dir, "-o", folder, *options, "--kv-budget", "1.5%", "--at-context", 0, "--no-report")
+    assert done.exit_code == 0, done.output + done.stderr
+    return folder

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typer.testing import CliRunner, Result
 
 from clla.artifacts import Codec, LayerGroup, Plan, Stats
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.positions import rope_settings
+from clla.cli import app
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.run import weigh
@@ -113,6 +115,11 @@ def kept_bytes(owner: object) -> int:
         elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
             waiting += vars(value).values()
     return sum(storages.values())
+
+
+def clla(*arguments: object) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def two_processes(*arguments: Any, **variables: str) -> list[subprocess.Popen[str]]:

@@ -14,24 +14,18 @@ import pytest
 import torch
 import yaml
 from conftest import byte_tokenizer, pico
-from helpers import tokens
+from helpers import clla, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from clla.artifacts import read_json
 from clla.checksums import CHECKSUMS
-from clla.cli import app
 from clla.modeling.hooks_clla import CACHE
 from clla.source import open_source
 
 CALIBRATION = ["--calibration-tokens", "2048", "--sequence-length", "256"]
 SMALL = [*CALIBRATION, "--at-context", "512", "--window", "16", "--kv-budget", "25%"]
-
-
-def clla(*arguments: str | Path) -> Result:
-    """Run a command in this process."""
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def ok(*arguments: str | Path) -> Result:

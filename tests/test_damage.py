@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_tokenizer, pico
+from helpers import clla
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
 from clla.artifacts import read_json
 from clla.checksums import CHECKSUMS, check_files
-from clla.cli import app
 from clla.convert.checkpoint import finished_directory, write_checkpoint
 from clla.convert.healing_text import healing_text
 from clla.errors import CllaError, CorruptArtifactError
@@ -29,10 +28,6 @@ SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-conte
 CPU = torch.device("cpu")
 ORIGINALS = ("whole", "sharded", "adapter", "base")
 UNCOVERED = ("README.md", "clla_plan.png")  # edited by people; read by nobody
-
-
-def clla(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FAMILY_CONFIGS, pico
-from helpers import converted_of, finish, plan_of, stats_of, tokens, two_processes
+from helpers import clla, converted_of, finish, plan_of, stats_of, tokens, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
-from typer.testing import CliRunner
 
 from clla.artifacts import Stats
 from clla.baselines.stored import SourceCache
-from clla.cli import app
 from clla.convert.healing import resolve_healing
 from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from clla.evaluate.perplexity import Subject, compare
@@ -509,19 +507,6 @@ def test_defaults_follow_the_budget_and_the_batch(share: float, trained: str) ->
 
 SMALL = ["--tokens", "16384", "--sequence-length", "128", "--batch-tokens", "512", "--device", "cpu"]
 SMALL += ["--codec-lr", "5e-4", "--weight-lr", "5e-5"]
-
-
-def clla(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("heal") / "converted"
-    options = ["--dataset", text_file, "--calibration-tokens", 2048, "--sequence-length", 128, "--window", 8]
-    done = clla("convert", pico_dir, "-o", folder, *options, "--kv-budget", "1.5%", "--at-context", 0, "--no-report")
-    assert done.exit_code == 0, done.output + done.stderr
-    return folder
 
 
 def test_heal_writes_a_checkpoint_that_loads_and_tells(checkpoint: Path, tmp_path: Path) -> None:

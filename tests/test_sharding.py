@@ -8,36 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import pico
-from helpers import finish, tokens, two_processes
+from helpers import clla, finish, tokens, two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from clla.cli import app
 from clla.heal.sharding import launched_sharded, own_parameters
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 WORKER = Path(__file__).with_name("sharded_worker.py")
 SMALL = ["--sequence-length", "128", "--batch-tokens", "512", "--tokens", "4096", "--device", "cpu"]
 SMALL += ["--codec-lr", "5e-4", "--weight-lr", "5e-5"]  # held-out KL falls, so it is not the start that is saved
-
-
-def clla(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharding") / "converted"
-    options = ["--dataset", text_file, "--calibration-tokens", 2048, "--sequence-length", 128, "--window", 8]
-    done = clla("convert", pico_dir, "-o", folder, *options, "--kv-budget", "1.5%", "--at-context", 0, "--no-report")
-    assert done.exit_code == 0, done.output + done.stderr
-    return folder
 
 
 # --- the modules ---

@@ -13,18 +13,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, OTHER_CONFIGS, SIZES, byte_tokenizer, pico
-from helpers import converted_of, finish, plan_of, tokens, two_processes
+from helpers import clla, converted_of, finish, plan_of, tokens, two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from typer.testing import CliRunner
 
 from clla.artifacts import Stats
 from clla.calibrate.basis import leading_directions
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.positions import rope_settings
 from clla.calibrate.stream import LayerStack, StreamedCollector
-from clla.cli import app
 from clla.convert.factor import error_covariance, factor, lift, predicted_kl
 from clla.convert.planners import neighbour_distances
 from clla.convert.spectra import Spectra
@@ -37,10 +35,6 @@ OF_THE_TOKENS = {"gemma3n_text", "gemma4_text"}  # every layer has embeddings of
 
 SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "0", "--kv-budget", "10%"]
 SMALL += ["--window", "16", "--no-report", "--device", "cpu"]
-
-
-def clla(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def options_of(model: PreTrainedModel, band: int = 3) -> dict[str, Any]:

@@ -24,12 +24,11 @@ ITERATIONS = 4
 
 @dataclass(frozen=True)
 class Basis:
-    """Attributes: reading [q, n] and writing [n, q], as in `Stats`; dropped: nats a token; share: of all, dropped."""
+    """Attributes: reading [q, n] and writing [n, q], as in `Stats`; dropped: nats a token."""
 
     reading: Tensor
     writing: Tensor
     dropped: float
-    share: float
 
 
 def leading_directions(covariance: Tensor, fisher: Tensor, width: int, *, seed: int = 0) -> Basis:
@@ -51,9 +50,7 @@ def leading_directions(covariance: Tensor, fisher: Tensor, width: int, *, seed: 
     reading = triangle @ torch.linalg.solve(values, vectors.mT @ (lower.mT @ metric))
     kept = reading @ covariance  # [q, n]
     error = covariance - writing @ kept - (writing @ kept).mT + writing @ (kept @ reading.mT) @ writing.mT
-    whole = 0.5 * float((fisher * covariance).sum(dtype=torch.float64))
-    dropped = max(0.0, 0.5 * float((fisher * error).sum(dtype=torch.float64)))
-    return Basis(reading, writing, dropped, dropped / whole if whole > 0 else 0.0)
+    return Basis(reading, writing, max(0.0, 0.5 * float((fisher * error).sum(dtype=torch.float64))))
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -146,8 +146,7 @@ class Collector:
             self.cross.add(hidden, values)
 
     def _rows(self, x: Tensor | None) -> Tensor:
-        assert x is not None, "the layer did not call its cache"
-        return x[:, self.skip :].flatten(0, 1).float().to(self.model.device)  # layers may lie on several
+        return token_rows(x, self.skip).to(self.model.device)  # layers may lie on several
 
     def join(self, device: torch.device) -> None:
         """Add up the moments of all processes; afterwards each has those of all. `device` talks to the others."""
@@ -209,6 +208,12 @@ def collect(
 def batch_generator(seed: int, number: int) -> torch.Generator:
     """Where the sampled labels of one batch come from: the same in whatever order, and by whom, batches are read."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+def token_rows(x: Tensor | None, skip: int) -> Tensor:
+    """What a tap holds, [B, T, …], as rows of tokens [N, …] in fp32, the first positions left out."""
+    assert x is not None, "the layer did not call its cache"
+    return x.detach()[:, skip:].flatten(0, 1).float()
 
 
 def tap_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

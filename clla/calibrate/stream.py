@@ -24,7 +24,7 @@ from transformers import Cache, PreTrainedModel
 
 from clla.artifacts import KVShape, Stats
 from clla.calibrate.basis import leading_directions
-from clla.calibrate.collect import ProbeCache, Tap, batch_generator, tap_hook
+from clla.calibrate.collect import ProbeCache, Tap, batch_generator, tap_hook, token_rows
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.errors import DatasetError, UnsupportedModelError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
@@ -68,8 +68,7 @@ class LayerStack:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        config: Any = model.config.get_text_config()
-        _, self.layers = decoder_layers(model, config.num_hidden_layers)
+        _, self.layers = decoder_layers(model)
         self._outputs: int | None = None  # how long the tuples are that layers return; 0 where they return no tuple
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
@@ -269,17 +268,17 @@ class StreamedCollector:
         count = 0
         for number in reversed(range(len(self.stack))):
             own = self.layers.index(number) if number in self.layers else None
-            metric = self._zeros(self.kv.values, self.kv.values)
+            metric = torch.zeros(self.kv.values, self.kv.values, dtype=torch.float64, device=self.device)
             for b, ids in enumerate(batches):
                 tap = self._step_back(number, b, ids)
                 on_tokens(ids.numel())
                 if own is None:
                     continue
-                gradient = self._rows(tap.gradient)
+                gradient = token_rows(tap.gradient, self.skip)
                 metric += gradient.mT @ gradient
-                self.spill.put(f"values-{own}-{b}", self._rows(tap.values))
+                self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.skip))
                 if self.with_inputs:
-                    self.spill.put(f"inputs-{b}", self._rows(tap.hidden))
+                    self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.skip))
             if own is not None:
                 count = self._finish(found, own, metric, len(batches))
         return Stats(layers=self.layers, kv=self.kv, tokens=count, made_from=made_from, **found)
@@ -375,10 +374,3 @@ class StreamedCollector:
                 "input_cross": (layers, band, h, q),
             }
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.device)
-
-    def _rows(self, x: Tensor | None) -> Tensor:
-        assert x is not None, "the layer did not call its cache"
-        return x.detach()[:, self.skip :].flatten(0, 1).float()

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Codec, Plan, Stats
-from clla.calibrate.positions import rope_settings
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.planners import make_plan
@@ -49,6 +48,7 @@ class Bench:
         source: the model's description.
         model: loaded.
         tokenizer: the source's.
+        rope: how the model rotates its keys.
         stats: moments, collected with inputs.
         recipe: resolved; plan settings of our own method.
         sequences: calibration text in sequences [1, T] of a length T.
@@ -60,6 +60,7 @@ class Bench:
     source: Source
     model: PreTrainedModel
     tokenizer: Any
+    rope: dict[str, Any] | None
     stats: Stats
     recipe: Recipe
     sequences: Callable[[int], Iterator[Tensor]]
@@ -83,7 +84,7 @@ class Bench:
         plan = replace(plan, kept_layers=self.source.kept_layers, kept_window=self.source.kept_window)
         block = clla_block(
             plan,
-            rope=rope_settings(self.model, self.source.layers),
+            rope=self.rope,
             kv_dtype=self.source.dtype,
             prefill_chunk=max(self.chunk, BYTES_CHUNK),  # a call with fewer tokens is not cut
         )

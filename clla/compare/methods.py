@@ -21,7 +21,6 @@ from clla.baselines.pyramidkv import PyramidKvCache
 from clla.baselines.stored import SourceCache
 from clla.baselines.think import ThinkCache
 from clla.baselines.xkv import VALUE_RANK, XkvCache
-from clla.calibrate.positions import rope_settings
 from clla.compare.bench import SINKS, Bench, Setting
 from clla.convert.planners import derive_window
 from clla.errors import CllaError, UsageError
@@ -143,7 +142,7 @@ def palu_settings(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
 
 def xkv(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """Four layers a group, blocks of an eighth of the context."""
-    rope = rope_of(bench.model, rope_settings(bench.model, bench.source.layers))
+    rope = rope_of(bench.model, bench.rope)
     kv, block, size = bench.source.kv, max(16, bench.context // 8), 4
     blocks = (bench.context - SINKS) // block
     exact = bench.context - blocks * block

@@ -132,6 +132,7 @@ def run_comparison(name: str, options: Options) -> Comparison:
             source=source,
             model=run.model(),
             tokenizer=run.tokenizer,
+            rope=run.rope,
             stats=run.stats(),
             recipe=recipe.override({"plan": {"source": "group"}}),
             sequences=lambda length: (row for batch in run.batches(length) for row in batch.split(1)),

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers.utils import cached_file
 
 from clla import console
 from clla.artifacts import Plan, write_text
-from clla.checksums import base_checksums
+from clla.checksums import WEIGHTS, base_checksums
 from clla.convert.assemble import attach
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_measure
@@ -23,7 +22,7 @@ from clla.heal.sharding import launched_sharded
 from clla.hub import write_card
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe, load_recipe
-from clla.source import Source, open_source, pick_device, start_processes
+from clla.source import Source, model_folder, open_source, pick_device, start_processes
 
 
 @dataclass(frozen=True)
@@ -201,19 +200,16 @@ def _bytes_needed(source: Source, *, adapter_only: bool) -> int:
     stats = len(source.layers) * 8 * source.kv.values**2 * 4
     if adapter_only or not Path(source.path).is_dir():
         return stats
-    names = [source.gguf_file] if source.gguf_file else ["*.safetensors", "*.bin"]
+    names = [source.gguf_file] if source.gguf_file else WEIGHTS
     weights = sum(f.stat().st_size for name in names for f in Path(source.path).glob(name))
     return stats + weights * (4 if source.gguf_file else 1)
 
 
 def _base_model(source: Source) -> dict[str, Any]:
-    folder, hub_revision = Path(source.path), None
-    if not folder.is_dir():
-        hub_revision = source.revision
-        folder = Path(str(cached_file(source.path, "config.json", revision=hub_revision))).parent
+    hub_revision = None if Path(source.path).is_dir() else source.revision
     return {
         "path": source.path,
         "gguf_file": source.gguf_file,
         "hub_revision": hub_revision,
-        "sha256": base_checksums(folder, source.gguf_file),
+        "sha256": base_checksums(model_folder(source.path, hub_revision), source.gguf_file),
     }

@@ -302,12 +302,11 @@ def _kvsharer(
 def neighbour_distances(stats: Stats) -> list[float]:
     """(E‖y_l - y_{l+1}‖²)^½ of neighbouring layers' keys (before RoPE) and values, L - 1 of them."""
     energy = stats.covariance[:, 0].double().diagonal(dim1=-2, dim2=-1).sum(-1)
-    between_layers = stats.covariance[:-1, 1].double()
-    if stats.writing is not None:  # orthonormal in each layer, but not the same in two
-        between_layers = between_layers * (stats.writing[:-1].mT @ stats.writing[1:]).double()
-        shared = between_layers.sum((-2, -1))
-    else:
-        shared = between_layers.diagonal(dim1=-2, dim2=-1).sum(-1)
+    crossed = stats.covariance[:-1, 1].double()
+    if stats.writing is None:
+        shared = crossed.diagonal(dim1=-2, dim2=-1).sum(-1)
+    else:  # coordinates are orthonormal in each layer, but not the same in two
+        shared = (crossed * (stats.writing[:-1].mT @ stats.writing[1:]).double()).sum((-2, -1))
     between = stats.mean.double().diff(dim=0).square().sum(-1)
     return (energy[:-1] + energy[1:] - 2 * shared + between).clamp_min(0).sqrt().tolist()
 

@@ -157,7 +157,8 @@ class Run:
         path = self.work / f"stats-{self.stats_key}.safetensors"
         if (found := _kept(path, Stats.load, self.stats_key, "Calibrating")) is not None:
             return found
-        if self.streams and PartialState().num_processes > 1:
+        streams = self.streams  # decided once, as free memory changes
+        if streams and PartialState().num_processes > 1:
             raise UsageError(
                 "several processes for a model that is calibrated layer by layer",
                 expected="one process",
@@ -173,7 +174,7 @@ class Run:
             "with_inputs": needs_inputs(plan.metric, plan.source),
             "seed": calibration.seed,
         }
-        stats = self._streamed_stats(options) if self.streams else self._stats_at_once(options)
+        stats = self._streamed_stats(options) if streams else self._stats_at_once(options)
         if (reduction := stats.reduction) is not None:
             console.say(
                 f"Moments are kept in {reduction['coordinates']} of {reduction['of']} coordinates a layer; what these "

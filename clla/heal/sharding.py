@@ -77,7 +77,7 @@ def sharded_distiller(
     rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for model in (distiller.teacher, distiller.student.source):
         own_parameters(model)
-        _, layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+        _, layers = decoder_layers(model)
         for layer in layers:
             trained = any(p.requires_grad for p in layer.parameters())
             fully_shard(layer, mesh=mesh, mp_policy=rounded if trained else MixedPrecisionPolicy())

@@ -169,6 +169,7 @@ class Distiller(nn.Module):
             )
             for spec, module in zip(settings["groups"], student.codec.groups, strict=True)
         ]
+        self.layers = {layer for group in self.groups for layer in group.layers}
         self.rope = rope_of(student.source, settings["rope"])
         source = student.source
         if source.config._attn_implementation == "eager":  # chosen where sdpa lacks something, such as a soft cap
@@ -213,8 +214,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def teach(self, input_ids: Tensor, *, with_kv: bool) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """The teacher's final hidden states [B, T, h], and its keys after RoPE and values by layer where wanted."""
-        layers = {layer for group in self.groups for layer in group.layers}
-        cache = RecordingCache(self.teacher.config, layers if with_kv else set())
+        cache = RecordingCache(self.teacher.config, self.layers if with_kv else set())
         return hidden_states(self.teacher, input_ids, cache), cache.kv
 
     def run_student(self, input_ids: Tensor, kv: dict[int, tuple[Tensor, Tensor]], view: View) -> Tensor:

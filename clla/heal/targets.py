@@ -54,8 +54,7 @@ class TargetCache(RecordingCache):
 @torch.no_grad()
 def record_targets(distiller: Distiller, input_ids: Tensor) -> TargetCache:
     """What the student's model, not yet trained, reads and gives over sequences [B, T] without any latents."""
-    layers = {layer for group in distiller.groups for layer in group.layers}
-    cache = TargetCache(distiller.teacher.config, layers)
+    cache = TargetCache(distiller.teacher.config, distiller.layers)
     listen(distiller.attention.values(), cache)
     hidden_states(distiller.student.source, input_ids, cache)
     distiller.release()

@@ -174,7 +174,12 @@ class LatentGroup:
     @property
     def _padding_kept(self) -> Tensor:
         """[B] padded slots that still have a row; they are the first rows."""
-        return (self.timeline.padding.to(self.codec.encoder.device) - self.evicted).clamp(min=0)
+        return (self._padding - self.evicted).clamp(min=0)
+
+    @property
+    def _padding(self) -> Tensor:
+        """[B] padded slots before each sequence's first token, where the group is."""
+        return self.timeline.padding.to(self.codec.encoder.device)
 
     @torch.no_grad()
     def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -212,9 +217,7 @@ class LatentGroup:
         """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
         if start >= self.timeline.max_padding + self.sinks:
             return
-        order = (
-            torch.arange(self.sinks, device=recent.device) + self.timeline.padding.to(recent.device)[:, None] - start
-        )  # [B, S]
+        order = torch.arange(self.sinks, device=recent.device) + self._padding[:, None] - start  # [B, S]
         inside = ((order >= 0) & (order < count))[:, None, :, None]
         found = recent.gather(2, self._spread(order, count)).to(self.storage_dtype)
         held.sink[index] = torch.where(inside, found, held.sink[index])
