@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from clla.errors import UsageError
-from clla.modeling.quantize_clla import PLANES
+from clla.modeling.quantize_clla import WORD_BITS
 
 RECIPE_VERSION = 1
 LARGEST = 2**53  # whole number: more is a slip, and neither JSON nor torch would hold it
@@ -110,8 +110,8 @@ class PlanConfig(_Section):
     @field_validator("bits")
     @classmethod
     def _known_widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or any(bits not in PLANES for bits in value):
-            raise ValueError(f"expected some of {sorted(PLANES)}")
+        if not value or any(bits not in WORD_BITS for bits in value):
+            raise ValueError(f"expected some of {sorted(WORD_BITS)}")
         return tuple(sorted(set(value)))
 
     @field_validator("tier_size")

@@ -46,15 +46,10 @@ def test_error_is_bounded(bits: int, size: int, seed: int, log_scale: float, off
 
 
 def naive_codes(row: list[int], bits: int, size: int) -> list[int]:
-    """Codes in a row of bytes: planes of 4, 2 or 2 + 1 bits, byte j of m holding components j, j + m, …"""
-    codes, position, shift = [0] * size, 0, 0
-    for width in {2: (2,), 3: (2, 1), 4: (4,)}[bits]:
-        m = size * width // 8
-        for c in range(size):
-            codes[c] += row[position + c % m] // 2 ** (width * (c // m)) % 2**width * 2**shift
-        position, shift = position + m, shift + width
-    assert position == len(row)
-    return codes
+    """Codes in a row of bytes, which is one long number, lowest byte first."""
+    assert len(row) * 8 == size * bits
+    number = int.from_bytes(bytes(row), "little")
+    return [number >> (bits * c) & (2**bits - 1) for c in range(size)]
 
 
 @pytest.mark.parametrize("size", (8, 32))

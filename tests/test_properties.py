@@ -22,7 +22,7 @@ from clla.artifacts import LayerGroup, Plan, Stats
 from clla.errors import UsageError
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.modeling.quantize_clla import PLANES
+from clla.modeling.quantize_clla import WORD_BITS
 from clla.recipe import LARGEST, Recipe, load_recipe
 
 TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}  # as in test_model.py
@@ -72,7 +72,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "source": (st.sampled_from(["group", "first"]), odd("third", None, True)),
         "max_group_size": (st.integers(1, 64), odd(0, 65, None, 1.5, True)),
         "bits": (
-            st.lists(st.sampled_from(sorted(PLANES)), min_size=1, max_size=12),
+            st.lists(st.sampled_from(sorted(WORD_BITS)), min_size=1, max_size=12),
             odd([], [0], [9], [2, 32], 4, "4", None, [True], [1.5]),
         ),
         "tier_size": (st.integers(1, LARGEST // 8).map(lambda n: 8 * n), odd(0, -8, 12, None, LARGEST + 8, 10**30)),
@@ -204,7 +204,7 @@ def plans(draw: st.DrawFn) -> Plan:
     cuts = sorted(draw(st.sets(st.integers(1, 3))))
     groups = []
     for start, stop in zip([0, *cuts], [*cuts, 4], strict=True):
-        bits = draw(st.lists(st.sampled_from(sorted(PLANES)), max_size=4).map(lambda b: tuple(sorted(b, reverse=True))))
+        bits = draw(st.lists(st.sampled_from(sorted(WORD_BITS)), max_size=4).map(lambda b: tuple(sorted(b, reverse=True))))
         groups.append(LayerGroup(tuple(range(start, stop)), bits, 1.0))
     window = draw(st.integers(1, 40)) if source == "group" else draw(st.integers(0, 40))
     plan = plan_of(

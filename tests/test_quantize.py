@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from clla.convert.quantize import ERROR_SHARE, gaussian_error
 from clla.modeling import quantize_clla
-from clla.modeling.quantize_clla import GAUSSIAN_STEP, PLANES, SCALE_OFFSETS, RowLayout, tensor_digest
+from clla.modeling.quantize_clla import GAUSSIAN_STEP, SCALE_OFFSETS, RowLayout, tensor_digest
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 TIER_SIZES = (8, 16, 32)
@@ -48,36 +47,24 @@ def classes_of(tier_bits: tuple[int, ...], tier_size: int) -> list[tuple[int, sl
     return found
 
 
-def fields(bits: int, size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """For each byte of a class's planes: (component, shift within its code, width) from the lowest bits up."""
-    shift = 0
-    for width in PLANES[bits]:
-        count = size * width // 8  # m
-        for j in range(count):
-            yield [(j + i * count, shift, width) for i in range(8 // width)]
-        shift += width
-
-
 def naive_row(scale_codes: list[int], codes: list[int], tier_bits: tuple[int, ...], tier_size: int) -> list[int]:
-    """A scale for every class, then every class's planes: byte j holds components j, j + m, j + 2m, …"""
+    """A scale for every class, then every class's codes as one long number, lowest byte first."""
     row = list(scale_codes)
     for bits, part in classes_of(tier_bits, tier_size):
-        own = codes[part]
-        for byte in fields(bits, len(own)):
-            row.append(sum((own[c] >> shift) % 2**width * 2 ** (width * i) for i, (c, shift, width) in enumerate(byte)))
+        number = sum(code << (bits * i) for i, code in enumerate(codes[part]))
+        row += number.to_bytes(len(codes[part]) * bits // 8, "little")
     return row
 
 
 def naive_codes(row: list[int], tier_bits: tuple[int, ...], tier_size: int) -> tuple[list[int], list[int]]:
     """Scale codes and component codes in a row."""
     classes = classes_of(tier_bits, tier_size)
-    position, codes = len(classes), [0] * (len(tier_bits) * tier_size)
+    codes, rest = [], bytes(row[len(classes) :])
     for bits, part in classes:
-        for byte in fields(bits, part.stop - part.start):
-            for i, (component, shift, width) in enumerate(byte):
-                codes[part.start + component] += row[position] // 2 ** (width * i) % 2**width * 2**shift
-            position += 1
-    assert position == len(row)
+        size = part.stop - part.start
+        number, rest = int.from_bytes(rest[: size * bits // 8], "little"), rest[size * bits // 8 :]
+        codes += [number >> (bits * i) & (2**bits - 1) for i in range(size)]
+    assert not rest
     return row[: len(classes)], codes
 
 

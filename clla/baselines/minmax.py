@@ -1,6 +1,6 @@
 """Asymmetric min-max quantization of groups of neighbours to a few bits, packed.
 
-Codes lie in planes as in `clla.modeling.quantize_clla`; scale and minimum are fp16.
+Codes lie as in `clla.modeling.quantize_clla`; scale and minimum are fp16.
 
 Shape legend: … any leading dims, g components a group.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clla.modeling.quantize_clla import from_planes, to_planes
+from clla.modeling.quantize_clla import pack_bits, unpack_bits
 
 TINY = 1e-6  # a constant group has no range; its codes are all zero
 FP16_MAX = torch.finfo(torch.float16).max
@@ -23,11 +23,11 @@ def pack(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     # From the minimum as it is stored, so that the last level still reaches the maximum after a large offset rounds.
     scale = ((x.amax(-1, keepdim=True) - low.float()) / levels).clamp(TINY, FP16_MAX).half()
     codes = ((x - low.float()) / scale.float()).round().clamp(0, levels)
-    return torch.cat(to_planes(codes.to(torch.uint8), bits), -1), torch.cat((scale, low), -1)
+    return pack_bits(codes, bits), torch.cat((scale, low), -1)
 
 
 def unpack(packed: Tensor, affine: Tensor, bits: int) -> Tensor:
     """Inverse of `pack`, fp32."""
-    codes, _ = from_planes(packed, bits, packed.shape[-1] * 8 // bits, 0)
+    codes = unpack_bits(packed, bits)
     scale, low = affine.float().split(1, -1)
     return torch.addcmul(low, codes.float(), scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from clla.modeling.quantize_clla import GAUSSIAN_STEP, PLANES
+from clla.modeling.quantize_clla import GAUSSIAN_STEP, WORD_BITS
 
 SCALE_BITS = 8  # of every scale (`begins_scale`)
 
@@ -48,4 +48,4 @@ def error_share(bits: int) -> float:
     return gaussian_error(bits, GAUSSIAN_STEP[bits])
 
 
-ERROR_SHARE: dict[int, float] = {bits: error_share(bits) for bits in (0, *PLANES)}
+ERROR_SHARE: dict[int, float] = {bits: error_share(bits) for bits in (0, *WORD_BITS)}

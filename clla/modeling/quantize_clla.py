@@ -2,11 +2,10 @@
 
 A latent of r components is cut into tiers of `tier_size` neighbours, each with one bit width, never
 increasing; the tiers of one width form a class, those of 8 bits several (`begins_scale`). One token's latent is
-one row of bytes: a scale for every class (8 bits, in steps of an eighth of an octave), then every class's codes
-in planes. Codes are symmetric mid-rise (half-integer levels) with the step that is best for a Gaussian (Max,
-1960), times the scale. In a plane of w bits, byte j holds components j, j + m, j + 2m, … of its class (m = bytes
-in the plane), so a reader needs shifts and masks only. Widths that do not divide 8 are split into planes that do
-(3 = 2 + 1).
+one row of bytes: a scale for every class (8 bits, in steps of an eighth of an octave), then every class's codes.
+Codes are symmetric mid-rise (half-integer levels) with the step that is best for a Gaussian (Max, 1960), times
+the scale. Codes of b bits are a stream: component c of its class fills the bits from c·b on, lowest first, so any
+component is found in at most two bytes, by a shift and a mask.
 
 Latents have unit variance by construction and are nearly Gaussian. A scale for every tier buys less than
 the bits it takes; one scale for the whole row ruins frequent tokens whose size differs between the first
@@ -17,14 +16,16 @@ Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
 
 import hashlib
 import math
+from functools import lru_cache
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Best uniform step for a unit Gaussian by bits; 16 bits never clip (see `_step`).
 GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 16: (8, 8)}
+# Bits that are read together, by width: whole codes, few enough that a table of all their values is small.
+WORD_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 7: 7, 8: 8, 16: 16}
 WIDE_BITS = 8  # of this width the first components do not share a scale with the rest; 16 bits never clip
 SCALE_STEPS_PER_OCTAVE = 8
 SCALE_BIAS = 128
@@ -56,8 +57,8 @@ class RowLayout:
     def __init__(self, tier_bits: "tuple[int, ...]", tier_size: int) -> None:
         if tier_size % 8 or tier_size <= 0:
             raise ValueError(f"tier_size is {tier_size}; a multiple of 8 is expected")
-        if any(b not in PLANES for b in tier_bits) or list(tier_bits) != sorted(tier_bits, reverse=True):
-            raise ValueError(f"tier bits {tier_bits}: widths among {sorted(PLANES)}, never increasing, are expected")
+        if any(b not in WORD_BITS for b in tier_bits) or list(tier_bits) != sorted(tier_bits, reverse=True):
+            raise ValueError(f"tier bits {tier_bits}: widths among {sorted(WORD_BITS)}, never increasing, are expected")
         self.tier_bits, self.tier_size = tuple(tier_bits), tier_size
         self.rank = len(self.tier_bits) * tier_size
         # (bits, first component, last component + 1) of each class
@@ -70,24 +71,26 @@ class RowLayout:
 
     def pack(self, latents: Tensor) -> Tensor:
         """Quantize latents [..., r] into rows [..., N] of uint8."""
-        scales, planes = [], []
+        scales, streams = [], []
         for bits, first, stop in self.classes:
             scale, codes = quantize(latents[..., first:stop], bits)
             scales.append(scale)
-            planes += to_planes(codes, bits)
+            streams.append(pack_bits(codes, bits))
         if not scales:
             return torch.zeros(*latents.shape[:-1], 0, dtype=torch.uint8, device=latents.device)
-        return torch.cat(scales + planes, dim=-1)
+        return torch.cat(scales + streams, dim=-1)
 
     def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Latents [..., r] from rows [..., N] of uint8."""
-        position, parts = len(self.classes), []
+        latents = torch.empty(*rows.shape[:-1], self.rank, dtype=dtype, device=rows.device)
+        position = len(self.classes)
         for i, (bits, first, stop) in enumerate(self.classes):
-            codes, position = from_planes(rows, bits, stop - first, position)
-            parts.append(dequantize(rows[..., i : i + 1], codes, bits).to(dtype))
-        if not parts:
-            return torch.zeros(*rows.shape[:-1], 0, dtype=dtype, device=rows.device)
-        return torch.cat(parts, dim=-1)
+            end = position + (stop - first) * bits // 8
+            levels = unpack_levels(rows[..., position:end], bits, dtype)
+            scale = _step(bits, stop - first) * _decode_scale(rows[..., i : i + 1])
+            torch.mul(levels, scale.to(levels.dtype), out=latents[..., first:stop])
+            position = end
+        return latents
 
     def rounded(self, latents: Tensor) -> Tensor:
         """What `unpack` gives of `pack`, without the packing; [..., r], dtype kept."""
@@ -140,30 +143,55 @@ def _decode_scale(code: Tensor) -> Tensor:
     return torch.where(code > 0, exponent.exp2(), 0.0)
 
 
-def to_planes(codes: Tensor, bits: int) -> "list[Tensor]":
-    """Planes [..., size * w / 8] of uint8, one for each width w of `PLANES[bits]`, of codes [..., size]."""
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        per_byte = 8 // width
-        field = (codes >> shift) & ((1 << width) - 1)
-        field = field.unflatten(-1, (per_byte, -1))  # [..., per_byte, m]
-        byte = sum(field[..., i, :] << (width * i) for i in range(per_byte))
-        planes.append(byte.to(torch.uint8))
-        shift += width
-    return planes
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Bytes [..., size·bits/8] of codes [..., size]; size is a multiple of 8."""
+    at_once = 64 // max(bits, 8)  # codes whose bits fill whole bytes of an int64
+    places = torch.arange(at_once, device=codes.device)
+    words = (codes.long().unflatten(-1, (-1, at_once)) << (places * bits)).sum(-1, keepdim=True)
+    octets = torch.arange(at_once * bits // 8, device=codes.device)
+    return ((words >> (octets * 8)) & 255).to(torch.uint8).flatten(-2)
 
 
-def from_planes(rows: Tensor, bits: int, size: int, position: int) -> "tuple[Tensor, int]":
-    """Codes [..., size] whose planes begin at byte `position` of rows [..., N], and the byte after them."""
-    codes, shift = torch.zeros((), dtype=torch.int32 if bits > 8 else torch.uint8, device=rows.device), 0
-    for width in PLANES[bits]:
-        per_byte = 8 // width
-        byte = rows[..., position : position + size // per_byte]
-        position += size // per_byte
-        fields = [(byte >> (width * i)) & ((1 << width) - 1) for i in range(per_byte)]
-        codes = codes | (torch.cat(fields, dim=-1).to(codes.dtype) << shift)
-        shift += width
-    return codes, position
+def unpack_bits(data: Tensor, bits: int) -> Tensor:
+    """Codes [..., size] (int32), from what `pack_bits` gives."""
+    return _codes_of_words(_words(data, WORD_BITS[bits]), bits).flatten(-2)
+
+
+def unpack_levels(data: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Half-integer levels [..., size] of packed codes, exact in any dtype that can hold them (16 bits: fp32)."""
+    if bits == 16:
+        return unpack_bits(data, bits) + (0.5 - (1 << 15))
+    table = _level_table(bits, dtype, data.device)
+    return nn.functional.embedding(_words(data, WORD_BITS[bits]), table).flatten(-2)
+
+
+@lru_cache
+def _level_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Levels [2^w, w/bits] of every word of w bits."""
+    words = torch.arange(1 << WORD_BITS[bits], dtype=torch.int32, device=device)
+    return (_codes_of_words(words, bits) + (0.5 - (1 << (bits - 1)))).to(dtype)
+
+
+def _codes_of_words(words: Tensor, bits: int) -> Tensor:
+    """Codes [..., w/bits] of words [...] of w bits (int32)."""
+    places = torch.arange(WORD_BITS[bits] // bits, dtype=torch.int32, device=words.device)
+    return (words[..., None] >> (places * bits)) & ((1 << bits) - 1)
+
+
+def _words(data: Tensor, width: int) -> Tensor:
+    """Cut a stream of bytes [..., N] into words [..., 8N/width] of `width` bits (int32)."""
+    data = data.to(torch.int32)
+    if width == 8:
+        return data
+    period = width // math.gcd(width, 8)  # bytes after which words begin with a byte again
+    octets, words = data.unflatten(-1, (-1, period)).unbind(-1), []
+    for start in range(0, 8 * period, width):
+        byte, shift = divmod(start, 8)
+        word = octets[byte] >> shift
+        if shift + width > 8:
+            word = word | (octets[byte + 1] << (8 - shift))
+        words.append(word & ((1 << width) - 1))
+    return torch.stack(words, dim=-1).flatten(-2)
 
 
 def tensor_digest(tensors: "dict[str, Tensor]") -> str:
