@@ -204,7 +204,9 @@ def plans(draw: st.DrawFn) -> Plan:
     cuts = sorted(draw(st.sets(st.integers(1, 3))))
     groups = []
     for start, stop in zip([0, *cuts], [*cuts, 4], strict=True):
-        bits = draw(st.lists(st.sampled_from(sorted(WORD_BITS)), max_size=4).map(lambda b: tuple(sorted(b, reverse=True))))
+        bits = draw(
+            st.lists(st.sampled_from(sorted(WORD_BITS)), max_size=4).map(lambda b: tuple(sorted(b, reverse=True)))
+        )
         groups.append(LayerGroup(tuple(range(start, stop)), bits, 1.0))
     window = draw(st.integers(1, 40)) if source == "group" else draw(st.integers(0, 40))
     plan = plan_of(
