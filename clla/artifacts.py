@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clla.errors import CorruptArtifactError
-from clla.modeling.cache_clla import exact_slots, leaving_slots
+from clla.modeling.group_clla import exact_slots, leaving_slots
 from clla.modeling.quantize_clla import RowLayout, tensor_digest
 
 ARTIFACT_VERSION = 1

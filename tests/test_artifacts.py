@@ -303,7 +303,7 @@ def test_bytes_at_equals_counting_token_by_token(context: int, window: int, bloc
         row = sum(RowLayout(group.tier_bits, 8).row_bytes for group in plan.groups)
         assert plan.row_bytes == row == (3 + 14) + 0 + (1 + 3)
         assert plan.source_bytes_per_token == 6 * 32 * 2
-        buffer = window + block - 1 if window else 0
+        buffer = window + block if window else 0
         assert exact <= buffer
         exact_bytes = (buffer + 4) * 384 + (buffer * row if source == "first" else 0)
         assert plan.exact_bytes == exact_bytes == exact_bytes_of(384, row, window, 4, block, source)

@@ -105,11 +105,11 @@ def test_kept_rows_are_those_of_an_unbounded_cache() -> None:
     kept, every = cache.groups[0], whole.groups[0]
     assert kept.held is not None and every.held is not None
     assert kept.evicted > 0
-    positions = kept.held.positions[0].long()
+    positions, nothing = kept.held.positions[0].long(), torch.empty(1, 2 * kept.heads, 0, kept.head_dim)
     assert bool((positions.diff() > 0).all()) and positions[:4].tolist() == [0, 1, 2, 3]
     # Nothing was evicted before the last pass, so both caches saw the same tokens.
-    decoded = kept._decode(kept.held, 0, torch.float32)
-    torch.testing.assert_close(decoded, every._decode(every.held, 0, torch.float32)[:, :, positions])
+    decoded = kept._decode(kept.held, 0, nothing)
+    torch.testing.assert_close(decoded, every._decode(every.held, 0, nothing)[:, :, positions])
 
 
 def test_padding_on_the_left_changes_nothing_but_rounding() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from clla.artifacts import Plan, encoded_slots
-from clla.modeling.cache_clla import CllaCache, LatentGroup
+from clla.modeling.cache_clla import CllaCache
+from clla.modeling.group_clla import LatentGroup
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 TOKENS = 100_000

@@ -435,7 +435,7 @@ def test_latent_bits_fill_the_budget_and_no_more(
         exact += 1
         if exact == window + block:
             exact, encoded = exact - block, encoded + block
-    buffer = window + block - 1
+    buffer = window + block
     rows = encoded + (buffer if source == "first" else 0)
     try:
         bits = latent_bits(
@@ -477,7 +477,7 @@ def test_the_derived_window_is_the_largest_that_fits(budget: float, context: int
     window = derive_window(config, budget=budget, source_bytes=2000, context=context, sinks=4)
 
     def fits(size: int) -> bool:
-        return (size + config.flush_block - 1 + 4) * 2000 <= WINDOW_SHARE * budget * context
+        return (size + config.flush_block + 4) * 2000 <= WINDOW_SHARE * budget * context
 
     assert window == next((w for w in sorted(WINDOWS, reverse=True) if fits(w)), min(WINDOWS))
 

@@ -291,7 +291,7 @@ def test_any_left_padding_changes_nothing(
         for mine, own in zip(held.groups, lone.groups, strict=True):
             assert mine.held is not None and own.held is not None
             kept = max(0, min(sinks, mine.encoded - count, own.encoded))  # sinks that left both windows
-            same = mine.held.sink[:, row, :, :kept], own.held.sink[:, 0, :, :kept]
+            same = mine.held.exact[:, row, :, :kept], own.held.exact[:, 0, :, :kept]
             torch.testing.assert_close(*same, **TOLERANCE)
 
 

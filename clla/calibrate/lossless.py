@@ -30,7 +30,7 @@ class _Raw:
     """Stands for `RowLayout`, but keeps every bit of fp32."""
 
     def __init__(self, values: int) -> None:
-        self.row_bytes = 4 * values
+        self.rank, self.row_bytes = values, 4 * values
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.float().contiguous().view(torch.uint8)

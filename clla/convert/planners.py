@@ -89,7 +89,7 @@ def latent_bits(
         share = (fixed + (encoded + carried) * smallest / 8) / context
         raise UsageError(
             f"the budget of {budget:.0f} bytes a token at {context} tokens leaves nothing for latents: "
-            f"the exact window ({window} + {config.flush_block - 1}) and {sinks} sinks take {fixed / context:.0f}",
+            f"the exact window ({window} + {config.flush_block}) and {sinks} sinks take {fixed / context:.0f}",
             expected=f"more than {share:.0f} bytes ({100 * share / source_bytes:.2f} % of the source)",
             remedy="raise --kv-budget or --at-context, lower --window, or lower plan.flush_block in a recipe",
         )

@@ -211,7 +211,7 @@ def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
     rows = [
         ("source KV", f"{source:,} bytes a token"),
         ("latents", f"{plan.row_bytes:,} bytes a token ({100 * plan.row_bytes / source:.2f} %)"),
-        ("exact", f"window {plan.window} (+{plan.flush_block - 1}), {plan.sinks} sinks: {plan.exact_bytes:,.0f} bytes"),
+        ("exact", f"window {plan.window} (+{plan.flush_block}), {plan.sinks} sinks: {plan.exact_bytes:,.0f} bytes"),
     ]
     if rows_kept is not None:
         rows.append(("eviction", f"a group keeps at most {rows_kept:,} latents, the most attended"))

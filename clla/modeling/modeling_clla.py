@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
@@ -70,16 +70,18 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.codec = CodecModule(config)
         self._no_split_modules = getattr(self.source, "_no_split_modules", None)
         self.prefill_chunk = config.clla["prefill_chunk"]
+        self.select_tokens: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
         self.watch_source()
         self.post_init()
 
     def watch_source(self) -> None:
         """Show the cache what it needs: queries for eviction, the first layers' attention inputs (`first` source)."""
-        if self.config.clla.get("capacity") is not None:
-            own = self.source.config._attn_implementation
-            if not is_observed(own):
-                self.source.set_attn_implementation(observed(own))
+        own = self.source.config._attn_implementation
+        if own in AttentionInterface() and not is_observed(own):
+            self.source.set_attn_implementation(observed(own))
+        elif not is_observed(own) and self.config.clla.get("capacity") is not None:
+            observed(own)  # says why it cannot
         if self.config.clla["source"] != "first":
             return
         attention = attention_modules(self.source)
@@ -158,9 +160,14 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.base_model = None
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def new_cache(self) -> CllaCache:
-        """An empty compressed cache for one batch of sequences."""
-        return CllaCache(self.config, self.codec, rope_of(self.source, self.config.clla["rope"]))
+    def new_cache(self, max_length: Optional[int] = None) -> CllaCache:
+        """An empty compressed cache for one batch of sequences.
+
+        Args:
+            max_length: allocate for so many tokens at once (see `CllaCache`); None to grow as tokens come.
+        """
+        rope = rope_of(self.source, self.config.clla["rope"])
+        return CllaCache(self.config, self.codec, rope, max_length, self.select_tokens)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
@@ -226,8 +233,10 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         for start in range(0, count, self.prefill_chunk):
             stop = min(start + self.prefill_chunk, count)
             mask = None if attention_mask is None else attention_mask[:, : past + stop]
-            cache.timeline.begin(position_ids[:, start:stop], mask, left_padded=cache.evicts)
-            with listening(cache if cache.evicts else None):
+            cache.begin(position_ids[:, start:stop], mask)
+            if cache.maskless:
+                mask = None
+            with listening(cache):
                 output = self.source(
                     **{name: inputs[:, start:stop], CACHE: cache},
                     attention_mask=mask,

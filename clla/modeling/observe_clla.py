@@ -1,4 +1,4 @@
-"""Let a cache see the attention that reads it: token eviction needs the queries, not only keys and values.
+"""Let a cache see the attention that reads it: eviction needs the queries, and few queries read latents themselves.
 
 An attention function that does so is registered with `transformers` for every implementation asked for,
 and does nothing else while no cache listens.
@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Callable, Iterable, Iterator, Optional
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PREFIX = "clla_observed_"
+SPECIAL = ("softcap", "sliding_window", "s_aux")  # where they are given, attention is not ordinary
+HARMLESS = {"position_ids", "cache_position", "attention_mask"}  # tensors that attention functions take and ignore
 _listener: "ContextVar[Optional[Any]]" = ContextVar("clla_listener", default=None)
 
 
@@ -60,13 +63,38 @@ def observed(implementation: str) -> str:
     return name
 
 
+class Attention:
+    """The attention of one call as the model itself computes it; calling it gives the output [B, T, H_q, d].
+
+    Attributes:
+        ordinary: it is softmax(scaling·q·kᵀ)·v over all earlier tokens that are no padding, and nothing else.
+    """
+
+    def __init__(
+        self, own: "Callable[..., Any]", module: Any, tensors: "tuple[Tensor, ...]", mask: Any, kwargs: "dict[str, Any]"
+    ) -> None:
+        self._call = (own, module, tensors, mask, kwargs)
+
+    def __call__(self) -> Tensor:
+        own, module, tensors, mask, kwargs = self._call
+        return own(module, *tensors, mask, **kwargs)[0]
+
+    @property
+    def ordinary(self) -> bool:
+        _, _, _, mask, kwargs = self._call
+        # A mask of numbers may hold biases of positions; every tensor that is not known may change the logits.
+        if mask is not None and getattr(mask, "dtype", None) != torch.bool:
+            return False
+        more = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - HARMLESS
+        if more or kwargs.get("dropout") or kwargs.get("is_causal") is False:
+            return False
+        return all(kwargs.get(name) is None for name in SPECIAL)
+
+
 def _observing(own: "Callable[..., Any]") -> "Callable[..., Any]":
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> "tuple[Tensor, Any]":
-        def plain() -> Tensor:
-            return own(module, query, key, value, attention_mask, **kwargs)[0]
-
         cache = _listener.get()
         if cache is None:
             cache = getattr(module, "clla_listener", None)
@@ -75,6 +103,7 @@ def _observing(own: "Callable[..., Any]") -> "Callable[..., Any]":
         scaling = kwargs.get("scaling")
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
+        plain = Attention(own, module, (query, key, value), attention_mask, kwargs)
         return cache.attend(module.layer_idx, query, key, value, scaling, plain), None
 
     return attention

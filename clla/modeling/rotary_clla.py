@@ -58,6 +58,10 @@ class Rotation(NamedTuple):
     interleaved: bool = False
     plain_layers: "frozenset[int]" = frozenset()
 
+    def part(self, start: int, stop: int) -> "Rotation":
+        """Of the tokens [start, stop) alone."""
+        return self._replace(cos=self.cos[:, start:stop], sin=self.sin[:, start:stop])
+
     def rotate(self, keys: Tensor, layer: "Optional[int]" = None) -> Tensor:
         """Keys [B, H, T, d] of a layer, rotated."""
         if layer in self.plain_layers:
@@ -69,6 +73,43 @@ class Rotation(NamedTuple):
         if layer in self.plain_layers:
             return keys
         return unrotate(keys, self.cos, self.sin, interleaved=self.interleaved)
+
+
+class Turns(NamedTuple):
+    """A rotation as complex factors, for keys whose rotary pairs are neighbouring channels.
+
+    Attributes: factors [B or 1, T, p/2] complex64; interleaved: whether the model's own pairs are neighbours too.
+    """
+
+    factors: Tensor
+    interleaved: bool
+
+    @classmethod
+    def of(cls, rotation: Rotation) -> "Turns":
+        """Of any rotation."""
+        half = rotation.cos.shape[-1] // 2
+        every = slice(None, None, 2) if rotation.interleaved else slice(half)
+        factors = torch.complex(rotation.cos[..., every].float(), rotation.sin[..., every].float())
+        return cls(factors, rotation.interleaved)
+
+    def at(self, index: Tensor) -> "Turns":
+        """Only the tokens `index` [B, T']."""
+        factors = self.factors.expand(len(index), -1, -1)
+        return self._replace(factors=factors.gather(1, index[:, :, None].expand(-1, -1, factors.shape[2])))
+
+    def paired(self, x: Tensor) -> Tensor:
+        """Channels [..., d, x] of heads, arranged so that pairs are neighbours; what is not rotated stays last."""
+        if self.interleaved:
+            return x
+        width = 2 * self.factors.shape[-1]
+        pairs = x[..., :width, :].unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2)
+        return torch.cat((pairs, x[..., width:, :]), dim=-2)
+
+    def turn(self, keys: Tensor, start: int) -> Tensor:
+        """Keys [B, t, H, d] in fp32 of the tokens from `start` on, rotated in place; channels as `paired`."""
+        factors = self.factors[:, start : start + keys.shape[1], None].to(keys.device)
+        torch.view_as_complex(keys[..., : 2 * factors.shape[-1]].unflatten(-1, (-1, 2))).mul_(factors)
+        return keys
 
 
 def _swap(x: Tensor, interleaved: bool) -> Tensor:

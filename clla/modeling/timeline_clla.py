@@ -8,7 +8,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from .rotary_clla import Rope, Rotation
+from .rotary_clla import Rope, Rotation, Turns
 
 
 class Timeline:
@@ -29,6 +29,7 @@ class Timeline:
         self.max_padding = 0
         self._segments: list[tuple[int, Tensor]] = []  # (first slot, slot - position [B])
         self._memo: dict[tuple[int, int], Rotation] = {}
+        self._turns: dict[int, Turns] = {}
 
     def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor], *, left_padded: bool = False) -> None:
         """Announce the tokens of the next forward pass.
@@ -46,7 +47,7 @@ class Timeline:
         batch, count = position_ids.shape
         self.length += self.incoming
         self.incoming = count
-        self._memo = {}
+        self._forget()
         slots = torch.arange(self.length, self.length + count, device=position_ids.device)
         offset = slots[-1] - position_ids[:, -1]
         if count > 1:
@@ -68,7 +69,10 @@ class Timeline:
 
     def end(self) -> None:
         """After the forward pass: nothing but bookkeeping is kept."""
-        self._memo = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._memo, self._turns = {}, {}
 
     @property
     def padding(self) -> Tensor:
@@ -83,6 +87,19 @@ class Timeline:
         if (start, stop) not in self._memo:
             self._memo[start, stop] = self.rope(self.positions(start, stop))
         return self._memo[start, stop]
+
+    def turns(self, count: int) -> "Optional[Turns]":
+        """The rotation to the first `count` slots, as queries that read latents take it."""
+        if self.rope is None or not count:
+            return None
+        if count not in self._turns:
+            self._turns[count] = Turns.of(self.rope(self.positions(0, count)))
+        return self._turns[count]
+
+    @property
+    def plain_layers(self) -> "frozenset[int]":
+        """Layers whose keys are not rotated."""
+        return frozenset() if self.rope is None else self.rope.plain_layers
 
     def rotation_at(self, positions: Tensor) -> Optional[Rotation]:
         """The rotation to positions [B, K]."""
@@ -101,11 +118,12 @@ class Timeline:
         return torch.cat([part.expand(rows, -1) for part in parts], dim=1).clamp_(min=0)
 
     def crop(self, length: int) -> None:
-        self.length, self.incoming, self._memo = length, 0, {}
+        self.length, self.incoming = length, 0
+        self._forget()
         self._segments = [s for s in self._segments if s[0] < length]
 
     def rebatch(self, select: Callable[[Tensor], Tensor]) -> None:
-        self._memo = {}
+        self._forget()
         self._segments = [(first, select(offset)) for first, offset in self._segments]
         if self._padding is not None:
             self._padding = select(self._padding)

@@ -1,0 +1,444 @@
+"""What one layer group keeps of its tokens: sinks and the newest exact, everything older as packed latents.
+
+Two ways to read it. `update` alone hands all keys and values to the model's own attention, decoded: right for every
+architecture, and what prompts take. With `attend` few queries read the latents themselves (`decode_clla.py`), where
+the model's attention is an ordinary one; new tokens are then written to the exact buffer at once.
+
+Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, G layers of a group, r rank,
+N bytes of a packed row, R rows there is room for, K rows kept, S sinks, C = window + flush_block exact slots.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .decode_clla import LatentRows
+from .evict_clla import best, observed_weight
+from .quantize_clla import RowLayout
+from .rotary_clla import Rotation
+from .timeline_clla import Timeline
+
+
+@dataclass
+class _Storage:
+    """What one layer group keeps between forward passes.
+
+    Attributes:
+        rows: [B, R, N] uint8, packed latents; K = encoded slots unless some were evicted.
+        exact: [G, B, 2H, S + C, d], keys (after RoPE) and values: first the sinks, then the newest tokens.
+        pending: [B, C, N] rows of the exact tokens (`first` only, else [B, 0, N]).
+        positions: [B, K] int32, of the rows (with a capacity only, else [B, 0]).
+        score: [B, K + …] half, attention that rows and the next to join them got since rows last joined.
+    """
+
+    rows: Tensor
+    exact: Tensor
+    pending: Tensor
+    positions: Tensor
+    score: Tensor
+
+
+class Step(NamedTuple):
+    """A forward pass of few tokens that reads latents.
+
+    Attributes:
+        slots: [T] int64, where in `exact` the new tokens go.
+        seen: [B or 1, T, S + C] bool, what of `exact` each of them may look at.
+        hidden: [B] int32, rows that nobody may look at.
+        used: [1] int32, rows that hold a token; None where all do.
+    """
+
+    slots: Tensor
+    seen: Tensor
+    hidden: Tensor
+    used: "Optional[Tensor]"
+
+
+class LatentGroup:
+    """Storage of one layer group.
+
+    Args:
+        spec: `layers` and `tier_bits` of the group.
+        settings: the config's `clla` block (window, sinks, flush_block, tier_size, source, kv, …).
+        codec: module with `encoder`, `offset`, `decoder`, `mean` (see `clla.artifacts.GroupCodec`).
+        timeline: shared slots and positions.
+        room: rows that are allocated at once; None to grow as tokens come.
+    """
+
+    def __init__(
+        self, spec: "dict[str, Any]", settings: "dict[str, Any]", codec: Any, timeline: Timeline, room: "Optional[int]"
+    ) -> None:
+        self.layers = list(spec["layers"])
+        self.layout = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
+        self.window, self.sinks, self.block = settings["window"], settings["sinks"], settings["flush_block"]
+        self.first = settings["source"] == "first"
+        self.capacity: Optional[int] = settings.get("capacity")
+        self.heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
+        self.storage_dtype = getattr(torch, settings["kv_dtype"])
+        self.codec, self.timeline, self.room = codec, timeline, room
+        self.reset()
+
+    def reset(self) -> None:
+        self.held: Optional[_Storage] = None
+        self.encoded = 0  # slots that left the exact buffer
+        self.evicted = 0  # how many of them are no longer kept
+        self._judged = 0  # `encoded` when rows were last judged
+        self.filled = 0  # exact slots in use, sinks not counted
+        self._handed: Any = None  # where the tensors lie that `update` gave last
+        self._step: Optional[Step] = None  # of this forward pass, if it reads latents
+        self._select: Optional[int] = None
+        self._incoming: dict[int, Tensor] = {}  # layer -> [B, 2H, T, d] of this forward pass
+        self._incoming_rows: Optional[Tensor] = None  # [B, T, N] of this forward pass (`first` only)
+        self._rows: Optional[LatentRows] = None  # for the layers of one forward pass
+        self._rotation: Optional[Rotation] = None  # likewise
+
+    @property
+    def strict(self) -> bool:
+        """No exact window at all: even the current tokens are read from their latents."""
+        return self.window == 0
+
+    @property
+    def kept(self) -> int:
+        """Rows in use."""
+        return self.encoded - self.evicted
+
+    @property
+    def slots(self) -> int:
+        """Exact slots, sinks not counted."""
+        return exact_slots(self.window, self.block)
+
+    @property
+    def reading(self) -> bool:
+        """Whether the attention of this forward pass reads latents."""
+        return self._step is not None
+
+    def handed_out(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these are the tensors that `update` gave last, untouched."""
+        return self._handed == (_place(keys), _place(values))
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor) -> None:
+        """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
+        held = self._storage(hidden)
+        rows = self.layout.pack(encode(hidden.to(held.rows.device), self.codec))
+        if self.strict:
+            self._append(held, rows)
+        else:
+            self._incoming_rows = rows
+
+    # One forward pass: `begin` (where latents are read), `update` and `attend` of every layer, `settle`.
+
+    def begin(self, step: Step, select: "Optional[int]") -> None:
+        """The next forward pass reads latents: all of them, or the `select` best of each layer."""
+        held = self.held
+        assert held is not None and self.capacity is None and not self.strict
+        rows = held.rows if self.room is not None else held.rows[:, : self.kept]
+        self._rows = LatentRows(
+            rows,
+            self.layout,
+            self.codec.decoder.dtype,
+            step.hidden.to(rows.device),
+            self.timeline.turns(rows.shape[1]),
+            step.used,
+        )
+        self._step, self._select = step, select
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
+        """Store one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
+        held = self._storage(keys)
+        index = self.layers.index(layer)
+        new = torch.cat((keys, values), dim=1).to(held.rows.device)  # [B, 2H, T, d]
+        if self._step is not None:  # `attend` knows where the rest is
+            held.exact[index].index_copy_(2, self._step.slots.to(new.device), new.to(self.storage_dtype))
+            return keys, values
+        if self.strict:
+            self._capture_sinks(held, index, new, self.timeline.length, new.shape[2])
+            both = self._decode(held, index, new[:, :, :0])
+        else:
+            self._incoming[layer] = new
+            newest = held.exact[index, :, :, self.sinks : self.sinks + self.filled].to(keys.dtype)
+            both = self._decode(held, index, torch.cat((newest, new), dim=2))
+        if layer == self.layers[-1]:
+            self._rows = None
+            if not self.strict:
+                self._settle(held, new.shape[2])
+        both = both.to(keys.device)
+        keys, values = both[:, : self.heads], both[:, self.heads :]
+        self._handed = (_place(keys), _place(values))
+        return keys, values
+
+    @torch.no_grad()
+    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """Attention [B, T, H_q, d] of few queries [B, H_q, T, d] to latents and exact tokens, in one softmax."""
+        held, rows, step, index = self.held, self._rows, self._step, self.layers.index(layer)
+        assert held is not None and rows is not None and step is not None
+        home, dtype, tokens = query.device, query.dtype, query.shape[2]
+        decoder, mean = self.codec.decoder[index].chunk(2), self.codec.mean[index].chunk(2)  # [H·d, r], [H·d]
+        turned = rows.turns is not None and layer not in self.timeline.plain_layers
+        query = query.to(rows.data.device).unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, H, M, d]
+        exact = held.exact[index]
+        near = query.float() @ exact[:, : self.heads].float().mT  # [B, H, M, S + C]
+        near = near.unflatten(2, (-1, tokens)).masked_fill(~step.seen[:, None, None].to(near.device), float("-inf"))
+        near = near.flatten(2, 3)
+        count = rows.count
+        logits = near.new_empty(*near.shape[:3], count + near.shape[3])
+        logits[..., count:] = near
+        if count:
+            rows.logits(query, decoder[0], mean[0], logits[..., :count], turned=turned)
+        weights = (logits * scaling).softmax(-1)
+        out = weights[..., count:] @ exact[:, self.heads :].float()
+        if count:
+            old = weights[..., :count]
+            sums = rows.sums(old).to(decoder[1].dtype)
+            values = torch.einsum("bhmr,hdr->bhmd", sums, decoder[1].unflatten(0, (self.heads, -1)))
+            means = mean[1].unflatten(0, (self.heads, 1, -1)) * old.sum(-1, keepdim=True)
+            out = out + values + means
+        return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).to(home, dtype)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After a forward pass that read latents: make room in the exact buffer where it is full."""
+        if self._step is not None:
+            count = len(self._step.slots)
+            self._step = self._rows = None
+            assert self.held is not None
+            self._settle(self.held, count, written=True)
+
+    def abandon(self) -> None:
+        """Before a forward pass: forget what one that failed left behind."""
+        self._step = self._rows = self._incoming_rows = None
+        self._incoming = {}
+
+    def _decode(self, held: _Storage, index: int, newest: Tensor) -> Tensor:
+        """Keys after RoPE and values [B, 2H, K + T, d]: of all rows, sinks put in their places, then the newest."""
+        if not self.kept:
+            return newest
+        if self._rows is None:
+            data = held.rows[:, : self.kept]
+            self._rows = LatentRows(data, self.layout, self.codec.decoder.dtype, self._padding_kept)
+            if self.capacity is None:
+                self._rotation = self.timeline.rotation(0, self.encoded)
+            else:
+                self._rotation = self.timeline.rotation_at(held.positions)
+        both = newest.new_empty(*newest.shape[:2], self.kept + newest.shape[2], newest.shape[3])
+        both[:, :, self.kept :] = newest
+        for start, latents in self._rows.blocks():
+            stop = start + latents.shape[1]
+            turn = None if self._rotation is None else self._rotation.part(start, stop)
+            decoded = decode(latents, self.codec, index, turn, self.heads, newest.dtype, layer=self.layers[index])
+            both[:, :, start:stop] = self._with_sinks(held, index, decoded, start)
+        return both
+
+    def _with_sinks(self, held: _Storage, index: int, both: Tensor, start: int) -> Tensor:
+        """Keys and values [B, 2H, t, d] of the rows from `start` on, those of sinks exact."""
+        reach = min(both.shape[2], self.timeline.max_padding + self.sinks - start)
+        if reach <= 0 or not self.sinks:
+            return both
+        order = torch.arange(start, start + reach, device=both.device) - self._padding_kept[:, None]  # [B, reach]
+        sink = held.exact[index, :, :, : self.sinks].to(both.dtype).gather(2, self._spread(order, self.sinks))
+        is_sink = ((order >= 0) & (order < self.sinks))[:, None, :, None]
+        return torch.cat((torch.where(is_sink, sink, both[:, :, :reach]), both[:, :, reach:]), dim=2)
+
+    @torch.no_grad()
+    def _settle(self, held: _Storage, count: int, *, written: bool = False) -> None:
+        """After the group's last layer: encode what leaves the window, keep the rest exact.
+
+        Args:
+            held: the storage.
+            count: tokens of the forward pass.
+            written: whether they are in the exact buffer already.
+        """
+        total = self.filled + count
+        leaving = leaving_slots(total, self.window, self.block)
+        before = self.sinks + (total if written else self.filled)
+        gone: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            fresh = [] if written else [self._incoming[layer].to(self.storage_dtype)]
+            if leaving:
+                recent = torch.cat((held.exact[index, :, :, self.sinks : before], *fresh), dim=2)
+                self._capture_sinks(held, index, recent, self.encoded, leaving)
+                held.exact[index, :, :, self.sinks : self.sinks + total - leaving] = recent[:, :, leaving:]
+                gone[layer] = recent[:, :, :leaving]
+            elif fresh:
+                held.exact[index, :, :, before : before + count] = fresh[0]
+        if self._incoming_rows is not None:
+            recent_rows = torch.cat((held.pending[:, : self.filled], self._incoming_rows), dim=1)
+            held.pending[:, : total - leaving] = recent_rows[:, leaving:]
+            if leaving:
+                self._append(held, recent_rows[:, :leaving])
+        elif leaving:
+            rotation = self.timeline.rotation(self.encoded, self.encoded + leaving)
+            latents = encode(before_rope(gone, rotation, self.heads), self.codec)
+            self._append(held, self.layout.pack(latents))
+        self.filled = total - leaving
+        self._incoming, self._incoming_rows = {}, None
+
+    def _append(self, held: _Storage, rows: Tensor) -> None:
+        """Rows [B, T, N] of the next slots join the others."""
+        stop = self.kept + rows.shape[1]
+        if stop > held.rows.shape[1]:
+            if self.room is not None:
+                raise ValueError(
+                    f"the cache was made for rows of {self.room} tokens, token {stop} does not fit: make it with a "
+                    "larger max_length"
+                )
+            held.rows = torch.cat((held.rows[:, : self.kept], rows), dim=1)
+        else:
+            held.rows[:, self.kept : stop] = rows
+        if self.capacity is not None:
+            positions = self.timeline.positions(self.encoded, self.encoded + rows.shape[1])
+            positions = positions.to(rows.device, torch.int32).expand(len(rows), -1)
+            held.positions = torch.cat((held.positions, positions), dim=1)
+        self.encoded += rows.shape[1]
+
+    @property
+    def _padding_kept(self) -> Tensor:
+        """[B] padded slots that still have a row; they are the first rows."""
+        return (self._padding - self.evicted).clamp(min=0)
+
+    @property
+    def _padding(self) -> Tensor:
+        """[B] padded slots before each sequence's first token, where the group is."""
+        return self.timeline.padding.to(self.codec.encoder.device)
+
+    @torch.no_grad()
+    def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Note how much the newest queries [B, H_q, T, d] of one layer look at each row [B, H, S, d]."""
+        assert self.held is not None and self.capacity is not None
+        reach = self.encoded - self.evicted + self.block  # no more than these can be rows when one is dropped
+        weight = observed_weight(query, key, scaling, self.block, self._padding_kept)[:, :reach].to(
+            self.held.score.dtype
+        )
+        score = self.held.score
+        grown = weight.shape[1] - score.shape[1]
+        self.held.score = nn.functional.pad(score, (0, max(0, grown))) + nn.functional.pad(weight, (0, max(0, -grown)))
+
+    def evict(self) -> None:
+        """After a forward pass: drop the rows beyond the capacity that were looked at least."""
+        held = self.held
+        if held is None or self.capacity is None:
+            return
+        if self.encoded == self._judged:
+            return  # no row has joined
+        excess = held.rows.shape[1] - self.capacity
+        if excess > 0:
+            if held.score.shape[1] == 0:
+                raise ValueError("this model computes its attention where it cannot be observed: convert without evict")
+            score = held.score[:, : held.rows.shape[1]].float()
+            stay = best(score, self.capacity, self._padding_kept, self.sinks)
+            held.rows = held.rows.gather(1, stay[:, :, None].expand(-1, -1, held.rows.shape[2]))
+            held.positions = held.positions.gather(1, stay)
+            self.evicted += excess
+        # Zeros rather than nothing, so that the cache has the same size between evictions.
+        held.score, self._judged = held.score.new_zeros(held.rows.shape[:2]), self.encoded
+
+    @torch.no_grad()
+    def _capture_sinks(self, held: _Storage, index: int, recent: Tensor, start: int, count: int) -> None:
+        """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
+        if start >= self.timeline.max_padding + self.sinks:
+            return
+        order = torch.arange(self.sinks, device=recent.device) + self._padding[:, None] - start  # [B, S]
+        inside = ((order >= 0) & (order < count))[:, None, :, None]
+        found = recent.gather(2, self._spread(order, count)).to(self.storage_dtype)
+        sinks = held.exact[index, :, :, : self.sinks]
+        sinks.copy_(torch.where(inside, found, sinks))
+
+    def _spread(self, order: Tensor, count: int) -> Tensor:
+        """Indices [B, T], clamped to `count`, for gathering along the tokens of [B, 2H, count, d]."""
+        return order.clamp(0, count - 1)[:, None, :, None].expand(-1, 2 * self.heads, -1, self.head_dim)
+
+    def _storage(self, like: Tensor) -> _Storage:
+        """The tensors kept, allocated at the first token beside the codec (layers may lie on several devices)."""
+        if self.held is None:
+            batch, row = like.shape[0], self.layout.row_bytes
+            home = self.codec.encoder.device
+
+            def zeros(slots: int) -> Tensor:
+                shape = (len(self.layers), batch, 2 * self.heads, slots, self.head_dim)
+                return torch.zeros(*shape, dtype=self.storage_dtype, device=home)
+
+            self.held = _Storage(
+                # Zeros: what is not written yet must not be NaN, even though nobody looks at it.
+                rows=torch.zeros(batch, self.room or 0, row, dtype=torch.uint8, device=home),
+                exact=zeros(self.sinks + self.slots),
+                pending=torch.zeros(batch, self.slots if self.first else 0, row, dtype=torch.uint8, device=home),
+                positions=torch.zeros(batch, 0, dtype=torch.int32, device=home),
+                score=torch.zeros(batch, 0, dtype=torch.float16, device=home),
+            )
+        return self.held
+
+    def crop(self, length: int) -> None:
+        self.filled = max(0, min(self.filled, length - self.encoded))
+        if self.held is not None and length < self.encoded:
+            if self.evicted:
+                raise ValueError("tokens were evicted meanwhile: the cache can only go back within its exact window")
+            self.encoded = length
+            if self.room is None:
+                self.held.rows = self.held.rows[:, :length].clone()
+            self.held.positions = self.held.positions[:, :length].clone()
+            self.held.score = self.held.score[:, :length].clone()
+
+    def rebatch(self, select: Callable[..., Tensor]) -> None:
+        held = self.held
+        if held is not None:
+            self.held = _Storage(
+                rows=select(held.rows),
+                exact=select(held.exact, 1),
+                pending=select(held.pending),
+                positions=select(held.positions),
+                score=select(held.score),
+            )
+
+    def tensors(self) -> "list[Tensor]":
+        return list(vars(self.held).values()) if self.held is not None else []
+
+
+def _place(x: Tensor) -> "tuple[int, torch.Size]":
+    return x.data_ptr(), x.shape
+
+
+def exact_slots(window: int, block: int) -> int:
+    """Slots of the exact buffer: the window, and what gathers until a whole block leaves it."""
+    return window + block if window else 0
+
+
+def leaving_slots(total: int, window: int, block: int) -> int:
+    """How many of `total` exact slots are encoded: whole blocks, once window and one block are full."""
+    return (total - window) // block * block if total >= window + block else 0
+
+
+def encode(x: Tensor, codec: Any) -> Tensor:
+    """Latents (x - offset) Eᵀ, [..., r], of a group's inputs. The difference is taken in fp32."""
+    return nn.functional.linear((x.float() - codec.offset.float()).to(codec.encoder.dtype), codec.encoder)
+
+
+def decode(
+    latents: Tensor,
+    codec: Any,
+    index: int,
+    rotation: Optional[Rotation],
+    heads: int,
+    dtype: torch.dtype,
+    *,
+    layer: int,
+) -> Tensor:
+    """Keys after RoPE and values [B, 2H, T, d] of the model's `layer`, number `index` of its group, from [B, T, r]."""
+    flat = nn.functional.linear(latents, codec.decoder[index], codec.mean[index])  # [B, T, n]
+    both = flat.to(dtype).unflatten(-1, (2 * heads, -1)).transpose(1, 2)
+    if rotation is None:
+        return both
+    keys = rotation.rotate(both[:, :heads], layer)
+    return torch.cat((keys.to(dtype), both[:, heads:]), dim=1)
+
+
+def before_rope(layers: "dict[int, Tensor]", rotation: Optional[Rotation], heads: int) -> Tensor:
+    """Keys before RoPE and values of a group's layers, [B, T, n·G] in fp32, from [B, 2H, T, d] each after RoPE."""
+    parts = []
+    for layer, both in layers.items():
+        keys, values = both[:, :heads].float(), both[:, heads:].float()
+        if rotation is not None:
+            keys = rotation.unrotate(keys, layer)
+        parts.append(torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2))
+    return torch.cat(parts, dim=-1)
