@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on CPU tensors; read when a kernel is defined
 
 import pytest
 import torch
@@ -159,6 +160,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
     )
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> str:
+    """Where kernels run: on the CPU by Triton's interpreter, on a GPU with TRITON_INTERPRET=0."""
+    return "cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu"
 
 
 @pytest.fixture(scope="session")
