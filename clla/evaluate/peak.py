@@ -27,7 +27,7 @@ class Peak(Protocol):
 
     Attributes:
         laps: highest bytes above the start in each lap, the last of which ends with the context.
-        longest_gap: seconds between two samples; 0 where all is counted.
+        longest_gap: seconds between two samples during work; 0 where all is counted.
     """
 
     laps: list[int]
@@ -88,7 +88,7 @@ class ProcessPeak:
         with self._lock:
             self.laps.append(self._highest - self._start)
             release(self.device)
-            self._highest = self._resident()
+            self._highest, self._last = self._resident(), time.perf_counter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
