@@ -1,4 +1,4 @@
-"""Pictures: the plan as layers by bits, quality against bytes, and healing."""
+"""Pictures: the plan as layers by bits, quality against bytes, healing, and speed."""
 
 from __future__ import annotations
 
@@ -85,5 +85,31 @@ def draw_healing(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel("KL to the source, nats a token")
     axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_speed(lines: dict[str, dict[int, float]], path: Path, *, title: str) -> None:
+    """Tokens decoded a second against the context.
+
+    Args:
+        lines: tokens a second by context, by label; those of the source are grey.
+        path: PNG or SVG to write.
+        title: above the picture.
+    """
+    figure, axes = axes_of(7, 4)
+    marks = "osD^vP*X"
+    for i, (label, points) in enumerate(lines.items()):
+        colour = SOURCE_COLOUR if label.startswith("source") else OWN_COLOUR
+        xy = list(points), list(points.values())
+        axes.plot(*xy, marks[i // 2 % len(marks)] + "-", color=colour, label=label, linewidth=1, markersize=5)
+    contexts = sorted({context for points in lines.values() for context in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in the cache")
+    axes.set_ylabel("tokens decoded a second")
+    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)

@@ -1,0 +1,235 @@
+"""From a checkpoint or a shape to the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clla import console
+from clla.bench.pair import Pair, load_pair, random_pair
+from clla.errors import UsageError
+from clla.evaluate.figures import draw_speed
+from clla.evaluate.generating import generate_speed
+from clla.evaluate.largest_batch import largest_batches
+from clla.evaluate.machine import machine_facts
+from clla.evaluate.peak import how_measured
+from clla.evaluate.speed import Work, measure, run_pass
+from clla.evaluate.speed_report import NAMES, SpeedReport, SpeedRow
+from clla.recipe import BudgetConfig, PlanConfig
+from clla.source import pick_device
+
+CONTEXTS = {"cpu": (512, 2048), "cuda": (2048, 8192, 32768)}
+PICTURES = (".png", ".svg", ".pdf")
+WARM_UP = 8  # tokens of context, before anything is measured
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        shape: a name of `SHAPES`, instead of a checkpoint.
+        kv_budget: of a shape's latents; None for the recipes' default.
+        max_group_size: of a shape's plan; None for the recipes' default.
+        contexts: tokens in the cache when decoding begins; None for some that suit device and model.
+        batch_sizes: sequences at once.
+        new_tokens: decoded in each pass.
+        repeats: timed passes of each model.
+        prefill_chunk: tokens a call of the prefill, for both; None for what `generate` does: the source takes all at
+            once, the converted model its own chunks.
+        largest_batch: look for it, at the longest context.
+        memory_limit: bytes for the caches of the largest batch, on a CPU.
+        select_tokens: old tokens that the converted model decodes in full; None for all.
+        static: tell the converted cache its length beforehand.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: of the weights.
+        seed: of tokens, and of a shape's weights.
+        plot: picture to draw.
+    """
+
+    shape: str | None = None
+    kv_budget: str | None = None
+    max_group_size: int | None = None
+    contexts: tuple[int, ...] | None = None
+    batch_sizes: tuple[int, ...] = (1,)
+    new_tokens: int = 32
+    repeats: int = 3
+    prefill_chunk: int | None = None
+    largest_batch: bool = False
+    memory_limit: int | None = None
+    select_tokens: int | None = None
+    static: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    plot: Path | None = None
+
+
+def run_bench(checkpoint: str | None, options: Options) -> SpeedReport:
+    """Measure a checkpoint, or the shape that the options name.
+
+    Raises:
+        CllaError: options that do not fit each other or the model, or a checkpoint that cannot be read.
+    """
+    device = pick_device(options.device)
+    _check(checkpoint, options, device)
+    pair = _pair(checkpoint, options, device)
+    model: Any = pair.converted
+    contexts = _contexts(pair, options, device)
+    if options.prefill_chunk is not None:
+        model.prefill_chunk = options.prefill_chunk
+    if options.select_tokens is not None:
+        model.select_tokens = options.select_tokens
+    cells = len(contexts) * len(options.batch_sizes)
+    passes = len(NAMES) * (cells * (1 + options.repeats) + options.repeats * (2 if options.largest_batch else 1))
+    with console.progress("Measuring (passes)", passes) as advance:
+        report = _measure(pair, contexts, options, advance)
+    if options.plot is not None:
+        draw_speed(report.lines(), options.plot, title=f"{pair.name}, {report.machine['name']}")
+    return report
+
+
+def _measure(pair: Pair, contexts: tuple[int, ...], options: Options, on_pass: Callable[[int], None]) -> SpeedReport:
+    """Contexts by batches, then `generate` at the longest context that fits, then the largest batch."""
+    model, plan, device = pair.converted, pair.plan, pair.converted.device
+    new_tokens, repeats = options.new_tokens, options.repeats
+    contenders = pair.contenders(static=options.static, source_chunk=options.prefill_chunk)
+
+    def work(context: int) -> Work:
+        return Work(context=context, new_tokens=new_tokens)
+
+    def ids(batch: int, context: int) -> torch.Tensor:
+        return pair.ids(batch, context + new_tokens, options.seed)
+
+    pair.touch()
+    for contender in contenders.values():
+        run_pass(contender, ids(1, WARM_UP), work(WARM_UP))
+    rows = []
+    for context in contexts:
+        for batch in options.batch_sizes:
+            found = measure(contenders, ids(batch, context), work(context), repeats=repeats, on_pass=on_pass)
+            planned = batch * (plan.bytes_at(context) + plan.kept_bytes_at(context))
+            rows.append(SpeedRow(context, batch, planned, found))
+    fitting = [row.context for row in rows if all(row.found.values())]
+    prompt = ids(1, max(fitting, default=contexts[0]))[:, :-new_tokens]
+    generated = generate_speed(contenders, prompt, new_tokens=new_tokens, repeats=repeats, on_pass=on_pass)
+    largest, most, limit = None, contexts[-1], options.memory_limit
+    if options.largest_batch:
+        largest = largest_batches(
+            contenders, ids(1, most), work(most), repeats=repeats, memory_limit=limit, on_pass=on_pass
+        )
+    return SpeedReport(
+        model=pair.name,
+        settings=_settings(pair, contexts, options),
+        machine=machine_facts(device),
+        weights_bytes=sum(weight.nbytes for weight in model.source.parameters()),
+        codec_bytes=sum(weight.nbytes for weight in model.codec.parameters()),
+        memory=how_measured(device),
+        rows=rows,
+        generate_context=prompt.shape[1],
+        generated=generated,
+        largest=largest,
+        largest_basis=_basis(limit),
+    )
+
+
+def _pair(checkpoint: str | None, options: Options, device: torch.device) -> Pair:
+    if checkpoint is not None:
+        return load_pair(checkpoint, device=device, dtype=options.dtype)
+    return random_pair(
+        str(options.shape),
+        kv_budget=options.kv_budget or BudgetConfig().kv_budget,
+        max_group_size=options.max_group_size or PlanConfig().max_group_size,
+        device=device,
+        dtype=options.dtype,
+        seed=options.seed,
+    )
+
+
+def _check(checkpoint: str | None, options: Options, device: torch.device) -> None:
+    """Refuse what does not fit together before anything is loaded."""
+    if (checkpoint is None) == (options.shape is None):
+        given = "neither a checkpoint nor --shape" if checkpoint is None else f"both {checkpoint} and --shape"
+        raise UsageError(given, expected="one of them", remedy="name a checkpoint, or a shape such as --shape tiny")
+    if options.shape is None and (options.kv_budget is not None or options.max_group_size is not None):
+        raise UsageError(
+            "--kv-budget or --max-group-size with a checkpoint",
+            expected="a shape, whose plan is made here; a checkpoint has its own",
+            remedy="leave it out, or convert with it: clla convert",
+        )
+    if options.contexts == () or not options.batch_sizes:
+        raise UsageError("an empty list", expected="e.g. --contexts 512,2048 --batch-sizes 1,4", remedy="correct it")
+    if device.type not in CONTEXTS:
+        raise UsageError(f"--device {device}", expected="cpu or cuda, whose memory can be measured", remedy="use one")
+    if device.type == "cuda" and options.memory_limit is not None:
+        raise UsageError(
+            "--memory-limit on a GPU", expected="its own memory, which is run into", remedy="leave the limit out"
+        )
+    if device.type == "cpu" and options.largest_batch != (options.memory_limit is not None):
+        raise UsageError(
+            "on a CPU one of --largest-batch and --memory-limit without the other",
+            expected="bytes that the caches of the largest batch may take",
+            remedy="e.g. --largest-batch --memory-limit 2GB",
+        )
+    if options.plot is not None and (options.plot.suffix not in PICTURES or not options.plot.parent.is_dir()):
+        raise UsageError(
+            f"--plot {options.plot}",
+            expected="a file in a directory that exists, ending in " + ", ".join(PICTURES),
+            remedy="name another",
+        )
+
+
+def _contexts(pair: Pair, options: Options, device: torch.device) -> tuple[int, ...]:
+    """Those asked for, or the default ones that the model was made for, in order.
+
+    Raises:
+        UsageError: the model has no positions for them.
+    """
+    config = pair.converted.config
+    most = int(getattr(config.text_config, "max_position_embeddings", None) or 2**31)
+    learned = config.clla["rope"] is None  # positions that are not in the model cannot be used, angles can
+    if options.contexts is None:
+        room = most - options.new_tokens if learned else most
+        return tuple(context for context in CONTEXTS[device.type] if context <= room) or (max(1, room // 2),)
+    longest = max(options.contexts)
+    if learned and longest + options.new_tokens > most:
+        raise UsageError(
+            f"--contexts {longest} and {options.new_tokens} new tokens",
+            expected=f"at most {most} tokens, for which the model has positions",
+            remedy="lower --contexts or --new-tokens",
+        )
+    if longest > most:
+        console.say(
+            f"[yellow]Warning:[/yellow] a context of {longest} is beyond the {most} positions that the model is made "
+            "for: bytes and speed are what they are, text would not be"
+        )
+    return tuple(sorted(set(options.contexts)))
+
+
+def _settings(pair: Pair, contexts: tuple[int, ...], options: Options) -> dict[str, Any]:
+    """What was asked for, with every default filled in, and what the plan is."""
+    plan, source = pair.plan, pair.converted.source
+    return {
+        **asdict(options),
+        "plot": None if options.plot is None else str(options.plot),
+        "contexts": list(contexts),
+        "batch_sizes": list(options.batch_sizes),
+        "prefill_chunk": {"source": options.prefill_chunk, "converted": pair.converted.prefill_chunk},
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "exact_dtype": pair.converted.config.clla["kv_dtype"],
+        "attention": source.config._attn_implementation,
+        "window": plan.window,
+        "row_bytes": plan.row_bytes,
+        "latents_share": plan.row_bytes / plan.source_bytes_per_token,
+        "layer_groups": [len(group.layers) for group in plan.groups],
+    }
+
+
+def _basis(memory_limit: int | None) -> str:
+    if memory_limit is None:
+        return "runs that did or did not run out of GPU memory"
+    return f"measured caches of at most {memory_limit / 1e6:,.6g} MB, nothing else counted"
