@@ -144,7 +144,8 @@ class CllaCache(Cache):
         seen = torch.cat((sinks[:, None].expand(-1, count, -1), newest), dim=2)
         hidden = (self.timeline.padding.to(device) + group.sinks).clamp(max=group.encoded)
         used = None if self.max_length is None else torch.full((1,), group.kept, device=device)
-        return Step(own + group.sinks, seen, hidden, used)
+        bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]
+        return Step(own + group.sinks, bias, hidden, used)
 
     # Where all layers read latents nobody uses the model's mask, so it is made for the new tokens alone.
 

@@ -9,7 +9,7 @@ Shape legend: B sequences, H key-value heads, M query rows a key-value head (its
 K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes a row.
 """
 
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ class LatentRows:
     Args:
         data: [B, K, N] uint8.
         layout: of a row.
-        dtype: in which latents are unpacked.
+        codec: with `decoder` [G, 2·H·d, r] and `mean` [G, 2·H·d] of the group's layers, keys first.
         hidden: [B], so many rows at the front nobody may see (padding, and sinks, which are exact).
+        reach: at least the largest of them.
         turns: rotation to the rows' positions; None for models without.
         used: [1], so many rows of `data` hold a token; None for all.
         index: [B, K'], the rows that are read; None for all.
@@ -39,15 +40,18 @@ class LatentRows:
         self,
         data: Tensor,
         layout: RowLayout,
-        dtype: torch.dtype,
+        codec: Any,
         hidden: Tensor,
+        reach: int,
         turns: "Optional[Turns]" = None,
         used: "Optional[Tensor]" = None,
         index: "Optional[Tensor]" = None,
     ) -> None:
-        self.data, self.layout, self.dtype = data, layout, dtype
-        self.hidden, self.turns, self.used, self.index = hidden, turns, used, index
+        self.data, self.layout, self.codec, self.dtype = data, layout, codec, codec.decoder.dtype
+        self.hidden, self.reach, self.turns, self.used, self.index = hidden, reach, turns, used, index
         self._unpacked: "Optional[Tensor]" = None
+        self._paired: "Optional[tuple[Tensor, Tensor]]" = None
+        self._unseen: "Optional[Tensor]" = None
 
     @property
     def count(self) -> int:
@@ -56,57 +60,82 @@ class LatentRows:
 
     def chosen(self, index: Tensor) -> "LatentRows":
         """Only the rows `index` [B, K'] of them."""
-        found = LatentRows(self.data, self.layout, self.dtype, self.hidden, self.turns, self.used, index)
+        found = LatentRows(
+            self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used, index
+        )
         if not on_gpu(self.data):  # there the kernels follow the index
             found.data = _rows_of(self.data, index)
             found.turns = None if self.turns is None else self.turns.at(index)
+            found._paired = self._paired
             if self._unpacked is not None:
                 found._unpacked = _rows_of(self._unpacked, index)
         return found
 
-    def logits(
-        self, query: Tensor, decoder: Tensor, mean: Tensor, out: Tensor, *, turned: bool, rank: "Optional[int]" = None
-    ) -> None:
-        """Products of queries and decoded keys, not scaled.
+    def logits(self, query: Tensor, layer: int, out: Tensor, *, turned: bool, rank: "Optional[int]" = None) -> None:
+        """Products of queries and decoded keys.
 
         Args:
-            query: [B, H, M, d] after RoPE.
-            decoder: [H·d, r], of the keys.
-            mean: [H·d].
+            query: [B, H, M, d] fp32, after RoPE.
+            layer: its number in the group.
             out: [B, H, M, K] fp32 that is written, -inf where a row may not be seen.
             turned: whether this layer's keys are rotated.
             rank: the first components alone; None for all.
         """
-        turns = self.turns if turned else None
-        rank = rank or self.layout.rank
+        turns, rank, heads = self.turns if turned else None, rank or self.layout.rank, query.shape[1]
         if on_gpu(self.data):
-            packed_logits(self, query, decoder, mean, turns, out, rank)
+            packed_logits(self, query, layer, turns, out, rank)
             return
-        heads = query.shape[1]
-        if turns is not None:
-            query = turns.paired(query.mT).mT
-            decoder, mean = (turns.paired(x.unflatten(0, (heads, -1))).flatten(0, 1) for x in (decoder, mean[:, None]))
-            mean = mean[:, 0]
+        decoder, mean = self._key_decoders(heads, turns)
+        query = query if turns is None else turns.paired(query.mT).mT
         for start, latents in self.blocks():
-            keys = nn.functional.linear(latents[..., :rank], decoder[:, :rank], mean).float().unflatten(-1, (heads, -1))
+            keys = nn.functional.linear(latents[..., :rank], decoder[layer, :, :rank], mean[layer]).float()
+            keys = keys.unflatten(-1, (heads, -1))  # [B, t, H, d]
             if turns is not None:
-                keys = turns.turn(keys, start)  # [B, t, H, d]
-            torch.matmul(query.float(), keys.permute(0, 2, 3, 1), out=out[..., start : start + keys.shape[1]])
-        places = self.index if self.index is not None else torch.arange(self.count, device=out.device)[None]
-        unseen = places < self.hidden[:, None]
-        if self.used is not None:
-            unseen = unseen | (places >= self.used)
-        out.masked_fill_(unseen[:, None, None], float("-inf"))
+                turns.turn(keys, start)
+            torch.matmul(query, keys.permute(0, 2, 3, 1), out=out[..., start : start + keys.shape[1]])
+        if self._unseen is None:
+            self._unseen = self._unseen_rows(out.device)[:, None, None]
+        out[..., : self._unseen.shape[-1]].masked_fill_(self._unseen, float("-inf"))
 
-    def sums(self, weights: Tensor) -> Tensor:
-        """Σ p·z [B, H, M, r] of weights [B, H, M, K] fp32."""
-        if on_gpu(self.data):
-            return packed_sums(self, weights)
-        flat = weights.flatten(1, 2).to(self.dtype)
-        total = flat.new_zeros(*flat.shape[:2], self.layout.rank, dtype=torch.float32)
+    def values(self, weights: Tensor, layer: int) -> Tensor:
+        """Σ p·v [B, H, M, d] of decoded values and weights [B, H, M, K] fp32; in fp32."""
+        heads = weights.shape[1]
+        decoder, mean = (x[layer].chunk(2)[1] for x in (self.codec.decoder, self.codec.mean))  # [H·d, r], [H·d]
+        sums = packed_sums(self, weights) if on_gpu(self.data) else self._sums(weights.flatten(1, 2))
+        # Every head's sum through every head's decoder: the product is small, and one is faster than H.
+        every = nn.functional.linear(sums.to(decoder.dtype), decoder)  # [B, H·M, H·d]
+        own = every.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).diagonal(dim1=1, dim2=3)  # [B, M, d, H]
+        total = weights.sum(-1, keepdim=True)
+        return own.permute(0, 3, 1, 2).float().addcmul(total, mean.unflatten(0, (heads, 1, -1)).float())
+
+    def _key_decoders(self, heads: int, turns: "Optional[Turns]") -> "tuple[Tensor, Tensor]":
+        """Decoders [G, H·d, r] and means [G, H·d] of the keys of all layers, channels as `turns` wants them."""
+        half = self.codec.decoder.shape[1] // 2
+        decoder, mean = self.codec.decoder[:, :half], self.codec.mean[:, :half]
+        if turns is None:
+            return decoder, mean
+        if self._paired is None:
+            decoder = turns.paired(decoder.unflatten(1, (heads, -1))).flatten(1, 2)
+            mean = turns.paired(mean.unflatten(1, (heads, -1))[..., None]).flatten(1)
+            self._paired = decoder, mean
+        return self._paired
+
+    def _unseen_rows(self, device: torch.device) -> Tensor:
+        """[B, …] rows that may not be seen, as many as there is need to look at."""
+        places = self.index
+        if places is None:
+            places = torch.arange(self.count if self.used is not None else min(self.reach, self.count), device=device)
+        unseen = places < self.hidden[:, None]
+        return unseen if self.used is None else unseen | (places >= self.used)
+
+    def _sums(self, weights: Tensor) -> Tensor:
+        """Σ p·z [B, H·M, r]."""
+        weights, total = weights.to(self.dtype), None
         for start, latents in self.blocks():
-            total += flat[..., start : start + latents.shape[1]] @ latents
-        return total.unflatten(1, weights.shape[1:3])
+            part = weights[..., start : start + latents.shape[1]] @ latents
+            total = part if total is None else total.float() + part
+        assert total is not None, "there are rows to read"
+        return total
 
     def blocks(self) -> "Iterator[tuple[int, Tensor]]":
         """First row and latents [B, t, r] of each block of rows; all at once where that is small enough to keep."""

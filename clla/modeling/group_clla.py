@@ -45,13 +45,13 @@ class Step(NamedTuple):
 
     Attributes:
         slots: [T] int64, where in `exact` the new tokens go.
-        seen: [B or 1, T, S + C] bool, what of `exact` each of them may look at.
+        bias: [B or 1, 1, 1, T, S + C] fp32, -inf at what of `exact` each of them may not look at, else 0.
         hidden: [B] int32, rows that nobody may look at.
         used: [1] int32, rows that hold a token; None where all do.
     """
 
     slots: Tensor
-    seen: Tensor
+    bias: Tensor
     hidden: Tensor
     used: "Optional[Tensor]"
 
@@ -138,8 +138,9 @@ class LatentGroup:
         self._rows = LatentRows(
             rows,
             self.layout,
-            self.codec.decoder.dtype,
+            self.codec,
             step.hidden.to(rows.device),
+            self.timeline.max_padding + self.sinks,
             self.timeline.turns(rows.shape[1]),
             step.used,
         )
@@ -169,32 +170,24 @@ class LatentGroup:
         self._handed = (_place(keys), _place(values))
         return keys, values
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """Attention [B, T, H_q, d] of few queries [B, H_q, T, d] to latents and exact tokens, in one softmax."""
         held, rows, step, index = self.held, self._rows, self._step, self.layers.index(layer)
         assert held is not None and rows is not None and step is not None
-        home, dtype, tokens = query.device, query.dtype, query.shape[2]
-        decoder, mean = self.codec.decoder[index].chunk(2), self.codec.mean[index].chunk(2)  # [H·d, r], [H·d]
-        turned = rows.turns is not None and layer not in self.timeline.plain_layers
-        query = query.to(rows.data.device).unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, H, M, d]
-        exact = held.exact[index]
-        near = query.float() @ exact[:, : self.heads].float().mT  # [B, H, M, S + C]
-        near = near.unflatten(2, (-1, tokens)).masked_fill(~step.seen[:, None, None].to(near.device), float("-inf"))
-        near = near.flatten(2, 3)
-        count = rows.count
-        logits = near.new_empty(*near.shape[:3], count + near.shape[3])
-        logits[..., count:] = near
+        home, dtype, tokens, count = query.device, query.dtype, query.shape[2], rows.count
+        query = query.to(rows.data.device, torch.float32).unflatten(1, (self.heads, -1)).flatten(2, 3) * scaling
+        exact = held.exact[index].float()  # [B, 2H, S + C, d]
+        logits = query.new_empty(*query.shape[:3], count + exact.shape[2])  # [B, H, M, K + S + C]
+        near = (query @ exact[:, : self.heads].mT).unflatten(2, (-1, tokens))
+        torch.add(near, step.bias.to(near.device), out=logits.unflatten(2, (-1, tokens))[..., count:])
         if count:
-            rows.logits(query, decoder[0], mean[0], logits[..., :count], turned=turned)
-        weights = (logits * scaling).softmax(-1)
-        out = weights[..., count:] @ exact[:, self.heads :].float()
+            turned = rows.turns is not None and layer not in self.timeline.plain_layers
+            rows.logits(query, index, logits[..., :count], turned=turned)
+        weights = logits.softmax(-1)
+        out = weights[..., count:] @ exact[:, self.heads :]
         if count:
-            old = weights[..., :count]
-            sums = rows.sums(old).to(decoder[1].dtype)
-            values = torch.einsum("bhmr,hdr->bhmd", sums, decoder[1].unflatten(0, (self.heads, -1)))
-            means = mean[1].unflatten(0, (self.heads, 1, -1)) * old.sum(-1, keepdim=True)
-            out = out + values + means
+            out += rows.values(weights[..., :count], index)
         return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).to(home, dtype)
 
     @torch.no_grad()
@@ -217,7 +210,7 @@ class LatentGroup:
             return newest
         if self._rows is None:
             data = held.rows[:, : self.kept]
-            self._rows = LatentRows(data, self.layout, self.codec.decoder.dtype, self._padding_kept)
+            self._rows = LatentRows(data, self.layout, self.codec, self._padding_kept, 0)
             if self.capacity is None:
                 self._rotation = self.timeline.rotation(0, self.encoded)
             else:

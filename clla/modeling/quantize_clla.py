@@ -83,12 +83,16 @@ class RowLayout:
     def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Latents [..., r] from rows [..., N] of uint8."""
         latents = torch.empty(*rows.shape[:-1], self.rank, dtype=dtype, device=rows.device)
-        position = len(self.classes)
+        position, rows = len(self.classes), rows.to(torch.int32)
+        scales = nn.functional.embedding(rows[..., :position], _scale_table(rows.device))[..., 0]
+        steps = torch.tensor([_step(bits, stop - first) for bits, first, stop in self.classes], device=rows.device)
+        scales = scales * steps
+        rounded = scales.to(dtype)
         for i, (bits, first, stop) in enumerate(self.classes):
             end = position + (stop - first) * bits // 8
             levels = unpack_levels(rows[..., position:end], bits, dtype)
-            scale = _step(bits, stop - first) * _decode_scale(rows[..., i : i + 1])
-            torch.mul(levels, scale.to(levels.dtype), out=latents[..., first:stop])
+            scale = (rounded if levels.dtype == dtype else scales)[..., i : i + 1]
+            torch.mul(levels, scale, out=latents[..., first:stop])
             position = end
         return latents
 
@@ -141,6 +145,12 @@ def _encode_scale(rms: Tensor) -> Tensor:
 def _decode_scale(code: Tensor) -> Tensor:
     exponent = (code.float() - SCALE_BIAS) / SCALE_STEPS_PER_OCTAVE
     return torch.where(code > 0, exponent.exp2(), 0.0)
+
+
+@lru_cache
+def _scale_table(device: torch.device) -> Tensor:
+    """Scales [256, 1] by their codes."""
+    return _decode_scale(torch.arange(256, device=device))[:, None]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
