@@ -84,7 +84,12 @@ class CllaCache(Cache):
     """
 
     def __init__(
-        self, config: Any, codec: Any, rope: Optional[Rope], max_length: Optional[int] = None, select: Optional[int] = None
+        self,
+        config: Any,
+        codec: Any,
+        rope: Optional[Rope],
+        max_length: Optional[int] = None,
+        select: Optional[int] = None,
     ) -> None:
         settings = config.clla
         self.codec, self.select, self.max_length = codec, select, max_length

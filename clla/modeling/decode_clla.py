@@ -52,6 +52,7 @@ class LatentRows:
         self._unpacked: "Optional[Tensor]" = None
         self._paired: "Optional[tuple[Tensor, Tensor]]" = None
         self._unseen: "Optional[Tensor]" = None
+        self._factors: "Optional[Tensor]" = None
 
     @property
     def count(self) -> int:
@@ -63,6 +64,7 @@ class LatentRows:
         found = LatentRows(
             self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used, index
         )
+        found._factors = self._factors
         if not on_gpu(self.data):  # there the kernels follow the index
             found.data = _rows_of(self.data, index)
             found.turns = None if self.turns is None else self.turns.at(index)
@@ -71,21 +73,32 @@ class LatentRows:
                 found._unpacked = _rows_of(self._unpacked, index)
         return found
 
-    def logits(self, query: Tensor, layer: int, out: Tensor, *, turned: bool, rank: "Optional[int]" = None) -> None:
-        """Products of queries and decoded keys.
+    def logits(
+        self,
+        query: Tensor,
+        layer: int,
+        out: Tensor,
+        *,
+        scaling: float,
+        turned: bool,
+        rank: "Optional[int]" = None,
+    ) -> None:
+        """Products of queries and decoded keys, times `scaling`.
 
         Args:
-            query: [B, H, M, d] fp32, after RoPE.
+            query: [B, H, M, d] after RoPE.
             layer: its number in the group.
             out: [B, H, M, K] fp32 that is written, -inf where a row may not be seen.
+            scaling: of the products.
             turned: whether this layer's keys are rotated.
             rank: the first components alone; None for all.
         """
         turns, rank, heads = self.turns if turned else None, rank or self.layout.rank, query.shape[1]
         if on_gpu(self.data):
-            packed_logits(self, query, layer, turns, out, rank)
+            packed_logits(self, query, layer, turns, scaling, out, rank)
             return
         decoder, mean = self._key_decoders(heads, turns)
+        query = query.float() * scaling
         query = query if turns is None else turns.paired(query.mT).mT
         for start, latents in self.blocks():
             keys = nn.functional.linear(latents[..., :rank], decoder[layer, :, :rank], mean[layer]).float()
@@ -107,6 +120,13 @@ class LatentRows:
         own = every.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).diagonal(dim1=1, dim2=3)  # [B, M, d, H]
         total = weights.sum(-1, keepdim=True)
         return own.permute(0, 3, 1, 2).float().addcmul(total, mean.unflatten(0, (heads, 1, -1)).float())
+
+    def factors(self, dtype: torch.dtype) -> Tensor:
+        """Cosines and sines of all rows [B or 1, K, p/2, 2], as the kernels read them."""
+        assert self.turns is not None
+        if self._factors is None:
+            self._factors = torch.view_as_real(self.turns.factors).to(dtype)
+        return self._factors
 
     def _key_decoders(self, heads: int, turns: "Optional[Turns]") -> "tuple[Tensor, Tensor]":
         """Decoders [G, H·d, r] and means [G, H·d] of the keys of all layers, channels as `turns` wants them."""

@@ -176,14 +176,14 @@ class LatentGroup:
         held, rows, step, index = self.held, self._rows, self._step, self.layers.index(layer)
         assert held is not None and rows is not None and step is not None
         home, dtype, tokens, count = query.device, query.dtype, query.shape[2], rows.count
-        query = query.to(rows.data.device, torch.float32).unflatten(1, (self.heads, -1)).flatten(2, 3) * scaling
+        query = query.to(rows.data.device).unflatten(1, (self.heads, -1)).flatten(2, 3)
         exact = held.exact[index].float()  # [B, 2H, S + C, d]
-        logits = query.new_empty(*query.shape[:3], count + exact.shape[2])  # [B, H, M, K + S + C]
-        near = (query @ exact[:, : self.heads].mT).unflatten(2, (-1, tokens))
+        logits = exact.new_empty(*query.shape[:3], count + exact.shape[2])  # [B, H, M, K + S + C]
+        near = (query.float() * scaling @ exact[:, : self.heads].mT).unflatten(2, (-1, tokens))
         torch.add(near, step.bias.to(near.device), out=logits.unflatten(2, (-1, tokens))[..., count:])
         if count:
             turned = rows.turns is not None and layer not in self.timeline.plain_layers
-            rows.logits(query, index, logits[..., :count], turned=turned)
+            rows.logits(query, index, logits[..., :count], scaling=scaling, turned=turned)
         weights = logits.softmax(-1)
         out = weights[..., count:] @ exact[:, self.heads :]
         if count:

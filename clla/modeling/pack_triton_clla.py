@@ -119,19 +119,19 @@ def _tables(classes: tuple[tuple[int, int, int], ...], device: torch.device) -> 
     return torch.tensor(described, dtype=torch.int32, device=device), torch.stack(steps), offsets
 
 
-def _jit(**options):
+def jit(**options):
     """`triton.jit`, or nothing where there is no Triton."""
     return triton.jit(**options) if triton is not None else lambda function: function
 
 
-@_jit()
+@jit()
 def _read(x, valid, at, stride, size):
     """Components `at` [R] of tokens [L, R], zeros where there are none."""
     mask = valid[:, None] & (at < size)[None, :]
     return tl.load(x[:, None] + at.to(tl.int64)[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
 
 
-@_jit()
+@jit()
 def _start(
     x, valid, stride, size, STEPS_PER_OCTAVE: tl.constexpr, BIAS: tl.constexpr, L: tl.constexpr, R: tl.constexpr
 ):
@@ -145,7 +145,7 @@ def _start(
     return tl.where(rms > 0, tl.maximum(code, 1.0), 0.0)
 
 
-@_jit()
+@jit()
 def _error(x, valid, stride, size, half, step, L: tl.constexpr, R: tl.constexpr, O: tl.constexpr):  # noqa: E741
     """Squared error [L, O] of a class with each of the steps [L, O]."""
     inverse = 1.0 / step  # inf where all is zero or NaN, and the only step tried 0
@@ -159,7 +159,7 @@ def _error(x, valid, stride, size, half, step, L: tl.constexpr, R: tl.constexpr,
     return tl.sum(squares, 2)
 
 
-@_jit()
+@jit()
 def _write(x, valid, stride, size, bits, half, step, stream, L: tl.constexpr, R: tl.constexpr):
     """Codes of a class with the steps [L], as bytes from `stream` [L] on."""
     eight = tl.arange(0, 8)
@@ -180,7 +180,7 @@ def _write(x, valid, stride, size, bits, half, step, stream, L: tl.constexpr, R:
             tl.store(to + eight[None, None, :], octets.to(tl.uint8), mask=mask & (eight < bits)[None, None, :])
 
 
-@_jit(do_not_specialize=["first_row", "tokens", "length"])
+@jit(do_not_specialize=["first_row", "tokens", "length"])
 def pack_kernel(
     latents,
     out,
