@@ -34,6 +34,7 @@ class CllaLayer(CacheLayerMixin):
     def __init__(self, group: LatentGroup, layer: int) -> None:
         super().__init__()
         self.group, self.layer, self.seen = group, layer, 0
+        self.is_compileable = group.room is not None and group.capacity is None and not group.first
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -110,6 +111,7 @@ class CllaCache(Cache):
         self._query_heads = 0
         super().__init__(layers=[layers[i] for i in sorted(layers)])
 
+    @torch.compiler.disable
     def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor]) -> None:
         """Announce the tokens of the next forward pass; arguments and errors as of `Timeline.begin`."""
         for group in self.groups:
@@ -181,6 +183,7 @@ class CllaCache(Cache):
             self._query_heads = query.shape[1]
         return plain()
 
+    @torch.compiler.disable
     def end(self) -> None:
         """After a forward pass: drop what was only needed during it."""
         if self.reading:

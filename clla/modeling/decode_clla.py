@@ -105,7 +105,7 @@ class LatentRows:
             keys = keys.unflatten(-1, (heads, -1))  # [B, t, H, d]
             if turns is not None:
                 turns.turn(keys, start)
-            torch.matmul(query, keys.permute(0, 2, 3, 1), out=out[..., start : start + keys.shape[1]])
+            out[..., start : start + keys.shape[1]] = query @ keys.permute(0, 2, 3, 1)
         if self._unseen is None:
             self._unseen = self._unseen_rows(out.device)[:, None, None]
         out[..., : self._unseen.shape[-1]].masked_fill_(self._unseen, float("-inf"))

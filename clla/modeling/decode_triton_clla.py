@@ -53,47 +53,75 @@ def packed_logits(
     rows: "LatentRows", query: Tensor, layer: int, turns: "Optional[Turns]", scaling: float, out: Tensor, rank: int
 ) -> None:
     """Logits of queries and the decoded keys of all rows that are read; arguments as of `LatentRows.logits`."""
-    batch, heads, per_head, size = query.shape
     decoder, mean = rows.codec.decoder[layer], rows.codec.mean[layer]
-    pairs = turns.factors.shape[-1] if turns is not None else 0
+    factors = None if turns is None else rows.factors(decoder.dtype)
+    interleaved = turns is not None and turns.interleaved
+    tensors = (rows.data, query, decoder, mean, factors, rows.hidden, rows.used, rows.index, out)
+    launch = _LOGITS if torch.compiler.is_compiling() else _launch_logits
+    launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rank, interleaved, scaling)
+
+
+def packed_sums(rows: "LatentRows", weights: Tensor) -> Tensor:
+    """Σ p·z [B, H·M, r] in fp32 of weights [B, H, M, K] fp32."""
+    launch = _SUMS if torch.compiler.is_compiling() else _launch_sums
+    tensors = (rows.data, weights.flatten(1, 2), rows.codec.decoder, rows.index)
+    return launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rows.layout.rank)
+
+
+def _launch_logits(
+    data: Tensor,
+    query: Tensor,
+    decoder: Tensor,
+    mean: Tensor,
+    factors: Optional[Tensor],
+    hidden: Tensor,
+    used: Optional[Tensor],
+    index: Optional[Tensor],
+    out: Tensor,
+    classes: list[int],
+    row_bytes: int,
+    rank: int,
+    interleaved: bool,
+    scaling: float,
+) -> None:
+    batch, heads, per_head, size = query.shape
+    count = out.shape[3]
+    pairs = 0 if factors is None else factors.shape[2]
     # Two halves of pairs, and what is not rotated: a head without rotation is all rest.
     half, rest = _padded(pairs), _padded(size - 2 * pairs)
-    fit = max(1, COLUMNS // max(half, rest))
-    heads_at_once = min(fit, triton.next_power_of_2(heads))
-    tile, warps = _tile(rows.count, batch * triton.cdiv(heads, heads_at_once), query.device)
-    blocks = _blocks(rows.layout, COMPONENTS, rank, query.device)
-    factors = rows.factors(decoder.dtype) if turns is not None else mean  # [B or 1, K, P, 2]
-    index = rows.index if rows.index is not None else rows.hidden
+    heads_at_once = min(max(1, COLUMNS // max(half, rest)), triton.next_power_of_2(heads))
+    tile, warps = _tile(count, batch * triton.cdiv(heads, heads_at_once), query.device)
+    blocks = _blocks(tuple(classes), COMPONENTS, rank, query.device)
     with torch.cuda.device_of(query):
-        logits_kernel[(triton.cdiv(rows.count, tile), triton.cdiv(heads, heads_at_once), batch)](
-            rows.data,
-            index,
+        logits_kernel[(triton.cdiv(count, tile), triton.cdiv(heads, heads_at_once), batch)](
+            data,
+            hidden if index is None else index,
             blocks,
             decoder,
             mean,
-            factors,
+            mean if factors is None else factors,
             query,
             out,
-            rows.hidden,
-            rows.used if rows.used is not None else rows.hidden,
+            hidden,
+            hidden if used is None else used,
             scaling,
-            rows.count,
-            rows.layout.row_bytes,
+            count,
+            row_bytes,
             len(blocks),
             heads,
-            *rows.data.stride()[:2],
-            index.stride(0),
+            *data.stride()[:2],
+            0 if index is None else index.stride(0),
             decoder.stride(0) // 8,  # ranks are multiples of 8; so the compiler knows
-            factors.stride(0) if turns is not None and len(factors) > 1 else 0,
+            0 if factors is None or len(factors) == 1 else factors.stride(0),
             *query.stride()[:3],
             *out.stride()[:3],
             M=per_head,
             D=size,
             PAIRS=pairs,
-            INTERLEAVED=turns is not None and turns.interleaved,
-            INDEXED=rows.index is not None,
-            WIDE=_wide(rows.data),
-            LIMITED=rows.used is not None,
+            INTERLEAVED=interleaved,
+            INDEXED=index is not None,
+            WIDE=_wide(data),
+            LIMITED=used is not None,
             STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
             BIAS=SCALE_BIAS,
             HEADS=heads_at_once,
@@ -107,36 +135,40 @@ def packed_logits(
         )
 
 
-def packed_sums(rows: "LatentRows", weights: Tensor) -> Tensor:
-    """Σ p·z [B, H·M, r] in fp32 of weights [B, H, M, K] fp32."""
-    batch, heads, per_head, count = weights.shape
-    weights = weights.flatten(1, 2)
-    blocks = _blocks(rows.layout, COMPONENTS, rows.layout.rank, weights.device)
-    query_rows = heads * per_head
+def _launch_sums(
+    data: Tensor,
+    weights: Tensor,
+    decoder: Tensor,
+    index: Optional[Tensor],
+    classes: list[int],
+    row_bytes: int,
+    rank: int,
+) -> Tensor:
+    batch, query_rows, count = weights.shape
+    blocks = _blocks(tuple(classes), COMPONENTS, rank, weights.device)
     at_once = min(QUERY_ROWS, max(LEAST, triton.next_power_of_2(query_rows)))
     slices = triton.cdiv(query_rows, at_once)
     splits = _splits(count, batch * len(blocks) * slices, weights.device)
-    out = weights.new_empty(splits, batch, query_rows, rows.layout.rank)
-    index = rows.index if rows.index is not None else rows.hidden
+    out = weights.new_empty(splits, batch, query_rows, rank)
     with torch.cuda.device_of(weights):
         sums_kernel[(len(blocks) * slices, splits, batch)](
-            rows.data,
-            index,
+            data,
+            data if index is None else index,
             blocks,
             weights,
             out,
-            rows.codec.decoder,
+            decoder,
             count,
             triton.cdiv(triton.cdiv(count, splits), TOKENS) * TOKENS,
-            rows.layout.row_bytes,
+            row_bytes,
             len(blocks),
             query_rows,
-            *rows.data.stride()[:2],
-            index.stride(0),
+            *data.stride()[:2],
+            0 if index is None else index.stride(0),
             *weights.stride()[:2],
             *out.stride()[:3],
-            INDEXED=rows.index is not None,
-            WIDE=_wide(rows.data),
+            INDEXED=index is not None,
+            WIDE=_wide(data),
             STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
             BIAS=SCALE_BIAS,
             T=TOKENS,
@@ -146,6 +178,43 @@ def packed_sums(rows: "LatentRows", weights: Tensor) -> Tensor:
             num_stages=3,
         )
     return out.sum(0) if splits > 1 else out[0]
+
+
+# A compiler sees each launch as one operation. Their names hold the module's, which is loaded twice where a checkpoint
+# brings its own copy.
+_NAMESPACE = __name__.replace(".", "_")
+_LAYOUT = "int[] classes, int row_bytes, int rank"
+_LOGITS = torch.library.custom_op(
+    f"{_NAMESPACE}::packed_logits",
+    _launch_logits,
+    mutates_args=("out",),
+    schema="(Tensor data, Tensor query, Tensor decoder, Tensor mean, Tensor? factors, Tensor hidden, Tensor? used, "
+    f"Tensor? index, Tensor(a!) out, {_LAYOUT}, bool interleaved, float scaling) -> ()",
+)
+_SUMS = torch.library.custom_op(
+    f"{_NAMESPACE}::packed_sums",
+    _launch_sums,
+    mutates_args=(),
+    schema=f"(Tensor data, Tensor weights, Tensor decoder, Tensor? index, {_LAYOUT}) -> Tensor",
+)
+
+
+@_SUMS.register_fake
+def _sums_like(
+    data: Tensor,
+    weights: Tensor,
+    decoder: Tensor,
+    index: Optional[Tensor],
+    classes: list[int],
+    row_bytes: int,
+    rank: int,
+) -> Tensor:
+    return weights.new_empty(*weights.shape[:2], rank)
+
+
+def _flat(layout: RowLayout) -> list[int]:
+    """Bits, first and last component + 1 of all classes in one list."""
+    return [number for part in layout.classes for number in part]
 
 
 def _padded(channels: int) -> int:
@@ -175,16 +244,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _blocks(layout: RowLayout, size: int, rank: int, device: torch.device) -> Tensor:
-    """Per block of at most `size` components: number of the scale, first byte, bits, first component, components and
-    the bits of its step as fp32, [blocks, 6] int32; only components below `rank`."""
-    return _blocks_of(tuple(layout.classes), size, rank, device)
-
-
 @lru_cache(maxsize=None)  # never given back: recorded graphs hold their addresses
-def _blocks_of(classes: "tuple[tuple[int, int, int], ...]", size: int, rank: int, device: torch.device) -> Tensor:
-    found, position = [], len(classes)
-    for number, (bits, first, stop) in enumerate(classes):
+def _blocks(classes: tuple[int, ...], size: int, rank: int, device: torch.device) -> Tensor:
+    """Blocks of at most `size` components below `rank`, [blocks, 6] int32: number of the scale, first byte, bits,
+    first component, components, and the step's fp32."""
+    found, position = [], len(classes) // 3
+    for number in range(len(classes) // 3):
+        bits, first, stop = classes[3 * number : 3 * number + 3]
         step = int(torch.tensor(_step(bits, stop - first), dtype=torch.float32).view(torch.int32))
         for start in range(first, min(stop, rank), size):
             byte = position + (start - first) * bits // 8
@@ -307,6 +373,8 @@ def logits_kernel(
         rest_mask = (rest < D) & (rest_head < heads)
         keys_rest = tl.zeros((T, HEADS * REST), tl.float32)
 
+    if LIMITED:  # nothing to rebuild where no row is in use yet
+        block_count = tl.where(tl.program_id(0) * T < tl.load(used), block_count, 0) if not INDEXED else block_count
     for block in range(0, block_count):
         # Classes are whole tiers, so decoders are read 8 components at a time.
         component = tl.multiple_of(tl.load(blocks + block * 6 + 3), 8) + part

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .decode_clla import LatentRows
+from .decode_triton_clla import on_gpu
 from .evict_clla import best, observed_weight
+from .pack_triton_clla import pack_rows
 from .quantize_clla import RowLayout
 from .rotary_clla import Rotation
 from .timeline_clla import Timeline
+
+# Of the components, so many and such a share judge which tokens are read in full (docs/lab-notes.md).
+JUDGING_RANK, JUDGING_SHARE = 64, 8
 
 
 @dataclass
@@ -122,7 +127,7 @@ class LatentGroup:
     def observe(self, hidden: Tensor) -> None:
         """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
         held = self._storage(hidden)
-        rows = self.layout.pack(encode(hidden.to(held.rows.device), self.codec))
+        rows = self._packed(encode(hidden.to(held.rows.device), self.codec))
         if self.strict:
             self._append(held, rows)
         else:
@@ -175,19 +180,30 @@ class LatentGroup:
         """Attention [B, T, H_q, d] of few queries [B, H_q, T, d] to latents and exact tokens, in one softmax."""
         held, rows, step, index = self.held, self._rows, self._step, self.layers.index(layer)
         assert held is not None and rows is not None and step is not None
-        home, dtype, tokens, count = query.device, query.dtype, query.shape[2], rows.count
-        query = query.to(rows.data.device).unflatten(1, (self.heads, -1)).flatten(2, 3)
+        home, dtype, tokens = query.device, query.dtype, query.shape[2]
+        turned = rows.turns is not None and layer not in self.timeline.plain_layers
+        query = query.to(rows.data.device).unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, H, M, d]
         exact = held.exact[index].float()  # [B, 2H, S + C, d]
-        logits = exact.new_empty(*query.shape[:3], count + exact.shape[2])  # [B, H, M, K + S + C]
         near = (query.float() * scaling @ exact[:, : self.heads].mT).unflatten(2, (-1, tokens))
-        torch.add(near, step.bias.to(near.device), out=logits.unflatten(2, (-1, tokens))[..., count:])
-        if count:
-            turned = rows.turns is not None and layer not in self.timeline.plain_layers
-            rows.logits(query, index, logits[..., :count], scaling=scaling, turned=turned)
-        weights = logits.softmax(-1)
-        out = weights[..., count:] @ exact[:, self.heads :]
-        if count:
-            out += rows.values(weights[..., :count], index)
+        near = (near + step.bias.to(near.device)).flatten(2, 3)  # [B, H, M, S + C]
+
+        def weights(rows: LatentRows, rank: Optional[int] = None) -> Tensor:
+            """[B, H, M, K + S + C] that the queries give old and exact tokens."""
+            logits = near.new_empty(*near.shape[:3], rows.count + near.shape[3])
+            logits[..., rows.count :] = near
+            if rows.count:
+                old = logits[..., : rows.count]
+                rows.logits(query, index, old, scaling=scaling, turned=turned, rank=rank)
+            return logits.softmax(-1)
+
+        if self._select is not None and rows.count > self._select:
+            judged = weights(rows, judging_rank(self.layout))[..., : rows.count].sum((1, 2))
+            best_rows = judged.topk(self._select, sorted=False).indices
+            rows = rows.chosen(best_rows.sort().values)
+        found = weights(rows)
+        out = found[..., rows.count :] @ exact[:, self.heads :]
+        if rows.count:
+            out += rows.values(found[..., : rows.count], index)
         return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).to(home, dtype)
 
     @torch.no_grad()
@@ -263,10 +279,17 @@ class LatentGroup:
                 self._append(held, recent_rows[:, :leaving])
         elif leaving:
             rotation = self.timeline.rotation(self.encoded, self.encoded + leaving)
-            latents = encode(before_rope(gone, rotation, self.heads), self.codec)
-            self._append(held, self.layout.pack(latents))
+            self._append(held, self._packed(encode(before_rope(gone, rotation, self.heads), self.codec)))
         self.filled = total - leaving
         self._incoming, self._incoming_rows = {}, None
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        """Rows [B, T, N] of latents [B, T, r]."""
+        if not on_gpu(latents):
+            return self.layout.pack(latents)
+        rows = latents.new_empty(*latents.shape[:2], self.layout.row_bytes, dtype=torch.uint8)
+        pack_rows(latents, self.layout, rows, 0)
+        return rows
 
     def _append(self, held: _Storage, rows: Tensor) -> None:
         """Rows [B, T, N] of the next slots join the others."""
@@ -360,6 +383,9 @@ class LatentGroup:
                 positions=torch.zeros(batch, 0, dtype=torch.int32, device=home),
                 score=torch.zeros(batch, 0, dtype=torch.float16, device=home),
             )
+            if self.room is not None:  # recorded graphs may read and write these where they are
+                torch._dynamo.mark_static_address(self.held.rows)
+                torch._dynamo.mark_static_address(self.held.exact)
         return self.held
 
     def crop(self, length: int) -> None:
@@ -390,6 +416,11 @@ class LatentGroup:
 
 def _place(x: Tensor) -> "tuple[int, torch.Size]":
     return x.data_ptr(), x.shape
+
+
+def judging_rank(layout: RowLayout) -> int:
+    """Components, the most important first, by whose logits tokens are selected."""
+    return min(layout.rank, max(JUDGING_RANK, -(-layout.rank // JUDGING_SHARE // 8) * 8))
 
 
 def exact_slots(window: int, block: int) -> int:

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from .cache_clla import CllaCache
 from .configuration_clla import CllaConfig
 from .hooks_clla import CACHE, attention_modules, rope_of
-from .observe_clla import is_observed, listening, observed
+from .observe_clla import LISTENER, is_observed, listening, observed
 from .quantize_clla import RowLayout, tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
@@ -178,6 +178,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> Optional[nn.Module]:
         return self.source.get_output_embeddings()
 
+    # What is not for a compiler: cutting into chunks, bookkeeping, encoding what leaves the window. The source's own
+    # forward pass is compiled by itself, and of a cache with a `max_length` always the same.
+    @torch.compiler.disable(recursive=False)
     def forward(
         self,
         input_ids: Optional[Tensor] = None,
@@ -236,6 +239,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             cache.begin(position_ids[:, start:stop], mask)
             if cache.maskless:
                 mask = None
+            # A compiler cannot follow the context; models that a static cache is for hand keywords to their attention.
+            listener = {LISTENER: cache} if cache.is_compileable and cache.reading else {}
             with listening(cache):
                 output = self.source(
                     **{name: inputs[:, start:stop], CACHE: cache},
@@ -244,6 +249,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                     use_cache=True,
                     logits_to_keep=min(stop - start, max(1, stop - keep)),
                     return_dict=True,
+                    **listener,
                     **kwargs,
                 )
             cache.end()
@@ -270,19 +276,27 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Tensor, attention_mask: Optional[Tensor], **_: Any
+    ) -> Any:
+        """`generate` would make masks of static caches by itself: here the cache knows what is to be masked."""
+        return attention_mask
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: "dict[str, Any]", *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate` the compressed cache (versions differ in the parameters that follow)."""
         if generation_config.use_cache is False:
             return
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "static"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not for converted models: "
-                "leave it out, the compressed cache is used by itself"
+                f"cache_implementation={generation_config.cache_implementation!r} is not for converted models: leave "
+                "it out, the compressed cache is used by itself, or pass 'static' to allocate it whole"
             )
         if model_kwargs.get(CACHE) is None:
-            model_kwargs[CACHE] = self.new_cache()
+            static = generation_config.cache_implementation == "static"
+            model_kwargs[CACHE] = self.new_cache(generation_config.max_length if static else None)
 
 
 def _empty_source(config: CllaConfig) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PREFIX = "clla_observed_"
+LISTENER = "clla_listener"  # keyword of a model's forward pass that names the cache, where the context is out of reach
 SPECIAL = ("softcap", "sliding_window", "s_aux")  # where they are given, attention is not ordinary
 HARMLESS = {"position_ids", "cache_position", "attention_mask"}  # tensors that attention functions take and ignore
 _listener: "ContextVar[Optional[Any]]" = ContextVar("clla_listener", default=None)
@@ -95,7 +96,9 @@ def _observing(own: "Callable[..., Any]") -> "Callable[..., Any]":
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> "tuple[Tensor, Any]":
-        cache = _listener.get()
+        cache = kwargs.pop(LISTENER, None)
+        if cache is None:
+            cache = _listener.get()
         if cache is None:
             cache = getattr(module, "clla_listener", None)
         if cache is None:

@@ -16,7 +16,6 @@ Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
 
 import hashlib
 import math
-from functools import lru_cache
 from typing import Optional
 
 import torch
@@ -29,6 +28,7 @@ WORD_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 7: 7, 8: 8, 16: 16}
 WIDE_BITS = 8  # of this width the first components do not share a scale with the rest; 16 bits never clip
 SCALE_STEPS_PER_OCTAVE = 8
 SCALE_BIAS = 128
+_TABLES: "dict[tuple[int, torch.dtype, torch.device], Tensor]" = {}
 SCALE_OFFSETS = (0, -1, 1, -2, 2, 3)  # steps around the RMS that are tried; the RMS itself wins ties
 
 
@@ -84,7 +84,7 @@ class RowLayout:
         """Latents [..., r] from rows [..., N] of uint8."""
         latents = torch.empty(*rows.shape[:-1], self.rank, dtype=dtype, device=rows.device)
         position, rows = len(self.classes), rows.to(torch.int32)
-        scales = nn.functional.embedding(rows[..., :position], _scale_table(rows.device))[..., 0]
+        scales = nn.functional.embedding(rows[..., :position], _table(0, torch.float32, rows.device))[..., 0]
         steps = torch.tensor([_step(bits, stop - first) for bits, first, stop in self.classes], device=rows.device)
         scales = scales * steps
         rounded = scales.to(dtype)
@@ -92,7 +92,10 @@ class RowLayout:
             end = position + (stop - first) * bits // 8
             levels = unpack_levels(rows[..., position:end], bits, dtype)
             scale = (rounded if levels.dtype == dtype else scales)[..., i : i + 1]
-            torch.mul(levels, scale, out=latents[..., first:stop])
+            if torch.compiler.is_compiling():  # no compiler knows the other
+                latents[..., first:stop] = levels * scale
+            else:
+                torch.mul(levels, scale, out=latents[..., first:stop])
             position = end
         return latents
 
@@ -147,12 +150,6 @@ def _decode_scale(code: Tensor) -> Tensor:
     return torch.where(code > 0, exponent.exp2(), 0.0)
 
 
-@lru_cache
-def _scale_table(device: torch.device) -> Tensor:
-    """Scales [256, 1] by their codes."""
-    return _decode_scale(torch.arange(256, device=device))[:, None]
-
-
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Bytes [..., size·bits/8] of codes [..., size]; size is a multiple of 8."""
     at_once = 64 // max(bits, 8)  # codes whose bits fill whole bytes of an int64
@@ -171,15 +168,21 @@ def unpack_levels(data: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Half-integer levels [..., size] of packed codes, exact in any dtype that can hold them (16 bits: fp32)."""
     if bits == 16:
         return unpack_bits(data, bits) + (0.5 - (1 << 15))
-    table = _level_table(bits, dtype, data.device)
+    table = _table(bits, dtype, data.device)
     return nn.functional.embedding(_words(data, WORD_BITS[bits]), table).flatten(-2)
 
 
-@lru_cache
-def _level_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Levels [2^w, w/bits] of every word of w bits."""
-    words = torch.arange(1 << WORD_BITS[bits], dtype=torch.int32, device=device)
-    return (_codes_of_words(words, bits) + (0.5 - (1 << (bits - 1)))).to(dtype)
+def _table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Levels [2^w, w/bits] of every word of w bits; with `bits` 0 the scales [256, 1] of their codes. Made once."""
+    key = (bits, dtype, device)
+    if key not in _TABLES:
+        if bits:
+            words = torch.arange(1 << WORD_BITS[bits], dtype=torch.int32, device=device)
+            table = _codes_of_words(words, bits) + (0.5 - (1 << (bits - 1)))
+        else:
+            table = _decode_scale(torch.arange(256, device=device))[:, None]
+        _TABLES[key] = table.to(dtype)
+    return _TABLES[key]
 
 
 def _codes_of_words(words: Tensor, bits: int) -> Tensor:
