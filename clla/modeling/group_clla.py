@@ -167,7 +167,7 @@ class LatentGroup:
             newest = held.exact[index, :, :, self.sinks : self.sinks + self.filled].to(keys.dtype)
             both = self._decode(held, index, torch.cat((newest, new), dim=2))
         if layer == self.layers[-1]:
-            self._rows = None
+            self._rows = self._rotation = None
             if not self.strict:
                 self._settle(held, new.shape[2])
         both = both.to(keys.device)
@@ -217,7 +217,7 @@ class LatentGroup:
 
     def abandon(self) -> None:
         """Before a forward pass: forget what one that failed left behind."""
-        self._step = self._rows = self._incoming_rows = None
+        self._step = self._rows = self._rotation = self._incoming_rows = None
         self._incoming = {}
 
     def _decode(self, held: _Storage, index: int, newest: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ keys and values there. Full logits of a forward pass are therefore those of infe
 Shape legend: B sequences, T tokens, n = 2·H_kv·d, h hidden size, r rank of a group, G its layers.
 """
 
+import copy
 from typing import Any, Optional
 
 import torch
@@ -302,12 +303,13 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 def _empty_source(config: CllaConfig) -> Any:
     """The source model without its weights; sdpa is what transformers asks for where the user asked for nothing."""
     wanted = config._attn_implementation
+    own = copy.deepcopy(config.text_config)  # it may be that of a loaded model, whose attention is not to change
     try:
-        return AutoModelForCausalLM.from_config(config.text_config, attn_implementation=wanted)
+        return AutoModelForCausalLM.from_config(own, attn_implementation=wanted)
     except ValueError:
         if wanted != "sdpa":
             raise
-        return AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(own, attn_implementation="eager")
 
 
 def _kept_from(count: int, logits_to_keep: "int | Tensor") -> int:

@@ -45,7 +45,6 @@ class Timeline:
         if left_padded and attention_mask is not None and bool((attention_mask.diff(dim=1) < 0).any()):
             raise ValueError("with eviction only padding on the left can be masked")
         batch, count = position_ids.shape
-        self.length += self.incoming
         self.incoming = count
         self._forget()
         slots = torch.arange(self.length, self.length + count, device=position_ids.device)
@@ -69,6 +68,7 @@ class Timeline:
 
     def end(self) -> None:
         """After the forward pass: nothing but bookkeeping is kept."""
+        self.length, self.incoming = self.length + self.incoming, 0
         self._forget()
 
     def _forget(self) -> None:

@@ -1,0 +1,343 @@
+"""Attention that reads latents: the same as over decoded keys and values, in every use of the cache.
+
+What is expected comes from the same model with reading forbidden, whose attention is the source's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import pico
+from helpers import converted_of, kept_bytes, plan_of, stats_of, tokens
+from test_model import full_rank, lossy, source_and_stats
+from torch import Tensor
+from transformers import CompileConfig
+
+from clla.modeling import decode_clla, group_clla
+from clla.modeling.cache_clla import CllaCache
+from clla.modeling.decode_clla import LatentRows
+from clla.modeling.group_clla import LatentGroup
+from clla.modeling.hooks_clla import CACHE
+from clla.modeling.modeling_clla import CllaForCausalLM
+
+CLOSE = {"atol": 2e-4, "rtol": 1e-3}
+COMMON: dict[str, Any] = {"do_sample": False, "eos_token_id": 257, "pad_token_id": 258}
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "cohere", "phi3", "gpt_neox", "smollm3", "olmo2")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers that read latents, in order, as they do so."""
+    found: list[int] = []
+    attend = LatentGroup.attend
+
+    def watched(self: LatentGroup, layer: int, *args: Any) -> Tensor:
+        found.append(layer)
+        return attend(self, layer, *args)
+
+    monkeypatch.setattr(LatentGroup, "attend", watched)
+    return found
+
+
+@torch.no_grad()
+def logits_of(
+    model: CllaForCausalLM, ids: Tensor, sizes: list[int], mask: Tensor | None = None, *, reading: bool = True
+) -> tuple[Tensor, CllaCache]:
+    """Logits of a text that comes in parts of these sizes."""
+    cache, parts, start = model.new_cache(), [], 0
+    if not reading:
+        cache._may_read_latents = lambda *_: False  # type: ignore[method-assign]
+    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    for size in sizes:
+        stop = start + size
+        part = {} if positions is None or mask is None else {"position_ids": positions[:, start:stop]}
+        seen = None if mask is None else mask[:, :stop]
+        output = model(ids[:, start:stop], attention_mask=seen, past_key_values=cache, use_cache=True, **part)
+        parts.append(output.logits)
+        start = stop
+    return torch.cat(parts, 1), cache
+
+
+def parts(length: int, step: int, first: int = 24) -> list[int]:
+    steps, rest = divmod(length - first, step)
+    return [first] + [step] * steps + [rest] * (rest > 0)
+
+
+def same(model: CllaForCausalLM, ids: Tensor, sizes: list[int], mask: Tensor | None = None) -> None:
+    found, cache = logits_of(model, ids, sizes, mask)
+    expected, other = logits_of(model, ids, sizes, mask, reading=False)
+    seen = slice(None) if mask is None else mask[:, : ids.shape[1]].bool()
+    torch.testing.assert_close(found[seen], expected[seen], **CLOSE)
+    assert cache.get_seq_length() == other.get_seq_length() == ids.shape[1] and cache.nbytes == other.nbytes
+    for mine, theirs in zip(cache.groups, other.groups, strict=True):
+        assert (mine.encoded, mine.filled) == (theirs.encoded, theirs.filled)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("source", ["group", "first"])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_equals_the_sources_attention_over_decoded_tokens(step: int, source: str, sinks: int, reads: list[int]) -> None:
+    model, stats = source_and_stats("llama")
+    groups = tuple((layer,) for layer in stats.layers) if source == "first" else ()
+    plan = plan_of(stats, model, bits=4, rank=48, groups=groups, source=source, sinks=sinks)
+    same(converted_of(model, plan, stats), tokens(2, 80), parts(80, step))
+    assert len(reads) >= 4 * (20 // step) and set(reads) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_read_alike(family: str, reads: list[int]) -> None:
+    """Whatever their rotation, norms and heads; those whose attention is not ordinary simply do not read."""
+    model = pico(family)
+    stats = stats_of(model)
+    converted = converted_of(model, plan_of(stats, model, bits=5, rank=32), stats)
+    same(converted, tokens(2, 60), parts(60, 1))
+    assert reads, "none of these families needs anything else"
+
+
+@pytest.mark.parametrize("padding", [3, 20, 37])
+def test_padding_is_not_seen(padding: int, reads: list[int]) -> None:
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :padding] = 0
+    same(lossy(sinks=4), tokens(2, 70), parts(70, 1, first=40), mask)
+    assert reads
+
+
+def test_holes_in_a_mask_are_left_to_the_model(reads: list[int]) -> None:
+    converted, ids, mask = lossy(sinks=4), tokens(1, 60), torch.ones(1, 60, dtype=torch.long)
+    mask[:, 30:33] = 0
+    with torch.no_grad():
+        logits = []
+        for allowed in (True, False):
+            cache = converted.new_cache()
+            if not allowed:
+                cache._may_read_latents = lambda *_: False  # type: ignore[method-assign]
+            converted(ids[:, :59], attention_mask=mask[:, :59], past_key_values=cache)
+            logits.append(converted(ids[:, 59:], attention_mask=mask, past_key_values=cache).logits)
+    assert torch.equal(*logits) and not reads
+
+
+def test_eager_attention_and_gradients_do_not_read(reads: list[int]) -> None:
+    model, stats = source_and_stats("llama")
+    converted = lossy()
+    cache = converted.new_cache()
+    for size in (40, 1):
+        converted(tokens(1, size), past_key_values=cache)
+    assert not reads  # gradients are on
+    with torch.no_grad():
+        converted(tokens(1, 1), past_key_values=cache)
+    assert len(reads) == 4
+    eager = pico("llama")
+    eager.set_attn_implementation("eager")
+    logits_of(converted_of(eager, plan_of(stats, model, bits=4, rank=48), stats), tokens(1, 40), [30, 1, 1])
+    assert len(reads) == 4
+
+
+def test_many_queries_take_decoded_tokens(reads: list[int]) -> None:
+    """Four heads of queries against 2 x 16 channels of keys: up to eight tokens at once read, where there is room."""
+    for step, reading in ((8, True), (9, False)):
+        reads.clear()
+        logits_of(lossy(window=8, flush_block=24), tokens(1, 40 + step), [40, step])
+        assert bool(reads) == reading
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was() -> None:
+    converted, ids = lossy(sinks=4), tokens(1, 61)
+    _, cache = logits_of(converted, ids, parts(60, 1))
+    _, twin = logits_of(converted, ids, parts(60, 1))
+    layer = converted.source.model.layers[2]
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    hook = layer.register_forward_pre_hook(fail)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="no memory"):
+            converted(ids[:, 60:], past_key_values=cache)
+        hook.remove()
+        found = converted(ids[:, 60:], past_key_values=cache).logits
+        expected = converted(ids[:, 60:], past_key_values=twin).logits
+    assert torch.equal(found, expected) and cache.get_seq_length() == 61
+
+
+def test_nothing_of_a_step_is_kept() -> None:
+    converted = lossy(sinks=4)
+    _, cache = logits_of(converted, tokens(2, 61), parts(61, 1))
+    assert kept_bytes([cache.groups, cache.timeline]) == cache.nbytes
+
+
+def test_rows_are_unpacked_in_blocks_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted, ids = lossy(sinks=4), tokens(2, 80)
+    expected, _ = logits_of(converted, ids, parts(80, 1))
+    monkeypatch.setattr(decode_clla, "HELD_BYTES", 0)
+    monkeypatch.setattr(decode_clla, "BLOCK", 7)
+    for reading in (True, False):
+        found, _ = logits_of(converted, ids, parts(80, 1), reading=reading)
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+# Selection of tokens
+
+
+def test_selecting_as_many_as_there_are_changes_nothing() -> None:
+    converted, ids = lossy(), tokens(1, 80)
+    expected, _ = logits_of(converted, ids, parts(80, 1))
+    converted.select_tokens = 80
+    found, _ = logits_of(converted, ids, parts(80, 1))
+    assert torch.equal(found, expected)
+
+
+@pytest.fixture
+def selected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, Tensor]]]:
+    """Rows there were, and the indices chosen of them."""
+    found: list[tuple[int, Tensor]] = []
+    chosen = LatentRows.chosen
+
+    def watched(self: LatentRows, index: Tensor) -> LatentRows:
+        found.append((self.count, index))
+        return chosen(self, index)
+
+    monkeypatch.setattr(LatentRows, "chosen", watched)
+    yield found
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_the_best_tokens_by_weight_are_selected(
+    in_blocks: bool, selected: list[tuple[int, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by all components, the selected tokens are those with the most weight in the model's own attention."""
+    monkeypatch.setattr(group_clla, "JUDGING_RANK", 10_000)
+    if in_blocks:
+        monkeypatch.setattr(decode_clla, "HELD_BYTES", 0)
+    converted, ids = lossy(sinks=0), tokens(2, 60)
+    _, cache = logits_of(converted, ids, parts(59, 1))
+    cache.select = 9
+    weights = weights_of_last_token(converted, ids)
+    with torch.no_grad():
+        converted(ids[:, 59:], past_key_values=cache)
+    assert len(selected) == 4, "one choice a layer"
+    for layer, (count, index) in enumerate(selected):
+        if layer:  # what later layers see has gone through the selection of the first
+            assert index.shape == (2, 9) and bool((index.diff(dim=1) > 0).all())
+            continue
+        judged = weights[layer][:, :, -1, :count].sum(1)
+        best = judged.topk(9).values.sum(1)
+        torch.testing.assert_close(judged.gather(1, index).sum(1), best, atol=1e-3, rtol=1e-3)  # ties by rounding
+        assert bool((best > 1.2 * 9 * judged.mean(1)).all()), "any choice would be as good"
+
+
+def weights_of_last_token(converted: CllaForCausalLM, ids: Tensor) -> list[Tensor]:
+    """Attention weights [B, H_q, T, S] of each layer over decoded tokens."""
+    model, stats = source_and_stats("llama")
+    eager = pico("llama")
+    eager.set_attn_implementation("eager")
+    twin = converted_of(eager, plan_of(stats, model, bits=4, rank=64, sinks=0), stats)
+    cache = twin.new_cache()
+    with torch.no_grad():
+        twin(ids[:, :59], past_key_values=cache)
+        return list(twin(ids[:, 59:], past_key_values=cache, output_attentions=True).attentions)
+
+
+def test_only_what_is_selected_and_exact_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents that were not chosen may hold anything."""
+    converted, ids = lossy(sinks=4), tokens(1, 70)
+    _, cache = logits_of(converted, ids, parts(69, 1))
+    keep = torch.tensor([[4, 9, 17, 30, 31]])
+    monkeypatch.setattr(Tensor, "topk", lambda self, k, **_: torch.return_types.topk((self[:, :5], keep)))
+    cache.select = 5
+    with torch.no_grad():
+        other = ids.clone()
+        found = converted(ids[:, 69:], past_key_values=cache).logits
+        cache.crop(-1)
+        for group in cache.groups:
+            assert group.held is not None
+            gone = torch.ones(group.held.rows.shape[1], dtype=torch.bool)
+            gone[keep[0]] = False
+            group.held.rows[:, gone] = torch.randint(0, 256, group.held.rows[:, gone].shape, dtype=torch.uint8)
+        assert torch.equal(converted(other[:, 69:], past_key_values=cache).logits, found)
+
+
+def test_selection_never_chooses_padding_over_tokens(selected: list[tuple[int, Tensor]]) -> None:
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :20] = 0
+    converted = lossy(sinks=4)
+    converted.select_tokens = 12
+    logits, _ = logits_of(converted, tokens(2, 70), parts(70, 1, first=60), mask)
+    assert bool(logits.isfinite().all())
+    assert selected and all(bool((index[1] >= 24).all()) for _, index in selected)
+
+
+# Static caches
+
+
+def test_a_static_cache_is_allocated_as_planned() -> None:
+    model, stats = source_and_stats("llama")
+    plan = plan_of(stats, model, bits=4, rank=64)
+    converted = converted_of(model, plan, stats)
+    cache = converted.new_cache(max_length=200)
+    with torch.no_grad():
+        converted(tokens(1, 30), past_key_values=cache)
+        bookkeeping = sum(t.nbytes for t in cache.timeline.tensors())
+        assert cache.nbytes - bookkeeping == plan.bytes_at(200)
+        places = [[t.data_ptr() for t in (group.held.rows, group.held.exact)] for group in cache.groups]  # type: ignore[union-attr]
+        for i in range(60):
+            converted(tokens(1, 1, seed=i), past_key_values=cache)
+        assert cache.nbytes - bookkeeping == plan.bytes_at(200)
+    assert places == [[t.data_ptr() for t in (group.held.rows, group.held.exact)] for group in cache.groups]  # type: ignore[union-attr]
+
+
+def test_a_static_cache_that_is_full_says_so() -> None:
+    converted = lossy()
+    cache = converted.new_cache(max_length=60)
+    with torch.no_grad(), pytest.raises(ValueError, match="larger max_length"):
+        converted(tokens(1, 100), past_key_values=cache)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_static_generation_gives_the_same_tokens(options: dict[str, int]) -> None:
+    converted, ids, mask = lossy(sinks=4), tokens(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[1, :15] = 0
+    common = {**COMMON, **options, "attention_mask": mask, "max_new_tokens": 30, "return_dict_in_generate": True}
+    expected = converted.generate(ids, **common)
+    found = converted.generate(ids, **common, cache_implementation="static")
+    assert torch.equal(found.sequences, expected.sequences)
+    assert found[CACHE].max_length == 80 and expected[CACHE].max_length is None
+
+
+class Graphs:
+    """A compiler that only counts what it is given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        return self  # settings are copied, and it is this one that is to count
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize(
+    ("kernels", "select"), [(False, None), (False, 12), (True, 12)], ids=["torch", "torch, selected", "kernels"]
+)
+def test_one_graph_serves_all_steps(kernels: bool, select: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token, over encoding what leaves the window, in several calls; also where kernels read the latents."""
+    torch.compiler.reset()
+    if kernels:
+        pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+        monkeypatch.setattr(decode_clla, "on_gpu", lambda x: True)
+    converted, graphs = full_rank(), Graphs()
+    converted.select_tokens = select
+    ids, new = tokens(2, 40), 5 if kernels else 30
+    expected = converted.generate(ids, max_new_tokens=new, **COMMON)
+    settings = CompileConfig(backend=graphs, mode=None, fullgraph=False)  # type: ignore[arg-type]
+    settings._compile_all_devices = True  # as transformers' own tests do on CPUs
+    for _ in range(2):
+        found = converted.generate(
+            ids, max_new_tokens=new, cache_implementation="static", compile_config=settings, **COMMON
+        )
+        assert torch.equal(found, expected)
+        assert graphs.count == 1
