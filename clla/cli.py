@@ -361,6 +361,9 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 2048,
     chunk: Annotated[Optional[int], typer.Option(min=1, help="Tokens a step; default: the exact window.")] = None,
+    select_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Old tokens read in full; steps then are as short as that takes.")
+    ] = None,
     contexts: Annotated[str, typer.Option(help="Context lengths at which caches are measured.")] = "512,2048,8192",
     retrieval: Annotated[bool, typer.Option(help="Also plant codes and ask for them.")] = True,
     retrieval_context: Annotated[int, typer.Option(min=128, help="Tokens around a planted code.")] = 4096,
@@ -382,6 +385,8 @@ def evaluate(
 
         lengths, where = _integers(contexts), pick_device(device)
         loaded = load_checkpoint(checkpoint, device=where, dtype=dtype)
+        if select_tokens is not None:
+            chunk = _select(loaded.model, select_tokens, chunk)
         trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
         source = teacher_of(loaded, recipe_of(Path(checkpoint).expanduser()), teacher, where) if trained else None
         ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=window_length)
@@ -403,6 +408,19 @@ def evaluate(
             return
         for table in report.tables():
             console.results.print(table)
+
+
+def _select(model: Any, tokens: int, chunk: Optional[int]) -> int:
+    """Have a model select tokens; tokens a step at which it does so."""
+    from clla.errors import UsageError
+
+    model.select_tokens = tokens
+    most = model.reading_tokens
+    if chunk is not None and chunk > most:
+        raise UsageError(
+            f"steps of {chunk} tokens read all old ones", expected=f"at most {most}", remedy=f"pass --chunk {most}"
+        )
+    return min(most, chunk or most)
 
 
 @app.command()
@@ -573,6 +591,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams.")] = 1,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    select_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Old tokens that each new one reads in full; default: all.")
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
 ) -> None:
@@ -600,6 +621,7 @@ def generate(
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         model: Any = loaded.model
+        model.select_tokens = select_tokens
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

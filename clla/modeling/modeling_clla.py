@@ -170,6 +170,12 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         rope = rope_of(self.source, self.config.clla["rope"])
         return CllaCache(self.config, self.codec, rope, max_length, self.select_tokens)
 
+    @property
+    def reading_tokens(self) -> int:
+        """So many tokens of one call, or fewer, read latents instead of decoded keys and values."""
+        kv = self.config.clla["kv"]
+        return kv["num_key_value_heads"] * kv["head_dim"] // self.config.text_config.num_attention_heads
+
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
 

@@ -1,0 +1,84 @@
+"""Quality against the number of old tokens that a new one reads in full, one token a step.
+
+python benchmarks/selection.py CHECKPOINT [--text FILE] [--context 3584] [--tokens 96] [--select 256,512,1024,2048]
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from clla import console, register
+from clla.calibrate.data import evaluation_windows
+from clla.load import load_checkpoint
+from clla.modeling import group_clla
+from clla.modeling.hooks_clla import CACHE
+from clla.source import pick_device
+
+
+def main(
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
+    text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
+    windows: Annotated[int, typer.Option(min=1, help="Texts.")] = 2,
+    context: Annotated[int, typer.Option(min=256, help="Tokens before those that are measured.")] = 3584,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens measured, each a step of its own.")] = 96,
+    select: Annotated[str, typer.Option(help="Numbers of tokens that are read in full.")] = "256,512,1024,2048",
+    ranks: Annotated[str, typer.Option(help="Components that judge; default: as built.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+) -> None:
+    """Mean KL to the source and to reading everything, nats a token."""
+    register()
+    loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype="auto")
+    model: Any = loaded.model
+    ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=context + tokens).to(model.device)
+    with torch.inference_mode():
+        plain = [model.source(row[None], use_cache=False, logits_to_keep=tokens).logits[0] for row in ids]
+        source = [logits.float().log_softmax(-1) for logits in plain]
+        everything = read(model, ids, tokens, None)
+        found: list[dict[str, Any]] = [{"select": None, "rank": None, "kl": kl(source, everything), "kl_to_all": 0.0}]
+        judges: list[int | None] = [int(part) for part in ranks.split(",") if part]
+        for rank in judges or [None]:
+            if rank is not None:
+                group_clla.JUDGING_RANK, group_clla.JUDGING_SHARE = rank, 10**6
+            for count in (int(part) for part in select.split(",")):
+                some = read(model, ids, tokens, count)
+                found.append({"select": count, "rank": rank, "kl": kl(source, some), "kl_to_all": kl(everything, some)})
+                console.say(json.dumps(found[-1]))
+    if as_json:
+        print(json.dumps({"checkpoint": Path(checkpoint).name, "context": context, "rows": found}))
+        return
+    table = Table("tokens read in full", "judged by", "KL to the source", "KL to reading all")
+    for row in found:
+        by = "" if row["select"] is None else f"{row['rank'] or 'default'} components"
+        table.add_row(str(row["select"] or "all"), by, f"{row['kl']:.5f}", f"{row['kl_to_all']:.5f}")
+    console.results.print(table)
+
+
+def read(model: Any, ids: Tensor, tokens: int, select: int | None) -> list[Tensor]:
+    """Log-probabilities [tokens, V] of each text's last tokens, which come one at a time."""
+    model.select_tokens = select
+    found = []
+    for row in ids:
+        cache, logits = model.new_cache(), []
+        starts = [*range(0, len(row) - tokens, model.prefill_chunk), *range(len(row) - tokens, len(row) + 1)]
+        for start, stop in pairwise(starts):
+            part = {"input_ids": row[None, start:stop], CACHE: cache, "use_cache": True, "logits_to_keep": 1}
+            logits.append(model(**part).logits[0])
+        found.append(torch.cat(logits[-tokens:]).float().log_softmax(-1))
+    return found
+
+
+def kl(reference: list[Tensor], other: list[Tensor]) -> float:
+    return sum(float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(reference, other, strict=True)) / len(other)
+
+
+if __name__ == "__main__":
+    typer.run(main)
