@@ -119,7 +119,7 @@ def test_assisted_decoding_gives_the_same_tokens(options: dict[str, object]) -> 
 
 def test_other_cache_implementations_are_refused() -> None:
     with pytest.raises(ValueError, match="compressed cache"):
-        full_rank().generate(tokens(1, 5), cache_implementation="static", max_new_tokens=2)
+        full_rank().generate(tokens(1, 5), cache_implementation="quantized", max_new_tokens=2)
 
 
 def test_tuples_where_they_are_asked_for() -> None:

@@ -22,7 +22,7 @@ from clla.errors import UnsupportedModelError
 from clla.heal.attention import View, mixed_attention
 from clla.heal.losses import chunked_kl, kl_of_logits
 from clla.modeling.cache_clla import CllaCache
-from clla.modeling.group_clla import before_rope, decode, encode
+from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.hooks_clla import CACHE, attention_modules, logits_head, rope_of
 from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
 from clla.modeling.observe_clla import is_observed, listen, observed

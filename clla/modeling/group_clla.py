@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from .codec_clla import before_rope, decode, encode
 from .decode_clla import LatentRows
 from .decode_triton_clla import on_gpu
 from .evict_clla import best, observed_weight
@@ -140,13 +141,14 @@ class LatentGroup:
         held = self.held
         assert held is not None and self.capacity is None and not self.strict
         rows = held.rows if self.room is not None else held.rows[:, : self.kept]
+        turns = self.timeline.turns(rows.shape[1])
         self._rows = LatentRows(
             rows,
             self.layout,
             self.codec,
             step.hidden.to(rows.device),
             self.timeline.max_padding + self.sinks,
-            self.timeline.turns(rows.shape[1]),
+            None if turns is None else turns.to(rows.device),
             step.used,
         )
         self._step, self._select = step, select
@@ -155,10 +157,11 @@ class LatentGroup:
         """Store one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
         held = self._storage(keys)
         index = self.layers.index(layer)
-        new = torch.cat((keys, values), dim=1).to(held.rows.device)  # [B, 2H, T, d]
         if self._step is not None:  # `attend` knows where the rest is
-            held.exact[index].index_copy_(2, self._step.slots.to(new.device), new.to(self.storage_dtype))
+            for both, new in zip(held.exact[index].chunk(2, dim=1), (keys, values), strict=True):
+                both.index_copy_(2, self._step.slots.to(both.device), new.to(both.device, self.storage_dtype))
             return keys, values
+        new = torch.cat((keys, values), dim=1).to(held.rows.device)  # [B, 2H, T, d]
         if self.strict:
             self._capture_sinks(held, index, new, self.timeline.length, new.shape[2])
             both = self._decode(held, index, new[:, :, :0])
@@ -431,38 +434,3 @@ def exact_slots(window: int, block: int) -> int:
 def leaving_slots(total: int, window: int, block: int) -> int:
     """How many of `total` exact slots are encoded: whole blocks, once window and one block are full."""
     return (total - window) // block * block if total >= window + block else 0
-
-
-def encode(x: Tensor, codec: Any) -> Tensor:
-    """Latents (x - offset) Eᵀ, [..., r], of a group's inputs. The difference is taken in fp32."""
-    return nn.functional.linear((x.float() - codec.offset.float()).to(codec.encoder.dtype), codec.encoder)
-
-
-def decode(
-    latents: Tensor,
-    codec: Any,
-    index: int,
-    rotation: Optional[Rotation],
-    heads: int,
-    dtype: torch.dtype,
-    *,
-    layer: int,
-) -> Tensor:
-    """Keys after RoPE and values [B, 2H, T, d] of the model's `layer`, number `index` of its group, from [B, T, r]."""
-    flat = nn.functional.linear(latents, codec.decoder[index], codec.mean[index])  # [B, T, n]
-    both = flat.to(dtype).unflatten(-1, (2 * heads, -1)).transpose(1, 2)
-    if rotation is None:
-        return both
-    keys = rotation.rotate(both[:, :heads], layer)
-    return torch.cat((keys.to(dtype), both[:, heads:]), dim=1)
-
-
-def before_rope(layers: "dict[int, Tensor]", rotation: Optional[Rotation], heads: int) -> Tensor:
-    """Keys before RoPE and values of a group's layers, [B, T, n·G] in fp32, from [B, 2H, T, d] each after RoPE."""
-    parts = []
-    for layer, both in layers.items():
-        keys, values = both[:, :heads].float(), both[:, heads:].float()
-        if rotation is not None:
-            keys = rotation.unrotate(keys, layer)
-        parts.append(torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2))
-    return torch.cat(parts, dim=-1)

@@ -92,6 +92,10 @@ class Turns(NamedTuple):
         factors = torch.complex(rotation.cos[..., every].float(), rotation.sin[..., every].float())
         return cls(factors, rotation.interleaved)
 
+    def to(self, device: torch.device) -> "Turns":
+        """On another device."""
+        return self._replace(factors=self.factors.to(device))
+
     def at(self, index: Tensor) -> "Turns":
         """Only the tokens `index` [B, T']."""
         factors = self.factors.expand(len(index), -1, -1)
