@@ -109,6 +109,7 @@ class CllaCache(Cache):
         self.group_of_layer = {i: group for group in self.groups for i in group.layers}
         self._ordinary: set[int] = set()  # layers whose attention may be replaced by one over latents
         self._query_heads = 0
+        self._lent = False  # whether a layer without keys of its own takes those of another
         super().__init__(layers=[layers[i] for i in sorted(layers)])
 
     @torch.compiler.disable
@@ -129,7 +130,7 @@ class CllaCache(Cache):
 
     def _may_read_latents(self, count: int, attention_mask: Optional[Tensor]) -> bool:
         group = self.groups[0]
-        if torch.is_grad_enabled() or self._ordinary != self.group_of_layer.keys():
+        if torch.is_grad_enabled() or self._lent or self._ordinary != self.group_of_layer.keys():
             return False
         # From here on decoding keys and values once costs less than what every query adds.
         few = count * self._query_heads <= group.heads * group.head_dim
@@ -173,6 +174,7 @@ class CllaCache(Cache):
         """Attention of one layer (see `observe_clla.py`): the model's own, or its group's over latents."""
         group = self.group_of_layer.get(layer_idx)
         if group is None:
+            self._lent = self._lent or layer_idx not in self.kept
             return plain()
         if group.reading:
             return group.attend(layer_idx, query, scaling)
