@@ -332,26 +332,10 @@ def test_offsets_are_wide_where_they_must_be() -> None:
         assert decode_triton_clla._wide(torch.empty(1, rows, 640, dtype=torch.uint8, device="meta")) is wide
 
 
-def _exact_dot(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-    """The interpreter's product, which takes the bits of bf16 for numbers."""
-    from triton.runtime.interpreter import TensorHandle
-
-    def numbers(x: Any) -> np.ndarray:
-        if x.dtype.scalar.is_bf16():
-            return (x.data.astype(np.uint32) << 16).view(np.float32)
-        return x.data.astype(np.float32)
-
-    return TensorHandle(np.matmul(numbers(a), numbers(b)) + d.data, d.dtype.scalar)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["SmolLM2", "a quarter rotary", "no rotation"])
-def test_decoders_of_half_precision(
-    name: str, dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kernel_device == "cpu" and dtype == torch.bfloat16:
-        interpreter = pytest.importorskip("triton.runtime.interpreter")
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _exact_dot)
+@pytest.mark.usefixtures("bf16_products")
+def test_decoders_of_half_precision(name: str, dtype: torch.dtype, kernel_device: str) -> None:
     tolerance = {torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     check(Problem(**GEOMETRIES[name], count=9, dtype=dtype, device=kernel_device), tolerance=tolerance)
 
