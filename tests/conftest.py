@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on CPU tensors; read when a kernel is defined
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -166,6 +167,23 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def kernel_device() -> str:
     """Where kernels run: on the CPU by Triton's interpreter, on a GPU with TRITON_INTERPRET=0."""
     return "cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+
+
+@pytest.fixture
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of kernels right in bf16, too: Triton's interpreter takes the bits of bf16 for integers."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def numbers(x: Any) -> np.ndarray:
+        if x.dtype.scalar.is_bf16():
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        return x.data.astype(np.float32)
+
+    def product(builder: Any, a: Any, b: Any, start: Any, *options: Any) -> Any:
+        found = np.matmul(numbers(a), numbers(b)) + start.data
+        return interpreter.TensorHandle(found, start.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ class LatentRows:
         index: "Optional[Tensor]" = None,
     ) -> None:
         self.data, self.layout, self.codec, self.dtype = data, layout, codec, codec.decoder.dtype
-        self.hidden, self.reach, self.turns, self.used, self.index = hidden, reach, turns, used, index
+        self.hidden, self.reach, self.turns, self.index = hidden, reach, turns, index
+        self.used = None if used is None else used.to(data.device)
         self._unpacked: "Optional[Tensor]" = None
         self._paired: "Optional[tuple[Tensor, Tensor]]" = None
         self._unseen: "Optional[Tensor]" = None
@@ -125,7 +126,8 @@ class LatentRows:
         """Cosines and sines of all rows [B or 1, K, p/2, 2], as the kernels read them."""
         assert self.turns is not None
         if self._factors is None:
-            self._factors = torch.view_as_real(self.turns.factors).to(dtype)
+            factors = torch.view_as_real(self.turns.factors)  # on the device of the positions, in any order
+            self._factors = factors.to(self.data.device, dtype).contiguous()
         return self._factors
 
     def _key_decoders(self, heads: int, turns: "Optional[Turns]") -> "tuple[Tensor, Tensor]":

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 COMPONENTS = 32  # of a block
 TOKENS = 64  # of a tile that `packed_sums` takes at a time
 COLUMNS = 128  # channels of one half of the pairs that a program holds, all its heads together
+QUERIES = 64  # query rows that a tile's keys are multiplied with at once, where the matrix units do it
 LEAST = 16  # rows and columns of the smallest product of the matrix units
 QUERY_ROWS = 128  # that one program of `packed_sums` takes
 
@@ -86,11 +87,15 @@ def _launch_logits(
 ) -> None:
     batch, heads, per_head, size = query.shape
     count = out.shape[3]
+    assert rank % 8 == 0, "decoders are read 8 components at a time"
     pairs = 0 if factors is None else factors.shape[2]
     # Two halves of pairs, and what is not rotated: a head without rotation is all rest.
     half, rest = _padded(pairs), _padded(size - 2 * pairs)
     heads_at_once = min(max(1, COLUMNS // max(half, rest)), triton.next_power_of_2(heads))
-    tile, warps = _tile(count, batch * triton.cdiv(heads, heads_at_once), query.device)
+    queries_at_once = max(LEAST, triton.next_power_of_2(heads_at_once * per_head))
+    queries_at_once = min(queries_at_once, QUERIES if decoder.itemsize == 2 else LEAST)
+    key_bytes = heads_at_once * max(half, rest) * decoder.itemsize
+    tile, warps = _tile(count, batch * triton.cdiv(heads, heads_at_once), key_bytes, query.device)
     blocks = _blocks(tuple(classes), COMPONENTS, rank, query.device)
     with torch.cuda.device_of(query):
         logits_kernel[(triton.cdiv(count, tile), triton.cdiv(heads, heads_at_once), batch)](
@@ -129,7 +134,7 @@ def _launch_logits(
             REST=rest,
             T=tile,
             R=COMPONENTS,
-            QUERIES=max(LEAST, triton.next_power_of_2(heads_at_once * per_head)),
+            QUERIES=queries_at_once,
             num_warps=warps,
             num_stages=3,
         )
@@ -221,8 +226,13 @@ def _padded(channels: int) -> int:
     return max(LEAST, triton.next_power_of_2(channels)) if channels else 0
 
 
-def _tile(count: int, programs: int, device: torch.device) -> "tuple[int, int]":
-    """Tokens of a tile and warps of a program: large tiles read decoders less often, small ones fill the GPU."""
+def _tile(count: int, programs: int, key_bytes: int, device: torch.device) -> "tuple[int, int]":
+    """Tokens of a tile and warps of a program: large tiles read decoders less often, small ones fill the GPU.
+
+    Keys in fp32, or of very wide heads, leave room for small ones alone; `key_bytes` are one token's half.
+    """
+    if key_bytes > 2 * COLUMNS:
+        return 32, 4
     for tile, warps in ((128, 8), (64, 8)):
         if triton.cdiv(count, tile) * programs >= 2 * _processors(device):
             return tile, warps
@@ -390,11 +400,6 @@ def logits_kernel(
             weights = _part(decoder, decoder_stride, component, wanted, rest_head * D + rest, rest_mask)
             keys_rest = tl.dot(latent, weights, keys_rest, input_precision="ieee")
 
-    asked = tl.arange(0, QUERIES)
-    asked_head, asked_row = first_head + asked // M, asked % M
-    asked_mask = (asked < HEADS * M) & (asked_head < heads)
-    query += batch * query_stride_batch
-    logits = tl.zeros((T, QUERIES), tl.float32)
     if PAIRS > 0:
         at = batch * factors_stride_batch + place.to(tl.int64)[:, None] * (2 * PAIRS) + 2 * pair[None, :]
         mask = valid[:, None] & (pair < PAIRS)[None, :]
@@ -406,44 +411,60 @@ def logits_kernel(
         sin = tl.load(factors + at + 1, mask=mask, other=0.0)
         turned_first = (plain_first.to(tl.float32) * cos - plain_second.to(tl.float32) * sin).to(element)
         turned_second = (plain_second.to(tl.float32) * cos + plain_first.to(tl.float32) * sin).to(element)
-        asking = _queries(
-            query,
-            query_stride_head,
-            query_stride_row,
-            turned_head,
-            first,
-            turned_mask,
-            asked_head,
-            asked_row,
-            asked_mask,
-        )
-        logits = tl.dot(turned_first, asking.to(element), logits, input_precision="ieee")
-        asking = _queries(
-            query,
-            query_stride_head,
-            query_stride_row,
-            turned_head,
-            second,
-            turned_mask,
-            asked_head,
-            asked_row,
-            asked_mask,
-        )
-        logits = tl.dot(turned_second, asking.to(element), logits, input_precision="ieee")
     if REST > 0:
         shift_rest = tl.load(mean + rest_head * D + rest, mask=rest_mask, other=0.0).to(tl.float32)
-        keys_rest += shift_rest[None, :]
-        asking = _queries(
-            query, query_stride_head, query_stride_row, rest_head, rest, rest_mask, asked_head, asked_row, asked_mask
-        )
-        logits = tl.dot(keys_rest.to(element), asking.to(element), logits, input_precision="ieee")
+        plain_rest = (keys_rest + shift_rest[None, :]).to(element)
 
     seen = place >= tl.load(hidden + batch)
     if LIMITED:
         seen = seen & (place < tl.load(used))
-    logits = tl.where(seen[:, None], logits * scaling, float("-inf"))
-    to = batch * out_stride_batch + asked_head.to(tl.int64) * out_stride_head + asked_row * out_stride_row
-    tl.store(out + to[None, :] + token[:, None], logits, mask=valid[:, None] & asked_mask[None, :])
+    query += batch * query_stride_batch
+    for begin in tl.static_range(0, HEADS * M, QUERIES):
+        asked = begin + tl.arange(0, QUERIES)
+        asked_head, asked_row = first_head + asked // M, asked % M
+        asked_mask = (asked < HEADS * M) & (asked_head < heads)
+        logits = tl.zeros((T, QUERIES), tl.float32)
+        if PAIRS > 0:
+            asking = _queries(
+                query,
+                query_stride_head,
+                query_stride_row,
+                turned_head,
+                first,
+                turned_mask,
+                asked_head,
+                asked_row,
+                asked_mask,
+            )
+            logits = tl.dot(turned_first, asking.to(element), logits, input_precision="ieee")
+            asking = _queries(
+                query,
+                query_stride_head,
+                query_stride_row,
+                turned_head,
+                second,
+                turned_mask,
+                asked_head,
+                asked_row,
+                asked_mask,
+            )
+            logits = tl.dot(turned_second, asking.to(element), logits, input_precision="ieee")
+        if REST > 0:
+            asking = _queries(
+                query,
+                query_stride_head,
+                query_stride_row,
+                rest_head,
+                rest,
+                rest_mask,
+                asked_head,
+                asked_row,
+                asked_mask,
+            )
+            logits = tl.dot(plain_rest, asking.to(element), logits, input_precision="ieee")
+        logits = tl.where(seen[:, None], logits * scaling, float("-inf"))
+        to = batch * out_stride_batch + asked_head.to(tl.int64) * out_stride_head + asked_row * out_stride_row
+        tl.store(out + to[None, :] + token[:, None], logits, mask=valid[:, None] & asked_mask[None, :])
 
 
 @jit(do_not_specialize=["count", "per_split", "block_count"])

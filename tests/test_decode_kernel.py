@@ -1,0 +1,444 @@
+"""Attention over packed latents by kernels, against loops in fp64 over the bits of rows and against the torch twin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+import torch
+from conftest import pico
+from helpers import converted_of, plan_of, stats_of, tokens
+from kernel_compile import Case, check_fits, compile_all, launched
+from test_quantize import classes_of, scale_of, step_of
+from torch import Tensor
+
+from clla.evaluate.shapes import random_plan, shape_config
+from clla.modeling import decode_clla, decode_triton_clla
+from clla.modeling.decode_clla import LatentRows
+from clla.modeling.hooks_clla import CACHE
+from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.rotary_clla import Turns
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+MIXED = (16, *(8,) * 4, 7, 6, 5, 4, 3, 2, 1, 1)  # 8 bits: scales of 16 and 16 components
+POISON = 0xAB
+SCALING = 0.3
+
+
+@dataclass
+class Problem:
+    """Rows of random bits under a random codec; everything that nobody may look at is poison.
+
+    Attributes: tiers to used: what is asked for; data [B, K, N] and the rest: what is drawn.
+    """
+
+    tiers: tuple[int, ...] = (6, 5, 4, 3, 1)
+    tier_size: int = 8
+    heads: int = 2
+    per_head: int = 2
+    size: int = 16
+    pairs: int = 8
+    interleaved: bool = False
+    count: int = 33
+    hidden: tuple[int, ...] = (0, 5)
+    own_turns: bool = False  # of each sequence, rather than one rotation for all
+    used: int | None = None
+    rank: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    layer: int = 1
+    layout: RowLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.layout = RowLayout(self.tiers, self.tier_size)
+        batch, n = len(self.hidden), self.layout.row_bytes
+        around = torch.full((batch, self.count + 3, n + 5), POISON, dtype=torch.uint8)
+        drawn = torch.randint(0, 256, (batch, self.count, n), dtype=torch.uint8)
+        scales = drawn[..., : len(self.layout.classes)]
+        scales.copy_(torch.randint(112, 137, scales.shape))
+        scales[torch.rand(scales.shape) < 0.05] = 0
+        if self.used is not None:
+            drawn[:, self.used :] = POISON
+        around[:, 1:-2, 3:-2] = drawn
+        self.data = around.to(self.device)[:, 1:-2, 3:-2]
+        channels = 2 * self.heads * self.size
+        decoder = torch.full((3, channels, self.layout.rank), torch.nan)
+        mean = torch.full((3, channels), torch.nan)
+        decoder[self.layer] = torch.randn(channels, self.layout.rank) / self.layout.rank**0.5
+        mean[self.layer] = torch.randn(channels)
+        if self.rank is not None:
+            decoder[self.layer, : channels // 2, self.rank :] = torch.nan
+        self.codec = SimpleNamespace(decoder=decoder.to(self.device, self.dtype), mean=mean.to(self.device, self.dtype))
+        angles = torch.rand(batch if self.own_turns else 1, self.count, self.pairs) * 6.28
+        size = 1 + 0.2 * torch.rand(angles.shape)  # yarn scales what it rotates
+        self.turns = Turns(torch.polar(size, angles).to(self.device), self.interleaved) if self.pairs else None
+        query = torch.full((batch, self.heads, self.per_head + 2, self.size), torch.nan)
+        query[:, :, 1:-1] = torch.randn(batch, self.heads, self.per_head, self.size)
+        self.query = query.to(self.device, self.dtype)[:, :, 1:-1]
+
+    def rows(self) -> LatentRows:
+        """As a forward pass makes them."""
+        hidden = torch.tensor(self.hidden, device=self.device)
+        used = None if self.used is None else torch.tensor([self.used], device=self.device)
+        return LatentRows(self.data, self.layout, self.codec, hidden, max(self.hidden), self.turns, used=used)
+
+    def latents(self) -> Tensor:
+        """[B, K, r] in fp64, bit by bit."""
+        classes = classes_of(self.tiers, self.tier_size)
+        data, parts, start = self.data.cpu().numpy(), [], len(classes)
+        scales = np.vectorize(scale_of, otypes=[float])(data[..., :start])
+        for number, (bits, part) in enumerate(classes):
+            size = part.stop - part.start
+            stream = data[..., start : start + size * bits // 8]
+            each = np.unpackbits(stream, axis=-1, bitorder="little").reshape(*stream.shape[:2], size, bits)
+            codes = (each.astype(np.float64) * 2.0 ** np.arange(bits)).sum(-1)
+            parts.append((codes + 0.5 - 2 ** (bits - 1)) * step_of(bits, size) * scales[..., number, None])
+            start += size * bits // 8
+        return torch.from_numpy(np.concatenate(parts, -1))
+
+    def decoded(self, *, values: bool, turned: bool = True) -> Tensor:
+        """Keys after rotation, or values, [B, K, H, d] in fp64."""
+        half, rank = self.heads * self.size, self.layout.rank if values else self.rank
+        own = slice(half, None) if values else slice(half)
+        decoder, mean = self.codec.decoder[self.layer, own].double().cpu(), self.codec.mean[self.layer, own]
+        both = torch.einsum("bkr,cr->bkc", self.latents()[..., :rank], decoder[:, :rank]) + mean.double().cpu()
+        both = both.unflatten(-1, (self.heads, self.size))
+        if values or self.turns is None or not turned:
+            return both
+        factors, keys = self.turns.factors.cpu().to(torch.complex128), both.clone()
+        for i in range(self.pairs):
+            first, second = (2 * i, 2 * i + 1) if self.interleaved else (i, i + self.pairs)
+            cos, sin = factors.real[:, :, i, None], factors.imag[:, :, i, None]
+            keys[..., first] = both[..., first] * cos - both[..., second] * sin
+            keys[..., second] = both[..., second] * cos + both[..., first] * sin
+        return keys
+
+    def naive_logits(self, index: Tensor | None = None, *, turned: bool = True) -> Tensor:
+        """[B, H, M, K] in fp64."""
+        keys = self.decoded(values=False, turned=turned)
+        logits = torch.einsum("bhmd,bkhd->bhmk", self.query.double().cpu(), keys) * SCALING
+        for b, hidden in enumerate(self.hidden):
+            for k in range(self.count):
+                if k < hidden or (self.used is not None and k >= self.used):
+                    logits[b, :, :, k] = -torch.inf
+        if index is None:
+            return logits
+        return torch.stack([logits[b, :, :, own] for b, own in enumerate(index.cpu())])
+
+    def weights(self, count: int | None = None) -> Tensor:
+        """[B, H, M, K] fp32 between weights that are not numbers."""
+        shape = (len(self.hidden), self.heads, self.per_head, count or self.count)
+        around = torch.full((*shape[:3], shape[3] + 4), torch.nan)
+        around[..., 1:-3] = torch.randn(shape).mul(2).softmax(-1)
+        return around.to(self.device)[..., 1:-3]
+
+
+@contextmanager
+def by(kernels: bool) -> Iterator[None]:
+    """Rows are read by kernels, or by their twin."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_clla, "on_gpu", lambda x: kernels)
+        yield
+
+
+def written(problem: Problem, rows: LatentRows, *, turned: bool = True) -> Tensor:
+    """Logits that were written into a part of a larger tensor, whose rest is seen to stay."""
+    shape = (len(problem.hidden), problem.heads, problem.per_head, rows.count)
+    around = torch.full((shape[0], shape[1] + 1, shape[2] + 1, shape[3] + 9), 7.0, device=problem.device)
+    out = around[:, :-1, 1:, 4:-5]
+    out.fill_(torch.nan)
+    rows.logits(problem.query, problem.layer, out, scaling=SCALING, turned=turned, rank=problem.rank)
+    found = out.clone()
+    out.fill_(7.0)
+    assert bool((around == 7.0).all())
+    return found
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """To so many parts of the largest; the same infinities."""
+    size = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 1.0
+    torch.testing.assert_close(found.cpu().double(), expected.cpu().double(), rtol=0, atol=tolerance * size)
+
+
+def check(problem: Problem, *, index: Tensor | None = None, turned: bool = True, tolerance: float = 3e-6) -> None:
+    """Logits, sums and values of kernels and twin are the oracle's."""
+    expected = problem.naive_logits(index, turned=turned)
+    weights = problem.weights(expected.shape[-1])
+    latents, values = problem.latents(), problem.decoded(values=True)
+    if index is not None:
+        latents, values = (torch.stack([x[b, own] for b, own in enumerate(index.cpu())]) for x in (latents, values))
+    exact = weights.double().cpu()
+    sums = torch.einsum("bhmk,bkr->bhmr", exact, latents).flatten(1, 2)
+    attended = torch.einsum("bhmk,bkhd->bhmd", exact, values)
+    for kernels in (True, False):
+        with by(kernels):
+            rows = problem.rows() if index is None else problem.rows().chosen(index.to(problem.device))
+            close(written(problem, rows, turned=turned), expected, tolerance)
+            close(rows.values(weights, problem.layer), attended, tolerance)
+            if kernels:
+                close(decode_triton_clla.packed_sums(rows, weights), sums, tolerance)
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 130])
+def test_any_number_of_rows(count: int, kernel_device: str) -> None:
+    check(Problem(count=count, hidden=(0, min(7, count)), device=kernel_device))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_width(bits: int, kernel_device: str) -> None:
+    """48 components, so that a second block begins within the class and is not full."""
+    check(Problem(tiers=(bits,) * 6, count=9, device=kernel_device))
+
+
+@pytest.mark.parametrize("tier_size", [8, 24])
+def test_scales_of_one_row_do_not_touch_each_other(tier_size: int, kernel_device: str) -> None:
+    check(Problem(tiers=MIXED, tier_size=tier_size, count=5, device=kernel_device))
+
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "SmolLM2": {"heads": 3, "per_head": 3, "size": 64, "pairs": 32},
+    "Llama": {"heads": 3, "per_head": 4, "size": 128, "pairs": 64},
+    "MHA": {"heads": 8, "per_head": 1},
+    "MQA": {"heads": 1, "per_head": 24, "size": 64, "pairs": 32},
+    "several queries": {"heads": 3, "per_head": 9},
+    "many queries": {"heads": 5, "per_head": 20, "size": 24, "pairs": 12},
+    "more query rows than a program adds up": {"heads": 9, "per_head": 15},
+    "five heads, four a program": {"heads": 5, "size": 64, "pairs": 32},
+    "head of 8": {"size": 8, "pairs": 4},
+    "head of 40": {"size": 40, "pairs": 20},
+    "head of 80": {"size": 80, "pairs": 40},
+    "wider than a program": {"heads": 2, "size": 272, "pairs": 136},
+    "a quarter rotary": {"heads": 3, "size": 80, "pairs": 10},
+    "nearly all rotary": {"heads": 3, "size": 40, "pairs": 19},
+    "neighbours": {"size": 40, "pairs": 20, "interleaved": True},
+    "neighbours, half rotary": {"size": 64, "pairs": 16, "interleaved": True},
+    "no rotation": {"heads": 3, "size": 40, "pairs": 0},
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_heads_and_rotations(name: str, kernel_device: str) -> None:
+    check(Problem(**GEOMETRIES[name], device=kernel_device))
+
+
+@pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
+def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_triton_clla, "_tile", lambda *_: tile)
+    check(Problem(count=65, device=kernel_device))
+
+
+def test_layers_without_rotation(kernel_device: str) -> None:
+    check(Problem(device=kernel_device), turned=False)
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_a_rotation_of_each_sequence(size: int, kernel_device: str) -> None:
+    check(Problem(size=size, pairs=size // 2, own_turns=True, hidden=(0, 3, 33), device=kernel_device))
+
+
+def test_rotations_in_any_order_of_memory(kernel_device: str) -> None:
+    problem = Problem(own_turns=True, device=kernel_device)
+    assert problem.turns is not None
+    problem.turns = Turns(problem.turns.factors.mT.contiguous().mT, False)
+    check(problem)
+
+
+@pytest.mark.parametrize("used", [0, 1, 20, 33])
+def test_rows_that_are_not_in_use_yet(used: int, kernel_device: str) -> None:
+    check(Problem(used=used, device=kernel_device))
+
+
+@pytest.mark.parametrize("used", [None, 20])
+@pytest.mark.parametrize("own_turns", [False, True])
+def test_chosen_rows_in_any_order(used: int | None, own_turns: bool, kernel_device: str) -> None:
+    problem = Problem(used=used, own_turns=own_turns, hidden=(0, 5, 2), device=kernel_device)
+    index = torch.stack([torch.randperm(33)[:32] for _ in range(3)])
+    check(problem, index=index[:, 3:])  # a view, as of a larger choice
+    check(problem, index=index[:, :1])
+
+
+def test_chosen_rows_take_over_what_was_read_before(kernel_device: str) -> None:
+    problem = Problem(own_turns=True, device=kernel_device)
+    index = torch.stack([torch.randperm(33)[:20] for _ in range(2)]).to(kernel_device)
+    for kernels in (True, False):
+        with by(kernels):
+            rows = problem.rows()
+            close(written(problem, rows), problem.naive_logits(), 3e-6)
+            close(written(problem, rows.chosen(index)), problem.naive_logits(index), 3e-6)
+            close(written(problem, rows), problem.naive_logits(), 3e-6)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 24, 40, 56, 72, 96])
+def test_first_components_alone(rank: int, kernel_device: str) -> None:
+    """Classes end at 16, 48 and 80; the decoders of other components are not numbers."""
+    check(Problem(tiers=(5, 5, *(3,) * 4, *(2,) * 4, 1, 1), rank=rank, count=9, device=kernel_device))
+
+
+def test_ranks_are_whole_eights(kernel_device: str) -> None:
+    problem = Problem(rank=20, device=kernel_device)
+    with by(True), pytest.raises(AssertionError, match="8 components"):
+        written(problem, problem.rows())
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4])
+def test_sums_of_rows_in_parts(splits: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 128 and 2 rows; of 64, 64 and 2; a fourth without any."""
+    monkeypatch.setattr(decode_triton_clla, "_splits", lambda *_: splits)
+    problem = Problem(tiers=(3, 3, 3, 3), heads=1, count=140, device=kernel_device)
+    check(problem, index=torch.stack([torch.randperm(140)[:130] for _ in range(2)]))
+
+
+def test_weights_of_zero_sum_to_zero(kernel_device: str) -> None:
+    problem = Problem(device=kernel_device)
+    weights = problem.weights().zero_()
+    with by(True):
+        assert not problem.rows().values(weights, problem.layer).any()
+        assert not decode_triton_clla.packed_sums(problem.rows(), weights).any()
+
+
+def test_offsets_in_64_bits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_triton_clla, "_wide", lambda data: True)
+    check(Problem(device=kernel_device))
+    check(Problem(device=kernel_device), index=torch.tensor([[32, 1, 8], [3, 9, 2]]))
+
+
+def test_rows_beyond_32_bits(kernel_device: str) -> None:
+    """A buffer that is mostly never touched; the same rows as at its beginning."""
+    problem = Problem(hidden=(0,), count=3, pairs=0, device=kernel_device)
+    around = torch.empty(1, 2**31 // 640 + 9, 640, dtype=torch.uint8, device=kernel_device)
+    assert decode_triton_clla._wide(around)
+    index = torch.tensor([[around.shape[1] - 1, around.shape[1] - 4]], device=kernel_device)
+    around[:, index[0], : problem.layout.row_bytes] = problem.data[:, :2]
+    expected, weights = problem.naive_logits()[..., :2], problem.weights(2)
+    sums = torch.einsum("bhmk,bkr->bhmr", weights.double().cpu(), problem.latents()[:, :2]).flatten(1, 2)
+    problem.data = around[..., : problem.layout.row_bytes]
+    with by(True):
+        rows = problem.rows().chosen(index)
+        close(written(problem, rows), expected, 3e-6)
+        close(decode_triton_clla.packed_sums(rows, weights), sums, 3e-6)
+
+
+def test_offsets_are_wide_where_they_must_be() -> None:
+    for rows, wide in ((2**31 // 640, False), (2**31 // 640 + 1, True)):
+        assert decode_triton_clla._wide(torch.empty(1, rows, 640, dtype=torch.uint8, device="meta")) is wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["SmolLM2", "a quarter rotary", "no rotation"])
+@pytest.mark.usefixtures("bf16_products")
+def test_decoders_of_half_precision(name: str, dtype: torch.dtype, kernel_device: str) -> None:
+    tolerance = {torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    check(Problem(**GEOMETRIES[name], count=9, dtype=dtype, device=kernel_device), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("held", [0, 1 << 26], ids=["read anew", "kept"])
+@pytest.mark.parametrize("block", [1, 10, 33])
+def test_the_twin_in_blocks(block: int, held: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_clla, "BLOCK", block)
+    monkeypatch.setattr(decode_clla, "HELD_BYTES", held)
+    problem = Problem(hidden=(0, 25), own_turns=True, device=kernel_device)
+    index = torch.stack([torch.randperm(33)[:20] for _ in range(2)]).to(kernel_device)
+    with by(False):
+        rows = problem.rows()
+        assert len(list(rows.blocks())) == (1 if held else -(-33 // block))
+        for _ in range(2):  # the second layer finds what the first left
+            close(written(problem, rows), problem.naive_logits(), 3e-6)
+        close(written(problem, rows.chosen(index)), problem.naive_logits(index), 3e-6)
+        weights = problem.weights()
+        expected = torch.einsum("bhmk,bkhd->bhmd", weights.double().cpu(), problem.decoded(values=True))
+        close(rows.values(weights, problem.layer), expected, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "static"),
+    [("llama", False), ("llama", True), ("smollm3", False), ("gpt_neox", True), ("cohere", False), ("gpt2", True)],
+    ids=str,
+)
+def test_models_read_latents_by_kernels(family: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded batch; rows join while tokens come. By kernels and by the twin alike, and not by neither."""
+    launches, launch = [], decode_clla.packed_logits
+    monkeypatch.setattr(decode_clla, "packed_logits", lambda *a: launches.append(1) or launch(*a))
+    model = pico(family)
+    stats = stats_of(model, batches=1, with_inputs=False)
+    plan = plan_of(stats, model, bits=4, rank=16, window=4, flush_block=2, sinks=2)
+    converted, ids = converted_of(model, plan, stats), tokens(2, 14)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    answers = []
+    for kernels in (True, False):
+        with by(kernels):
+            answers.append(
+                converted.generate(
+                    ids,
+                    attention_mask=mask,
+                    do_sample=False,
+                    max_new_tokens=4,
+                    eos_token_id=None,
+                    pad_token_id=258,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                    **{CACHE: converted.new_cache(max_length=18 if static else None)},
+                )
+            )
+    assert len(launches) == 3 * 4  # tokens and layers
+    assert torch.equal(answers[0].sequences, answers[1].sequences)
+    torch.testing.assert_close(*(torch.stack(a.logits) for a in answers), rtol=1e-4, atol=1e-4)
+
+
+def case_of(shape: str, kernel: str, tile: tuple[int, int], **changed: Any) -> Case:
+    """One layer's launch at a sixteenth of the cache, 16 sequences of 8192 tokens."""
+    config = shape_config(shape)
+    plan = random_plan(config, kv_budget="6.25%", max_group_size=6)
+    spec, kv = plan.groups[0], plan.kv
+    layout, heads, size = RowLayout(spec.tier_bits, plan.tier_size), kv.num_key_value_heads, kv.head_dim
+    dtype = changed.get("dtype", torch.bfloat16)
+    per_head = changed.get("per_head", config.num_attention_heads // heads)
+
+    def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    codec = SimpleNamespace(
+        decoder=drawn(len(spec.layers), 2 * heads * size, layout.rank), mean=drawn(len(spec.layers), 2 * heads * size)
+    )
+    turns = Turns(drawn(1, 8192, size // 2, dtype=torch.complex64), False)
+    data, hidden = drawn(16, 8192, layout.row_bytes, dtype=torch.uint8), drawn(16, dtype=torch.int64)
+    rows = LatentRows(data, layout, codec, hidden, 4, turns)
+    query, logits = drawn(16, heads, per_head, size), drawn(16, heads, per_head, 8192 + 196, dtype=torch.float32)
+    calls = {
+        "logits_kernel": lambda: rows.logits(query, 1, logits[..., :8192], scaling=SCALING, turned=True),
+        "sums_kernel": lambda: rows.values(logits[..., :8192], 1),
+    }
+    with pytest.MonkeyPatch.context() as patch, by(True):
+        patch.setattr(decode_triton_clla, "_tile", lambda *_: tile)
+        loose = ("count", "block_count", "per_split")
+        return launched(decode_triton_clla, kernel, calls[kernel], not_specialized=loose)
+
+
+def test_compiled_kernels_spill_next_to_nothing_and_read_decoders_ahead() -> None:
+    """Rows of decoders are known to be aligned, or they would be read one number at a time and wait for each."""
+    shapes, tiles = ("smollm2-135m", "llama-3-8b"), ((128, 8), (64, 8), (32, 4))
+    cases = {(s, t): case_of(s, "logits_kernel", t) for s in shapes for t in tiles}
+    found = dict(zip(cases, compile_all(list(cases.values()), archs=[90]), strict=True))
+    for (shape, tile), report in found.items():
+        check_fits([report], spilled=160 if tile[0] == 128 else 0)
+        assert report[90]["async_copies"] > 0, shape
+        assert report[90]["wgmma"] > 0 or tile[0] < 64, shape  # they take 64 rows
+
+
+def test_compiled_sums_and_many_queries_fit() -> None:
+    """Without matrix units for fp32, and with more query rows than a tile takes at once."""
+    sums = case_of("llama-3-8b", "sums_kernel", (32, 4))
+    queries = case_of("smollm2-135m", "logits_kernel", (128, 8), per_head=63)
+    few, many = compile_all([sums, queries], archs=[80])
+    check_fits([few])
+    assert few[80]["async_copies"] > 0
+    check_fits([many], spilled=320)
