@@ -190,7 +190,7 @@ class Run:
             total = sum(batch.numel() for batch in batches)
         else:
             total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
-        collector = Collector(self.model(), **options)
+        collector = Collector(self.model(), checkpointing=self.recipe.runtime.gradient_checkpointing, **options)
         with console.progress("Calibrating (tokens)", total) as advance:
             return collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
 
