@@ -48,6 +48,7 @@ DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
 MAX_DEFAULT_CONTEXT = 32_768
 DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
 HIDDEN_ROOM = 0.2  # of the free memory, that hidden states may take before they are spilled to disk
+CPU = torch.device("cpu")
 T = TypeVar("T", Stats, Plan, Codec)
 
 
@@ -91,10 +92,10 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     return filled.model_copy(update={"provenance": where})
 
 
-def weigh(stats: Stats, recipe: Recipe) -> Spectra:
-    """Weighted moments as the recipe's metric wants them."""
+def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
+    """Weighted moments as the recipe's metric wants them, to be computed with on a device."""
     power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
-    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source)
+    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source, device=device)
 
 
 class Run:
