@@ -1,6 +1,6 @@
 """What calibration costs, in forward passes of the source over the same tokens.
 
-    python benchmarks/calibration.py MODEL [--rounds N] [--batch B] [--length T] [--band K] [--device D] [--clock C] [--json]
+    python benchmarks/calibration.py MODEL [--rounds N] [--batch B] [--length T] [--band K] [--device D] [--clock C]
 
 The unit is a plain forward pass with its logits. Every round runs it beside the parts of calibration, in the same
 process, so that whatever else the machine does meets all of them; the table holds medians over the rounds. Also the
@@ -102,7 +102,7 @@ def main() -> None:
     print("| part | seconds | forward passes |\n|---|---|---|")
     for name, row in found.items():
         print(f"| {name} | {row['seconds']:.3f} | {row['forwards']:.2f} |")
-    print("\n| operations a token | forward | backward | moments | metric | floor, forward passes |\n|---|---|---|---|---|---|")
+    print("\n| operations a token | forward | backward | moments | metric | floor, forward passes |\n|" + "---|" * 6)
     for name, shape in shapes.items():
         cells = (f"{value / 1e6:.0f} M" for value in vars(shape).values())
         print(f"| {name} | " + " | ".join(cells) + f" | {shape.floor:.2f} |")

@@ -6,7 +6,7 @@ second one, whose keys and values are the first that hang in a graph as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -81,7 +81,7 @@ def free_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def replaced(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def replaced(layers: Iterable[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Call something else than the layers' own forward functions (an instance attribute hides that of the class)."""
     own = [vars(layer).get("forward") for layer in layers]
     try:

@@ -70,7 +70,9 @@ class Tap:
         """Of the loss, for keys before RoPE and values, [B, T, n], fp32; zero where nothing was read."""
         assert self.states is not None, "the layer did not call its cache"
         keys, values = (self.gradients.get(i, torch.zeros_like(state)).float() for i, state in enumerate(self.states))
-        return _side_by_side(keys if self.rotation is None else unrotated_gradient(keys, self.rotation, self.layer), values)
+        return _side_by_side(
+            keys if self.rotation is None else unrotated_gradient(keys, self.rotation, self.layer), values
+        )
 
 
 def unrotated_gradient(gradient: Tensor, rotation: Rotation, layer: int) -> Tensor:

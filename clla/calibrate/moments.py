@@ -44,7 +44,9 @@ class BandedMoments:
         """Fold in one batch: for each layer `left` [N, n_left] and `right` [N, n_right] (default: `left`)."""
         self._square = right is None
         if self._shift is None:
-            means = [torch.stack([x.float().mean(0) for x in rows]) for rows in (left, left if right is None else right)]
+            means = [
+                torch.stack([x.float().mean(0) for x in rows]) for rows in (left, left if right is None else right)
+            ]
             self._shift = (means[0], means[1])
         rows = around(left, self._shift[0])  # [N, L·n]
         others = rows if right is None else around(right, self._shift[1])

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from clla.artifacts import Codec, GroupCodec, Plan, Stats
 from clla.convert.quantize import ERROR_SHARE
-from clla.convert.spectra import Spectra, assemble
-
-CPU = torch.device("cpu")
+from clla.convert.spectra import CPU, Spectra, assemble
 
 
 def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[[], None] = lambda: None) -> Codec:
@@ -35,9 +33,7 @@ def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[
         start, size = stats.layers.index(group.layers[0]), len(group.layers)
         codec = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)  # in the moments' coordinates
         shares = error_shares(group.tier_bits, plan.tier_size)
-        error = error_covariance(
-            codec, stats, start, size, source=spectra.source, shares=shares, device=spectra.device
-        )
+        error = error_covariance(codec, stats, start, size, source=spectra.source, shares=shares, device=spectra.device)
         kl += predicted_kl(error, stats.fisher[start : start + size].to(spectra.device))
         groups.append(lift(codec, stats, start, size, source=spectra.source))
         on_step()

@@ -5,7 +5,8 @@ few functions ln(1 + λ/θ) follow well; summed over the components of a group e
 ln det(I + A/θ). One triangular factor gives it for a group and all that begin with the same layer. The bits that
 components take at the price, and how many exceed a worth, follow from the same sums by other weights.
 
-These are estimates: they choose the partition. Its bits are then given out with its eigenvalues (`plan.py`).
+These are estimates: they choose the partition. Its bits are then given out with its eigenvalues (`plan.py`). They are
+for latents from all layers of a group (`group`); those of `first` have spectra of the hidden size, whatever the group.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from clla.convert.quantize import ERROR_SHARE
 from clla.convert.spectra import Spectra
 
 BELOW, ABOVE = 1e-2, 1e5  # worth in prices, between which the sums follow the curves
-NEIGHBOURS = (-1, 0, 1)  # θ = 4^level: levels around the price
+ROUNDS = 6  # of price and partition, at most
 SPREAD = 64.0  # how many times lower the price of shared latents may be than that of separate ones
 
 
@@ -38,7 +39,8 @@ class Outline:
 
     def cost(self, segment: Segment, price: float) -> float:
         """Loss plus price of a group's bits, scales left out."""
-        return self._sum(segment, price, self._cost_weights(price))
+        weights = self._fit(price, lambda worth: self._choice(worth, price)[0], relative=True)
+        return self._sum(segment, price, weights)
 
     def bits(self, segment: Segment, price: float) -> float:
         """Bits that a group's components take at a price."""
@@ -77,9 +79,6 @@ class Outline:
         sums = self.spectra.log_determinants(start, largest, _levels(price))
         return sum(weight * found[size - 1] for weight, found in zip(weights, sums, strict=True))
 
-    def _cost_weights(self, price: float) -> list[float]:
-        return self._fit(price, lambda worth: self._choice(worth, price)[0], relative=True)
-
     def _choice(self, worth: Tensor, price: float) -> tuple[Tensor, Tensor]:
         """Least cost of components and the width that has it."""
         shares = torch.tensor([ERROR_SHARE[b] for b in self.widths], dtype=torch.float64)
@@ -97,9 +96,9 @@ class Outline:
 
 
 def _levels(price: float) -> list[int]:
-    """Of the θ around a price."""
-    middle = round(math.log(price, 4))
-    return [middle + offset for offset in NEIGHBOURS]
+    """Of the θ on both sides of a price."""
+    below = math.floor(math.log(price, 4))
+    return [below, below + 1]
 
 
 def outlined_partition(
@@ -109,9 +108,11 @@ def outlined_partition(
     bits: int,
     group_bits: int,
     widths: Sequence[int],
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> list[Segment]:
-    """Groups of consecutive layers whose estimated cost at the budget's price is least.
+    """Groups of consecutive layers whose estimated cost is least at the price at which they meet the budget.
+
+    The price is first that of uniform groups, then that of the groups found.
 
     Args:
         spectra: weighted moments.
@@ -119,13 +120,35 @@ def outlined_partition(
         bits: a token, for all latents.
         group_bits: of them, what every group takes beside its latent.
         widths: admissible bits a component.
-        on_step: called after each candidate.
+        on_step: called after each candidate, for progress.
     """
     layers = len(spectra.stats.layers)
     outline, uniform = Outline(spectra, widths), uniform_segments(layers, max_group_size)
-    price = outline.price_of(uniform, bits - group_bits * len(uniform))
-    costs = {}
-    for segment in every_segment(layers, max_group_size):
-        costs[segment] = outline.cost(segment, price) + price * group_bits
-        on_step(1)
-    return cheapest_partition(costs, layers)
+
+    def price_of(segments: list[Segment]) -> float:
+        return outline.price_of(segments, bits - group_bits * len(segments))
+
+    def loss(segments: list[Segment]) -> float:
+        own = price_of(segments)
+        return sum(outline.cost(segment, own) for segment in segments) - own * (bits - group_bits * len(segments))
+
+    price, low, high = price_of(uniform), 0.0, math.inf
+    met: dict[tuple[Segment, ...], float] = {}
+    for number in range(ROUNDS):
+        costs = {}
+        for segment in every_segment(layers, max_group_size):
+            costs[segment] = outline.cost(segment, price) + price * group_bits
+            if not number:
+                on_step(1)
+        chosen = cheapest_partition(costs, layers)
+        if tuple(chosen) in met:
+            break
+        met[tuple(chosen)] = loss(chosen)
+        if sum(outline.bits(segment, price) + group_bits for segment in chosen) > bits:
+            low = price
+        else:
+            high = price
+        price = price_of(chosen)
+        if not low < price < high:  # the groups of one price suit another, and those of that one suit this
+            price = math.sqrt(low * high) if low > 0 and high < math.inf else price
+    return list(min(met.items(), key=lambda item: item[1])[0])

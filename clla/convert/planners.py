@@ -18,6 +18,7 @@ from clla.recipe import PlanConfig
 
 WINDOWS = (128, 64, 32, 16)
 CHEAP = 512  # components of the largest group, up to which the spectra of all possible groups are computed
+LEAST = 1.25  # prices: components of large groups that are worth less are not computed; a bit pays from 1.57 on
 WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
 
 
@@ -215,7 +216,7 @@ def _dynamic(
 ) -> Choices:
     count = len(spectra.stats.layers)
     largest = min(config.max_group_size, count)
-    if spectra.rank(largest) <= CHEAP:
+    if spectra.source == "first" or spectra.rank(largest) <= CHEAP:
         return _within(spectra, every_segment(count, largest), config, room, on_step)
     segments = outlined_partition(
         spectra,
@@ -336,10 +337,11 @@ def _within(
     """Bits of the groups of a partition. Of large groups only components are computed that may be worth a bit."""
     ranks = {segment: spectra.rank(segment[1]) for segment in segments}
     counts = dict(ranks)
-    if max(ranks.values()) > EXACT:
+    if spectra.source == "group" and max(ranks.values()) > EXACT:
         outline = Outline(spectra, config.bits)
         price = outline.price_of(segments, room.bits - room.group_bits * len(segments))
-        counts = {s: min(rank, round(outline.count(s, price)) + config.tier_size) for s, rank in ranks.items()}
+        least = LEAST * price
+        counts = {s: min(rank, round(outline.count(s, least)) + config.tier_size) for s, rank in ranks.items()}
     while True:
         options = candidates_of(spectra, segments, config.tier_size, on_step, counts)
         chosen = solve(

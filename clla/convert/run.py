@@ -34,7 +34,7 @@ from clla.convert.checkpoint import check_disk
 from clla.convert.factor import make_codec
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
-from clla.convert.spectra import Spectra
+from clla.convert.spectra import CPU, Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
@@ -48,7 +48,6 @@ DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
 MAX_DEFAULT_CONTEXT = 32_768
 DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
 HIDDEN_ROOM = 0.2  # of the free memory, that hidden states may take before they are spilled to disk
-CPU = torch.device("cpu")
 T = TypeVar("T", Stats, Plan, Codec)
 
 

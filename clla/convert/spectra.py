@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from clla.artifacts import Stats
-from clla.eigen import EXACT, leading_eigenpairs, single_eigh
+from clla.eigen import EXACT, leading_eigenpairs, searched, single_eigh
 
+CPU = torch.device("cpu")
 FLOOR = 1e-3  # eigenvalues of the metric, relative to its largest
 RIDGE = 1e-5  # of the input covariance, relative to its mean eigenvalue
 
@@ -57,7 +58,7 @@ class Spectra:
     stats: Stats
     power: float = 0.75
     source: str = "group"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @cached_property
     def _metrics(self) -> tuple[Tensor, Tensor]:
@@ -143,20 +144,20 @@ class Spectra:
         return values[:count], vectors[:, :count]
 
     def _pairs(self, start: int, size: int, count: int | None, *, with_vectors: bool) -> tuple[Tensor, Tensor | None]:
-        """Of small groups all eigenvalues, and vectors only where they are wanted; of large ones both and kept."""
+        """All eigenvalues where they are as cheap as some, without vectors unless these are wanted; else both, kept."""
         rank = self.rank(size)
-        count = rank if count is None or rank <= EXACT else min(count, rank)
+        count = rank if count is None else min(count, rank)
         known = self._found.get((start, size))
         if known is not None and len(known[0]) >= count and (known[1] is not None or not with_vectors):
             return known
-        if rank <= EXACT and not with_vectors:
-            found: tuple[Tensor, Tensor | None] = (torch.linalg.eigvalsh(self.moments(start, size)).flip(0), None)
-        elif rank <= EXACT:
-            return leading_eigenpairs(self.moments(start, size).double(), count)
+        moments = self.moments(start, size)
+        if searched(rank, count):
+            self._found[start, size] = leading_eigenpairs(moments, count)
+        elif with_vectors:
+            return leading_eigenpairs(moments.double() if rank <= EXACT else moments, count)
         else:
-            found = leading_eigenpairs(self.moments(start, size), count)
-        self._found[start, size] = found
-        return found
+            self._found[start, size] = torch.linalg.eigvalsh(moments).flip(0), None
+        return self._found[start, size]
 
     @cached_property
     def _determinants(self) -> dict[tuple[int, int], list[float]]:
@@ -165,25 +166,16 @@ class Spectra:
     def log_determinants(self, start: int, largest: int, levels: Sequence[int]) -> list[list[float]]:
         """ln det(I + A/θ) for θ = 4^level, with A the `moments` of 1, 2, … `largest` layers from `start` on.
 
-        They are sums over a group's components of ln(1 + λ/θ). Of the `group` source one triangular factor has those
-        of all groups that begin with the same layer: its leading blocks are theirs.
+        They are sums over a group's components of ln(1 + λ/θ). One triangular factor has those of all groups that
+        begin with the same layer: its leading blocks are theirs. For the `group` source.
         """
         known = self._determinants
-        if lacking := [v for v in levels if len(known.get((start, v), [])) < largest]:
-            known.update({(start, v): found for v, found in self._fresh_determinants(start, largest, lacking)})
+        lacking = [level for level in levels if len(known.get((start, level), [])) < largest]
+        if lacking:
+            factors = _log_pivots(self.assembled(start, largest), [4.0**level for level in lacking])
+            for level, logs in zip(lacking, factors, strict=True):
+                known[start, level] = logs.view(largest, -1).sum(1).cumsum(0).tolist()
         return [known[start, level][:largest] for level in levels]
-
-    def _fresh_determinants(
-        self, start: int, largest: int, levels: Sequence[int]
-    ) -> Iterator[tuple[int, list[float]]]:
-        thetas = [4.0**level for level in levels]
-        if self.source == "group":
-            for level, logs in zip(levels, _log_pivots(self.assembled(start, largest), thetas), strict=True):
-                yield level, logs.view(largest, -1).sum(1).cumsum(0).tolist()
-            return
-        columns = self.regression(start, largest).unflatten(1, (largest, -1)).transpose(0, 1)  # [G, h, n]
-        sums = [[float(x.sum()) for x in _log_pivots(a, thetas)] for a in (columns @ columns.mT).cumsum(0)]
-        yield from ((level, [row[i] for row in sums]) for i, level in enumerate(levels))
 
 
 def _log_pivots(moments: Tensor, thetas: Sequence[float]) -> Iterator[Tensor]:
