@@ -18,7 +18,7 @@ from clla.recipe import PlanConfig
 
 WINDOWS = (128, 64, 32, 16)
 CHEAP = 512  # components of the largest group, up to which the spectra of all possible groups are computed
-LEAST = 1.25  # prices: components of large groups that are worth less are not computed; a bit pays from 1.57 on
+LEAST = 1.1  # prices: components of large groups that are worth less are not computed; a bit pays from 1.57 on
 WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
 
 

@@ -311,11 +311,11 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
     """Peak memory of moments and spectra.
 
     Moments and weighted moments in fp32, metric and its inverse in fp64, and, unless layers are collected one at a
-    time, sums of all of them in fp64.
+    time, sums of all of them in fp64. Beside them the moments of one largest group and what is made of them.
     """
     layers, n = len(source.layers), min(source.kv.values, recipe.calibration.basis)
     band = min(recipe.plan.max_group_size, layers)
-    total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40)
+    total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40) + 12 * (band * n) ** 2
     if source.kv.values > n:  # reading and writing, and one layer's whole moments
         total += 8 * source.kv.values * (layers * n + 5 * source.kv.values)
     if needs_inputs(recipe.plan.metric, recipe.plan.source):
