@@ -136,6 +136,11 @@ class RuntimeConfig(_Section):
         description="of the source while it is calibrated: on one device, spread over several GPUs, or its layers read "
         "from disk one at a time; 'auto' takes the first that has room",
     )
+    gradient_checkpointing: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="run layers again in the backward pass of calibration, for the time of one more forward pass; "
+        "'auto' does so where what they leave in memory would not fit",
+    )
 
 
 class HealConfig(_Section):

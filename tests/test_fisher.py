@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clla.calibrate.fisher import ROWS, sampled_label_gradient
+from clla.calibrate import fisher
+from clla.calibrate.fisher import BLOCK, sampled_label_gradient
+
+ROWS = 256
 
 
 def logits_of(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -53,6 +56,35 @@ def test_every_row_has_its_own_distribution() -> None:
     grad = gradient(logits[None])
     assert torch.equal(labels_in(grad, logits[None])[0, 1::2], certain[1::2])
     assert len(labels_in(grad, logits[None])[0, ::2].unique()) == 9
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+def test_labels_are_those_of_the_inverse_cumulative_distribution(size: int) -> None:
+    """The oracle: the first token whose cumulative probability, in fp64, exceeds the row's uniform number."""
+    logits = logits_of(1, 2000, size)
+    uniform = torch.rand(2000, 1, generator=torch.Generator().manual_seed(5))
+    cumulative = logits[0].double().softmax(-1).cumsum(-1)
+    expected = (cumulative <= uniform.double()).sum(-1).clamp(max=size - 1)
+    near = (cumulative - uniform.double()).abs().amin(-1) < 1e-5  # rounding may decide these
+    labels = labels_in(gradient(logits, seed=5), logits)[0]
+    assert torch.equal(labels[~near], expected[~near])
+    assert int(near.sum()) < 200 or size == 1
+
+
+def test_how_many_rows_come_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = logits_of(3, 50, 2 * BLOCK + 3)
+    expected = gradient(logits)
+    monkeypatch.setitem(fisher.CHUNK_BYTES, "cpu", 4 * 7 * (2 * BLOCK + 3))  # 7 rows
+    torch.testing.assert_close(gradient(logits), expected)
+
+
+def test_an_earlier_result_is_written_over() -> None:
+    logits = logits_of(2, 40, 13)
+    expected = gradient(logits)
+    for earlier in (torch.full_like(logits, torch.nan), torch.ones(2, 41, 13), torch.ones(2, 40, 13).half()):
+        out = sampled_label_gradient(logits, torch.Generator().manual_seed(0), out=earlier)
+        assert torch.equal(out, expected)
+        assert (out is earlier) == (earlier.shape == logits.shape and earlier.dtype == logits.dtype)
 
 
 def test_masked_tokens_are_never_drawn() -> None:

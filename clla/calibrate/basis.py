@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clla.eigen import leading_eigenpairs
+
 RIDGE = 1e-6  # of the covariance, relative to its mean eigenvalue; more where rounding has made it indefinite
 FLOOR = 1e-3  # of the metric's eigenvalues, relative to its mean: what it is blind to is not free
-EXTRA = 32  # directions beyond q that the randomized search draws
-ITERATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def leading_directions(covariance: Tensor, fisher: Tensor, width: int, *, seed: 
     metric = fisher + FLOOR * fisher.diagonal().mean() * eye
     lower = _root(covariance)
     worth = lower.mT @ metric @ lower  # what an error of each whitened direction costs
-    vectors = _top_eigenvectors(worth, width, seed)  # [n, q]
+    _, vectors = leading_eigenpairs(worth, width, seed=seed)  # [n, q]
     writing, triangle = torch.linalg.qr(lower @ vectors)
     values = vectors.mT @ worth @ vectors
     reading = triangle @ torch.linalg.solve(values, vectors.mT @ (lower.mT @ metric))
@@ -62,14 +62,3 @@ def _root(covariance: Tensor) -> Tensor:
             return lower
         share *= 10
         assert share <= 1, "a covariance has no negative eigenvalues of that size"
-
-
-def _top_eigenvectors(matrix: Tensor, count: int, seed: int) -> Tensor:
-    """Eigenvectors [n, count] of the largest eigenvalues of a positive matrix."""
-    n = len(matrix)
-    if 2 * count >= n:
-        return torch.linalg.eigh(matrix).eigenvectors[:, -count:]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vectors, _, _ = torch.svd_lowrank(matrix, q=min(n, count + EXTRA), niter=ITERATIONS)
-    return vectors[:, :count]

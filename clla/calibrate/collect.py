@@ -1,8 +1,8 @@
 """Run text through the source model and collect the moments that the plan rests on.
 
 Keys and values are read where the model hands them to its cache, so that biases, QK-norm, grouped
-heads and mixtures of experts need no special case. A zero that requires grad is added there, and its
-gradient is that of the loss with respect to the key or value; no weight takes part in the backward pass.
+heads and mixtures of experts need no special case. Their gradients are noted in passing, those of keys before
+RoPE follow from those after it. No weight has a gradient, and the graph begins at the first layer's keys and values.
 
 Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, L convertible layers.
 """
@@ -10,7 +10,8 @@ Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clla.artifacts import KVShape, Stats
+from clla.calibrate.checkpoints import Checkpoints
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments
 from clla.errors import DatasetError
@@ -29,43 +31,79 @@ from clla.passing import RecordingCache
 
 @dataclass
 class Tap:
-    """What one attention layer saw in the current forward pass."""
+    """What one attention layer handed to its cache in the current forward pass, and the loss's gradient there.
 
+    Attributes:
+        layer: its index.
+        rotation: of the keys; None if there is none.
+        hidden: what the attention got, [B, T, h].
+        states: keys after RoPE and values, [B, H, T, d] each.
+        gradients: of the loss, with respect to the same.
+    """
+
+    layer: int
+    rotation: Rotation | None = None
     hidden: Tensor | None = None
-    values: Tensor | None = None  # [B, T, n]
-    probe: tuple[Tensor, Tensor] | None = None  # zeros whose gradient is the metric's g
+    states: tuple[Tensor, Tensor] | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def watch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Note keys and values, and hand on their like whose gradients will be noted."""
+        if self.states is None:  # it is not when a checkpointed layer runs again, whose graph nobody follows
+            self.states = (keys.detach(), values.detach())
+        watched = []
+        for number, state in enumerate((keys, values)):
+            state = state.view_as(state) if state.requires_grad else state.detach().requires_grad_()
+            state.register_hook(partial(self.gradients.__setitem__, number))
+            watched.append(state)
+        return watched[0], watched[1]
+
+    @property
+    def values(self) -> Tensor:
+        """Keys before RoPE and values, [B, T, n]."""
+        assert self.states is not None, "the layer did not call its cache"
+        keys, values = self.states
+        return _side_by_side(keys if self.rotation is None else self.rotation.unrotate(keys, self.layer), values)
 
     @property
     def gradient(self) -> Tensor:
-        """Of the loss, for keys before RoPE and values, [B, T, n]; zero where nothing was read."""
-        assert self.probe is not None
-        keys, values = (p.grad if p.grad is not None else torch.zeros_like(p) for p in self.probe)
-        return torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2)
+        """Of the loss, for keys before RoPE and values, [B, T, n], fp32; zero where nothing was read."""
+        assert self.states is not None, "the layer did not call its cache"
+        keys, values = (self.gradients.get(i, torch.zeros_like(state)).float() for i, state in enumerate(self.states))
+        return _side_by_side(
+            keys if self.rotation is None else unrotated_gradient(keys, self.rotation, self.layer), values
+        )
+
+
+def unrotated_gradient(gradient: Tensor, rotation: Rotation, layer: int) -> Tensor:
+    """Gradient with respect to keys before RoPE, from that with respect to keys after it, [B, H, T, d] both.
+
+    The transpose of a rotation is its inverse; where lengths change too (yarn), by s, it is s² of it.
+    """
+    if layer in rotation.plain_layers:
+        return gradient
+    turned, p = rotation.unrotate(gradient, layer), rotation.cos.shape[-1]
+    scale = (rotation.cos.float().square() + rotation.sin.float().square()).unsqueeze(1).to(turned.device)
+    turned[..., :p] *= scale
+    return turned
+
+
+def _side_by_side(keys: Tensor, values: Tensor) -> Tensor:
+    return torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2)  # [B, T, 2·H·d]
 
 
 class ProbeCache(RecordingCache):
-    """Records keys before RoPE and values, and hands both on with a zero added."""
+    """Shows keys and values to taps, and hands on what these give for them."""
 
-    def __init__(self, config: Any, taps: dict[int, Tap], rotation: Rotation | None) -> None:
+    def __init__(self, config: Any, taps: dict[int, Tap]) -> None:
         super().__init__(config, set())
-        self.taps, self.rotation = taps, rotation
+        self.taps = taps
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         tap = self.taps.get(layer_idx)
-        if tap is None:
-            return key_states, value_states
-        keys = key_states.detach()
-        if self.rotation is not None:
-            keys = self.rotation.unrotate(keys, layer_idx)
-        both = torch.cat((keys, value_states.detach()), dim=1)  # [B, 2H, T, d]
-        tap.values = both.transpose(1, 2).flatten(2)  # [B, T, n]
-        probe_k, probe_v = torch.zeros_like(keys), torch.zeros_like(value_states)
-        tap.probe = (probe_k.requires_grad_(), probe_v.requires_grad_())
-        if self.rotation is not None:
-            probe_k = self.rotation.rotate(probe_k, layer_idx)
-        return key_states + probe_k, value_states + probe_v
+        return (key_states, value_states) if tap is None else tap.watch(key_states, value_states)
 
 
 class Collector:
@@ -80,6 +118,7 @@ class Collector:
         rope: from `rope_settings`.
         with_inputs: also collect the attention inputs' moments (for the `first` source).
         seed: of the sampled labels.
+        checkpointing: run layers again in the backward pass: `auto` where their activations would not fit.
     """
 
     def __init__(
@@ -93,6 +132,7 @@ class Collector:
         skip_positions: int = 8,
         with_inputs: bool = False,
         seed: int = 0,
+        checkpointing: str = "auto",
     ) -> None:
         self.model, self.layers, self.kv, self.skip = model, layers, kv, skip_positions
         self.rope, self.with_inputs = rope_of(model, rope), with_inputs
@@ -104,6 +144,8 @@ class Collector:
         self.cross = BandedMoments(count, hidden, band=band, right_dim=n) if with_inputs else None
         self.seed = seed
         self.attention = attention_modules(model)
+        self.checkpoints = Checkpoints(model, checkpointing)
+        self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
 
     def add(self, input_ids: Tensor, number: int = 0) -> None:
         """Fold in one batch of token ids [B, T]; every position counts, there is no padding.
@@ -112,9 +154,13 @@ class Collector:
             input_ids: the batch.
             number: of it among all batches; its labels follow from it and the seed alone.
         """
-        taps = {layer: Tap() for layer in self.layers}
+        self.fold(self.watch(input_ids, number))
+
+    def watch(self, input_ids: Tensor, number: int = 0) -> list[Tap]:
+        """Run one batch forward and backward; what its layers' caches got, with gradients."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         rotation = None if self.rope is None else self.rope(positions)
+        taps = {layer: Tap(layer, rotation) for layer in self.layers}
         handles = [
             self.attention[layer].register_forward_pre_hook(tap_hook(taps[layer]), with_kwargs=True)
             for layer in self.layers
@@ -123,27 +169,36 @@ class Collector:
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            with torch.enable_grad():
-                cache = ProbeCache(self.model.config, taps, rotation)
+            with torch.enable_grad(), self.checkpoints.active(input_ids.numel()):
+                cache = ProbeCache(self.model.config, taps)
                 logits = self.model(input_ids=input_ids, use_cache=True, **{CACHE: cache}).logits
-                logits.backward(sampled_label_gradient(logits, batch_generator(self.seed, number)))
+                self._top = sampled_label_gradient(logits, batch_generator(self.seed, number), out=self._top)
+                logits.backward(self._top)
         finally:
             for handle in handles:
                 handle.remove()
             for parameter in frozen:
                 parameter.requires_grad_(True)
-        self._fold([taps[layer] for layer in self.layers])
+        return [taps[layer] for layer in self.layers]
 
     @torch.no_grad()
-    def _fold(self, taps: list[Tap]) -> None:
-        values = torch.stack([self._rows(tap.values) for tap in taps])  # [L, N, n]
-        gradients = torch.stack([self._rows(tap.gradient) for tap in taps])
+    def fold(self, taps: list[Tap]) -> None:
+        """Add what the layers' caches got to the moments."""
+        values = self.rows(taps)
         self.moments.add(values)
-        self.metric.add(gradients)
+        self.metric.add(self.gradient_rows(taps))
         if self.inputs is not None and self.cross is not None:
-            hidden = torch.stack([self._rows(tap.hidden) for tap in taps])  # [L, N, h]
+            hidden = [self._rows(tap.hidden) for tap in taps]  # [N, h] each
             self.inputs.add(hidden)
             self.cross.add(hidden, values)
+
+    def rows(self, taps: list[Tap]) -> list[Tensor]:
+        """Keys before RoPE and values of each layer, [N, n]."""
+        return [self._rows(tap.values) for tap in taps]
+
+    def gradient_rows(self, taps: list[Tap]) -> list[Tensor]:
+        """Their gradients, [N, n] each, fp32."""
+        return [self._rows(tap.gradient) for tap in taps]
 
     def _rows(self, x: Tensor | None) -> Tensor:
         return token_rows(x, self.skip).to(self.model.device)  # layers may lie on several
@@ -211,9 +266,9 @@ def batch_generator(seed: int, number: int) -> torch.Generator:
 
 
 def token_rows(x: Tensor | None, skip: int) -> Tensor:
-    """What a tap holds, [B, T, …], as rows of tokens [N, …] in fp32, the first positions left out."""
-    assert x is not None, "the layer did not call its cache"
-    return x.detach()[:, skip:].flatten(0, 1).float()
+    """What a tap holds, [B, T, …], as rows of tokens [N, …], the first positions left out."""
+    assert x is not None, "the layer was not called"
+    return x.detach()[:, skip:].flatten(0, 1)
 
 
 def tap_hook(tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

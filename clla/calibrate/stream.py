@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from transformers import Cache, PreTrainedModel
 
 from clla.artifacts import KVShape, Stats
 from clla.calibrate.basis import leading_directions
+from clla.calibrate.checkpoints import replaced
 from clla.calibrate.collect import ProbeCache, Tap, batch_generator, tap_hook, token_rows
 from clla.calibrate.fisher import sampled_label_gradient
+from clla.calibrate.moments import folded_product
 from clla.errors import DatasetError, UnsupportedModelError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.passing import RecordingCache
@@ -139,7 +141,7 @@ class LayerStack:
             out = instead(hidden, rest, kwargs)
             return (out, *[None] * (self._outputs - 1)) if self._outputs else out
 
-        with _replaced(self.layers, stand_in):
+        with replaced(self.layers, [stand_in] * len(self.layers)):
             options: dict[str, Any] = {CACHE: RecordingCache(self.model.config, set())}
             if not with_logits and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
                 options["logits_to_keep"] = 1
@@ -148,22 +150,6 @@ class LayerStack:
 
 class _Caught(Exception):
     """What the first layer is called with is known."""
-
-
-@contextmanager
-def _replaced(layers: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Call something else than the layers' own forward functions (an instance attribute hides that of the class)."""
-    own = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = forward
-        yield
-    finally:
-        for layer, function in zip(layers, own, strict=True):
-            if function is None:
-                del layer.forward
-            else:
-                layer.forward = function
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -276,9 +262,9 @@ class StreamedCollector:
                     continue
                 gradient = token_rows(tap.gradient, self.skip)
                 metric += gradient.mT @ gradient
-                self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.skip))
+                self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.skip).float())
                 if self.with_inputs:
-                    self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.skip))
+                    self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.skip).float())
             if own is not None:
                 count = self._finish(found, own, metric, len(batches))
         return Stats(layers=self.layers, kv=self.kv, tokens=count, made_from=made_from, **found)
@@ -286,14 +272,14 @@ class StreamedCollector:
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
         """Run one layer on one batch with a graph, and pass the gradient through it."""
         hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_()
-        tap, taps, handles = Tap(), {}, []
+        rotation = None if self.rope is None else self.rope(torch.arange(ids.shape[1], device=self.device)[None])
+        tap, taps, handles = Tap(number, rotation), {}, []
         if number in self.layers:
             taps[number] = tap
             handles.append(self.attention[number].register_forward_pre_hook(tap_hook(tap), with_kwargs=True))
-        rotation = None if self.rope is None else self.rope(torch.arange(ids.shape[1], device=self.device)[None])
         try:
             with torch.enable_grad():
-                cache = ProbeCache(self.model.config, taps, rotation)
+                cache = ProbeCache(self.model.config, taps)
                 out = self.stack.run(number, hidden, tuple(ids.shape), cache)
             out.backward(self.spill.get(f"gradient-{b}").to(out.device))
         finally:
@@ -341,15 +327,13 @@ class StreamedCollector:
         return torch.stack([self._held(kind, layer, b).sum(0, dtype=torch.float64) for b in range(batches)]).sum(0)
 
     def _product(self, kind: str, left: int | None, right: int | None, batches: int) -> Tensor:
-        """Sum over tokens of the outer products of two layers' rows, formed in fp32 and folded into fp64."""
-        total: Tensor | None = None
+        """Sum over tokens of the outer products of two layers' rows, in fp64."""
+        return folded_product(self._pairs(kind, left, right, batches))
+
+    def _pairs(self, kind: str, left: int | None, right: int | None, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         for b in range(batches):
             a = self._held(kind, left, b)
-            other = a if right == left else self._held("values", right, b)
-            part = a.mT @ other
-            total = part.double() if total is None else total.add_(part)
-        assert total is not None
-        return total
+            yield a, a if right == left else self._held("values", right, b)
 
     def _held(self, kind: str, layer: int | None, b: int) -> Tensor:
         name = f"{kind}-{b}" if layer is None else f"{kind}-{layer}-{b}"

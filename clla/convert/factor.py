@@ -1,7 +1,7 @@
 """Encoders and decoders of the planned layer groups, in closed form.
 
 `group`: with M·Cov(y_G)·M = V Λ Vᵀ, encoder E = Λ^(-1/2) Vᵀ M and decoder D = M⁻¹ V Λ^(1/2).
-`first`: with Cov(x)^(-1/2)·Cov(x, y_G)·M = U S Vᵀ, E = Uᵀ Cov(x)^(-1/2) and D = M⁻¹ V S.
+`first`: with R = T·Cov(x, y_G)·M = U S Vᵀ and T·Cov(x)·Tᵀ = I, E = Uᵀ T and D = M⁻¹ V S = M⁻¹ Rᵀ U.
 Latents have unit variance and are sorted by their worth.
 
 Shape legend: r rank, n = 2·H_kv·d, q coordinates of the moments (n unless reduced), h hidden size, G layers of a group.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clla.artifacts import Codec, GroupCodec, Plan, Stats
 from clla.convert.quantize import ERROR_SHARE
-from clla.convert.spectra import Spectra, assemble
+from clla.convert.spectra import CPU, Spectra, assemble
 
 
 def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[[], None] = lambda: None) -> Codec:
@@ -33,8 +33,8 @@ def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[
         start, size = stats.layers.index(group.layers[0]), len(group.layers)
         codec = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)  # in the moments' coordinates
         shares = error_shares(group.tier_bits, plan.tier_size)
-        error = error_covariance(codec, stats, start, size, source=spectra.source, shares=shares)
-        kl += predicted_kl(error, stats.fisher[start : start + size])
+        error = error_covariance(codec, stats, start, size, source=spectra.source, shares=shares, device=spectra.device)
+        kl += predicted_kl(error, stats.fisher[start : start + size].to(spectra.device))
         groups.append(lift(codec, stats, start, size, source=spectra.source))
         on_step()
     if stats.dropped is not None:
@@ -58,20 +58,20 @@ def factor(spectra: Spectra, start: int, size: int, rank: int) -> GroupCodec:
     metric, inverse = spectra.metric[start : start + size], spectra.inverse_metric[start : start + size]
     if spectra.source == "first":
         assert stats.input_mean is not None
-        left, singular, right = torch.linalg.svd(spectra.regression(start, size), full_matrices=False)
-        encoder = left[:, :rank].mT @ spectra.input_whitening[start]  # [r, h]
-        loadings, offset = right[:rank].mT * singular[:rank], stats.input_mean[start]
+        _, left = spectra.eigenpairs(start, size, rank)
+        encoder = left.mT @ spectra.input_whitening(start)  # [r, h]
+        loadings, offset = spectra.regression(start, size).mT @ left, stats.input_mean[start]
     else:
-        values, vectors = torch.linalg.eigh(spectra.assembled(start, size).double())
-        values, vectors = values.flip(0)[:rank].clamp_min(values[-1] * 1e-12), vectors.flip(1)[:, :rank]
+        values, vectors = (x.double() for x in spectra.eigenpairs(start, size, max(1, rank)))
+        values, vectors = values[:rank].clamp_min(float(values[0]) * 1e-12), vectors[:, :rank]
         per_layer = vectors.unflatten(0, (size, n)).mT @ metric  # [G, r, n]
         encoder = (per_layer / values.sqrt()[:, None]).transpose(0, 1).flatten(1)  # [r, G·n]
         loadings, offset = vectors * values.sqrt(), mean.flatten().clone()
     decoder = inverse @ loadings.unflatten(0, (size, n))  # [G, n, r]
     return GroupCodec(
-        encoder=encoder.float(),
+        encoder=encoder.float().cpu(),
         offset=offset.float(),
-        decoder=decoder.float(),
+        decoder=decoder.float().cpu(),
         mean=mean,
     )
 
@@ -98,9 +98,18 @@ def lift(codec: GroupCodec, stats: Stats, start: int, size: int, *, source: str)
 
 
 def error_covariance(
-    codec: GroupCodec, stats: Stats, start: int, size: int, *, source: str, shares: Tensor | None = None
+    codec: GroupCodec,
+    stats: Stats,
+    start: int,
+    size: int,
+    *,
+    source: str,
+    shares: Tensor | None = None,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Covariance of each layer's reconstruction error in the moments' coordinates, [G, q, q], fp64.
+
+    Products are formed in the precision of the moments and of the codec, fp32.
 
     Args:
         codec: any linear codec of the group, for those coordinates.
@@ -109,20 +118,22 @@ def error_covariance(
         size: number of layers G.
         source: `group` or `first`.
         shares: [r] error of quantization as a share of each component's variance; None for no quantization.
+        device: to compute on.
     """
-    n, encoder, decoder = stats.width, codec.encoder.double(), codec.decoder.double()
-    own = stats.covariance[start : start + size, 0].double()
+    encoder, decoder = codec.encoder.to(device), codec.decoder.to(device)
     if source == "first":
         assert stats.input_covariance is not None and stats.input_cross is not None
-        inputs, cross = stats.input_covariance[start].double(), stats.input_cross[start, :size].double()  # [G, h, n]
+        read = encoder @ stats.input_covariance[start].to(device)  # [r, h]
+        cross = encoder @ stats.input_cross[start, :size].to(device)  # [G, r, n]
     else:
-        inputs = assemble(stats.covariance, start, size).double()
-        cross = inputs.unflatten(1, (size, n)).transpose(0, 1)  # [G, G·n, n]
-    latent = encoder @ inputs @ encoder.mT  # [r, r]
-    explained = decoder @ (encoder @ cross)  # [G, n, n]
+        read = encoder @ assemble(stats.covariance, start, size).to(device)  # [r, G·n]
+        cross = read.unflatten(1, (size, stats.width)).transpose(0, 1)
+    latent = read @ encoder.mT  # [r, r]
     if shares is not None:
-        latent = latent + torch.diag(shares.double() * latent.diagonal())
-    return own - explained - explained.mT + decoder @ latent @ decoder.mT
+        latent.diagonal().mul_(1 + shares.to(latent))
+    explained = (decoder @ cross).double()  # [G, n, n]
+    kept = (decoder @ latent @ decoder.mT).double()
+    return stats.covariance[start : start + size, 0].to(device).double() - explained - explained.mT + kept
 
 
 def error_shares(tier_bits: tuple[int, ...], tier_size: int) -> Tensor:

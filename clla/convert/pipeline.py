@@ -115,7 +115,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
         )
 
     stats = run.stats()
-    spectra = weigh(stats, recipe)
+    spectra = weigh(stats, recipe, device)
     plan = run.plan(stats, spectra)
     codec = run.codec(stats, spectra, plan)
     processes.wait_for_everyone()

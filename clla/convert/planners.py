@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from clla.artifacts import EVICT_BYTES, LayerGroup, Plan, Stats, encoded_slots, exact_bytes_of
+from clla.convert.outline import Outline, outlined_partition
 from clla.convert.plan import Candidate, Choice, Segment, candidate, every_segment, solve, uniform_segments
 from clla.convert.quantize import SCALE_BITS
 from clla.convert.spectra import Spectra
+from clla.eigen import EXACT
 from clla.errors import UsageError
 from clla.recipe import PlanConfig
 
 WINDOWS = (128, 64, 32, 16)
+CHEAP = 512  # components of the largest group, up to which the spectra of all possible groups are computed
+LEAST = 1.1  # prices: components of large groups that are worth less are not computed; a bit pays from 1.57 on
 WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
 
 
@@ -183,12 +187,17 @@ def make_plan(
 
 
 def candidates_of(
-    spectra: Spectra, segments: list[Segment], tier_size: int, on_step: Callable[[int], None]
+    spectra: Spectra,
+    segments: list[Segment],
+    tier_size: int,
+    on_step: Callable[[int], None],
+    counts: dict[Segment, int] | None = None,
 ) -> dict[Segment, Candidate]:
-    """Spectra of the segments, cut into tiers."""
+    """Spectra of the segments, cut into tiers; of large ones no more components than `counts`."""
     found = {}
     for segment in segments:
-        found[segment] = candidate(spectra.eigenvalues(*segment), spectra.energy(*segment), tier_size)
+        count = None if counts is None else counts[segment]
+        found[segment] = candidate(spectra.eigenvalues(*segment, count), spectra.energy(*segment), tier_size)
         on_step(1)
     return found
 
@@ -206,7 +215,18 @@ def _dynamic(
     spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
 ) -> Choices:
     count = len(spectra.stats.layers)
-    return _within(spectra, every_segment(count, config.max_group_size), config, room, on_step)
+    largest = min(config.max_group_size, count)
+    if spectra.source == "first" or spectra.rank(largest) <= CHEAP:
+        return _within(spectra, every_segment(count, largest), config, room, on_step)
+    segments = outlined_partition(
+        spectra,
+        max_group_size=largest,
+        bits=room.bits,
+        group_bits=room.group_bits,
+        widths=config.bits,
+        on_step=on_step,
+    )
+    return _within(spectra, segments, config, room, lambda _: None)
 
 
 def _uniform(
@@ -314,15 +334,28 @@ def neighbour_distances(stats: Stats) -> list[float]:
 def _within(
     spectra: Spectra, segments: list[Segment], config: PlanConfig, room: Room, on_step: Callable[[int], None]
 ) -> Choices:
-    options = candidates_of(spectra, segments, config.tier_size, on_step)
-    return solve(
-        options,
-        num_layers=len(spectra.stats.layers),
-        budget_bits=room.bits,
-        widths=config.bits,
-        tier_size=config.tier_size,
-        group_bits=room.group_bits,
-    )
+    """Bits of the groups of a partition. Of large groups only components are computed that may be worth a bit."""
+    ranks = {segment: spectra.rank(segment[1]) for segment in segments}
+    counts = dict(ranks)
+    if spectra.source == "group" and max(ranks.values()) > EXACT:
+        outline = Outline(spectra, config.bits)
+        price = outline.price_of(segments, room.bits - room.group_bits * len(segments))
+        least = LEAST * price
+        counts = {s: min(rank, round(outline.count(s, least)) + config.tier_size) for s, rank in ranks.items()}
+    while True:
+        options = candidates_of(spectra, segments, config.tier_size, on_step, counts)
+        chosen = solve(
+            options,
+            num_layers=len(spectra.stats.layers),
+            budget_bits=room.bits,
+            widths=config.bits,
+            tier_size=config.tier_size,
+            group_bits=room.group_bits,
+        )
+        short = [s for s, c in chosen.items() if len(c.bits) == len(options[s].tiers) and counts[s] < ranks[s]]
+        if not short:
+            return chosen
+        counts |= {s: min(ranks[s], counts[s] * 5 // 4) for s in short}  # more of them would have been coded
 
 
 PLANNERS: dict[str, Solver] = {

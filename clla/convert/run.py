@@ -34,7 +34,7 @@ from clla.convert.checkpoint import check_disk
 from clla.convert.factor import make_codec
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
-from clla.convert.spectra import Spectra
+from clla.convert.spectra import CPU, Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
@@ -91,10 +91,10 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     return filled.model_copy(update={"provenance": where})
 
 
-def weigh(stats: Stats, recipe: Recipe) -> Spectra:
-    """Weighted moments as the recipe's metric wants them."""
+def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
+    """Weighted moments as the recipe's metric wants them, to be computed with on a device."""
     power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
-    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source)
+    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source, device=device)
 
 
 class Run:
@@ -190,7 +190,7 @@ class Run:
             total = sum(batch.numel() for batch in batches)
         else:
             total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
-        collector = Collector(self.model(), **options)
+        collector = Collector(self.model(), checkpointing=self.recipe.runtime.gradient_checkpointing, **options)
         with console.progress("Calibrating (tokens)", total) as advance:
             return collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
 
@@ -311,11 +311,11 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
     """Peak memory of moments and spectra.
 
     Moments and weighted moments in fp32, metric and its inverse in fp64, and, unless layers are collected one at a
-    time, sums of all of them in fp64.
+    time, sums of all of them in fp64. Beside them the moments of one largest group and what is made of them.
     """
     layers, n = len(source.layers), min(source.kv.values, recipe.calibration.basis)
     band = min(recipe.plan.max_group_size, layers)
-    total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40)
+    total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40) + 12 * (band * n) ** 2
     if source.kv.values > n:  # reading and writing, and one layer's whole moments
         total += 8 * source.kv.values * (layers * n + 5 * source.kv.values)
     if needs_inputs(recipe.plan.metric, recipe.plan.source):
