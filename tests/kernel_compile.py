@@ -93,8 +93,8 @@ def compile_report(
     """What a kernel takes and uses, for compute capability `arch`.
 
     Bytes of `shared` memory a program, `registers` and bytes of `stack` a thread, which holds what was spilled from
-    registers: Triton keeps nothing else there. Then how often its code asks for a copy to shared memory that it need
-    not wait for (`async_copies`), and for a product of Hopper's matrix units (`wgmma`).
+    registers: Triton keeps nothing else there. Then how often its code asks for a copy of 16 bytes to shared memory
+    that it need not wait for (`async_copies`), and for a product of Hopper's matrix units (`wgmma`).
 
     Args:
         kernel: function under `triton.jit`.
@@ -124,7 +124,7 @@ def compile_report(
         "shared": compiled.metadata.shared,
         "registers": found["REG"],
         "stack": stack,
-        "async_copies": compiled.asm["ptx"].count("cp.async.c") - compiled.asm["ptx"].count("cp.async.commit"),
+        "async_copies": compiled.asm["ptx"].count("cp.async.cg."),  # others are of 4 or 8 bytes
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
     }
 

@@ -440,5 +440,4 @@ def test_compiled_sums_and_many_queries_fit() -> None:
     queries = case_of("smollm2-135m", "logits_kernel", (128, 8), per_head=63)
     few, many = compile_all([sums, queries], archs=[80])
     check_fits([few])
-    assert few[80]["async_copies"] > 0
     check_fits([many], spilled=320)
