@@ -106,7 +106,11 @@ class LatentRows:
             keys = keys.unflatten(-1, (heads, -1))  # [B, t, H, d]
             if turns is not None:
                 turns.turn(keys, start)
-            out[..., start : start + keys.shape[1]] = query @ keys.permute(0, 2, 3, 1)
+            keys, part = keys.permute(0, 2, 3, 1), out[..., start : start + keys.shape[1]]
+            if torch.compiler.is_compiling():  # no compiler knows the other, which spares a copy of the keys
+                part.copy_(query @ keys)
+            else:
+                torch.matmul(query, keys, out=part)
         if self._unseen is None:
             self._unseen = self._unseen_rows(out.device)[:, None, None]
         out[..., : self._unseen.shape[-1]].masked_fill_(self._unseen, float("-inf"))
