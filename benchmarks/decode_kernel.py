@@ -37,6 +37,7 @@ from clla.evaluate.machine import machine_facts
 from clla.evaluate.shapes import SINKS, STORED, random_codec, random_plan, shape_config
 from clla.modeling import decode_clla, decode_triton_clla
 from clla.modeling.decode_clla import LatentRows
+from clla.modeling.group_clla import judging_rank
 from clla.modeling.pack_triton_clla import pack_rows
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns
@@ -46,7 +47,6 @@ LAYER = 1  # of its group; the plan makes no difference between them
 MOST_SETS = 64
 PACKED_AT_ONCE = 1 << 26  # components drawn at once
 MEMORY_SHARE = 0.85  # of what is free, for the largest batch
-LEAST_JUDGING_RANK = 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 SWEPT_TILES = [(128, 8), (128, 4), (64, 8), (64, 4), (32, 8), (32, 4)]
 SWEPT_COMPONENTS, SWEPT_TOKENS = (16, 32, 64), (32, 64, 128)
@@ -74,8 +74,8 @@ class Shape:
 
     @property
     def judging_rank(self) -> int:
-        """First components by which tokens are chosen: an eighth of them."""
-        return min(self.layout.rank, max(LEAST_JUDGING_RANK, self.layout.rank // 64 * 8))
+        """First components by which tokens are chosen."""
+        return judging_rank(self.layout)
 
 
 @dataclass
@@ -155,10 +155,11 @@ def read_all(shape: Shape, inputs: Inputs) -> Tensor:
 
 
 def read_chosen(shape: Shape, inputs: Inputs, select: int) -> Tensor:
-    """Attention [B, H, M, d] to the tokens whose largest logit by the first components is among the `select` best."""
+    """Attention [B, H, M, d] to the `select` tokens with the most weight by the first components."""
     options: dict[str, Any] = {"scaling": shape.scaling, "turned": True}
     inputs.rows.logits(inputs.query, LAYER, inputs.logits, rank=shape.judging_rank, **options)
-    chosen = inputs.rows.chosen(inputs.logits.amax((1, 2)).topk(select, sorted=False).indices)
+    best = inputs.logits.softmax(-1).sum((1, 2)).topk(select, sorted=False).indices.sort().values
+    chosen = inputs.rows.chosen(best)
     logits = torch.empty(*inputs.query.shape[:3], select, device=inputs.query.device)
     chosen.logits(inputs.query, LAYER, logits, **options)
     return chosen.values(logits.softmax(-1), LAYER)

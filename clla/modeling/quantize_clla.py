@@ -200,10 +200,10 @@ def _words(data: Tensor, width: int) -> Tensor:
     octets, words = data.unflatten(-1, (-1, period)).unbind(-1), []
     for start in range(0, 8 * period, width):
         byte, shift = divmod(start, 8)
-        word = octets[byte] >> shift
-        if shift + width > 8:
-            word = word | (octets[byte + 1] << (8 - shift))
-        words.append(word & ((1 << width) - 1))
+        word, read = octets[byte] >> shift if shift else octets[byte], 8 - shift
+        if read < width:
+            word, read = word | (octets[byte + 1] << read), read + 8
+        words.append(word & ((1 << width) - 1) if read > width else word)
     return torch.stack(words, dim=-1).flatten(-2)
 
 
