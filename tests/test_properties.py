@@ -84,6 +84,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "placement": (st.sampled_from(["auto", "device", "spread", "stream"]), odd("nowhere", None, True)),
         "prefill_chunk": (COUNT, odd(0, None, "x")),
         "compute_dtype": (st.sampled_from(["auto", "float32", "bfloat16", "float16"]), odd("float64", None, 32)),
+        "gradient_checkpointing": (st.sampled_from(["auto", "always", "never"]), odd("sometimes", None, True)),
     },
     "heal": {
         "tokens": (st.none() | COUNT, odd(0, 0.5, True)),
