@@ -318,7 +318,7 @@ convert(model, Recipe().override(changes), Options(Path(out), device="cpu", repo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on address space")
 def test_a_model_larger_than_memory_is_converted(text_file: Path, tmp_path: Path) -> None:
-    """A hard limit: besides the mapping of the files, which takes no memory, little more than a third of the weights fits.
+    """A hard limit: besides the files mapped, which takes no memory, little more than a third of the weights fits.
 
     Every tensor has a file of its own, since a file is mapped anew for each tensor that is read from it.
     """
