@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from .group_clla import LatentGroup, Step, leaving_slots
+from .group_clla import LatentGroup, Step, leaving_slots, reading_tokens
 from .observe_clla import Attention
 from .rotary_clla import Rope
 from .timeline_clla import Timeline
@@ -132,9 +132,8 @@ class CllaCache(Cache):
         group = self.groups[0]
         if torch.is_grad_enabled() or self._lent or self._ordinary != self.group_of_layer.keys():
             return False
-        # From here on decoding keys and values once costs less than what every query adds.
-        few = count * self._query_heads <= group.heads * group.head_dim
-        if not few or group.filled + count > group.slots:
+        most = reading_tokens(group.heads, group.head_dim, self._query_heads)
+        if count > most or group.filled + count > group.slots:
             return False
         if attention_mask is None:
             return True

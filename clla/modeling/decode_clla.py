@@ -48,7 +48,8 @@ class LatentRows:
         index: "Optional[Tensor]" = None,
     ) -> None:
         self.data, self.layout, self.codec, self.dtype = data, layout, codec, codec.decoder.dtype
-        self.hidden, self.reach, self.turns, self.index = hidden, reach, turns, index
+        self.hidden, self.reach, self.index = hidden.to(data.device), reach, index
+        self.turns = None if turns is None else turns.to(data.device)
         self.used = None if used is None else used.to(data.device)
         self._unpacked: "Optional[Tensor]" = None
         self._paired: "Optional[tuple[Tensor, Tensor]]" = None
@@ -130,8 +131,7 @@ class LatentRows:
         """Cosines and sines of all rows [B or 1, K, p/2, 2], as the kernels read them."""
         assert self.turns is not None
         if self._factors is None:
-            factors = torch.view_as_real(self.turns.factors)  # on the device of the positions, in any order
-            self._factors = factors.to(self.data.device, dtype).contiguous()
+            self._factors = torch.view_as_real(self.turns.factors).to(dtype).contiguous()
         return self._factors
 
     def _key_decoders(self, heads: int, turns: "Optional[Turns]") -> "tuple[Tensor, Tensor]":
@@ -165,7 +165,8 @@ class LatentRows:
 
     def blocks(self) -> "Iterator[tuple[int, Tensor]]":
         """First row and latents [B, t, r] of each block of rows; all at once where that is small enough to keep."""
-        if self._unpacked is None and len(self.data) * self.count * self.layout.rank * 4 <= 2 * HELD_BYTES:
+        size = len(self.data) * self.count * self.layout.rank * self.dtype.itemsize
+        if self._unpacked is None and size <= HELD_BYTES:
             self._unpacked = self.layout.unpack(self.data, self.dtype)
         if self._unpacked is not None:
             yield 0, self._unpacked

@@ -270,6 +270,15 @@ def _blocks(classes: tuple[int, ...], size: int, rank: int, device: torch.device
 
 
 @jit()
+def _rows(index, token, valid, stride, INDEXED: tl.constexpr, WIDE: tl.constexpr):
+    """Numbers and first bytes of the rows [T] that are read in the places `token` of a sequence's index, or of all."""
+    place = token
+    if INDEXED:
+        place = tl.load(index + token, mask=valid, other=0).to(tl.int32)
+    return place, (place.to(tl.int64) * stride if WIDE else place * stride)
+
+
+@jit()
 def _levels(data, row, valid, blocks, block, row_bytes, T: tl.constexpr, R: tl.constexpr):
     """Levels [T, R] of a block of components, in fp32 (half integers), of rows at `row` [T] from `data`."""
     first_byte = tl.load(blocks + block * 6 + 1)
@@ -358,11 +367,8 @@ def logits_kernel(
     batch, first_head = tl.program_id(2).to(tl.int64), tl.program_id(1) * HEADS
     token = tl.program_id(0) * T + tl.arange(0, T)
     valid = token < count
-    place = token
-    if INDEXED:
-        place = tl.load(index + batch * index_stride_batch + token, mask=valid, other=0).to(tl.int32)
+    place, row = _rows(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
     data += batch * data_stride_batch
-    row = place.to(tl.int64) * data_stride_row if WIDE else place * data_stride_row
     part = tl.arange(0, R)
     element = decoder.dtype.element_ty
 
@@ -509,10 +515,7 @@ def sums_kernel(
     for begin in range(start, stop, T):
         token = begin + tl.arange(0, T)
         valid = token < stop
-        place = token
-        if INDEXED:
-            place = tl.load(index + batch * index_stride_batch + token, mask=valid, other=0).to(tl.int32)
-        row = place.to(tl.int64) * data_stride_row if WIDE else place * data_stride_row
+        _, row = _rows(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
         at = batch * weights_stride_batch + asked.to(tl.int64)[:, None] * weights_stride_row + token[None, :]
         share = tl.load(weights + at, mask=asked_mask[:, None] & valid[None, :], other=0.0)
         scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)

@@ -141,16 +141,8 @@ class LatentGroup:
         held = self.held
         assert held is not None and self.capacity is None and not self.strict
         rows = held.rows if self.room is not None else held.rows[:, : self.kept]
-        turns = self.timeline.turns(rows.shape[1])
-        self._rows = LatentRows(
-            rows,
-            self.layout,
-            self.codec,
-            step.hidden.to(rows.device),
-            self.timeline.max_padding + self.sinks,
-            None if turns is None else turns.to(rows.device),
-            step.used,
-        )
+        reach, turns = self.timeline.max_padding + self.sinks, self.timeline.turns(rows.shape[1])
+        self._rows = LatentRows(rows, self.layout, self.codec, step.hidden, reach, turns, step.used)
         self._step, self._select = step, select
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
@@ -424,6 +416,11 @@ def _place(x: Tensor) -> "tuple[int, torch.Size]":
 def judging_rank(layout: RowLayout) -> int:
     """Components, the most important first, by whose logits tokens are selected."""
     return min(layout.rank, max(JUDGING_RANK, -(-layout.rank // JUDGING_SHARE // 8) * 8))
+
+
+def reading_tokens(heads: int, head_dim: int, query_heads: int) -> int:
+    """Most tokens of one call that read latents: of more, what each query adds costs more than decoding once."""
+    return heads * head_dim // query_heads
 
 
 def exact_slots(window: int, block: int) -> int:

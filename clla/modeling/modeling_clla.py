@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from .cache_clla import CllaCache
 from .configuration_clla import CllaConfig
+from .group_clla import reading_tokens
 from .hooks_clla import CACHE, attention_modules, rope_of
 from .observe_clla import LISTENER, is_observed, listening, observed
 from .quantize_clla import RowLayout, tensor_digest
@@ -77,7 +78,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def watch_source(self) -> None:
-        """Show the cache what it needs: queries for eviction, the first layers' attention inputs (`first` source)."""
+        """Show the cache what it needs: the attention over it, the inputs of the first layers (`first` source)."""
         own = self.source.config._attn_implementation
         if own in AttentionInterface() and not is_observed(own):
             self.source.set_attn_implementation(observed(own))
@@ -174,7 +175,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
     def reading_tokens(self) -> int:
         """So many tokens of one call, or fewer, read latents instead of decoded keys and values."""
         kv = self.config.clla["kv"]
-        return kv["num_key_value_heads"] * kv["head_dim"] // self.config.text_config.num_attention_heads
+        query_heads = self.config.text_config.num_attention_heads
+        return reading_tokens(kv["num_key_value_heads"], kv["head_dim"], query_heads)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
