@@ -1,0 +1,103 @@
+"""`clla bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import OUTPUT, RUN, Device, errors, integers, start
+from clla.errors import UsageError
+
+SHAPE = "A shape instead of a checkpoint"
+
+
+def bench(
+    checkpoint: Annotated[Optional[str], typer.Argument(help="Converted checkpoint; or give --shape.")] = None,
+    shape: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Random weights of a known shape instead: smollm2-135m, llama-3.2-1b, llama-3-8b, qwen3-8b or tiny.",
+            rich_help_panel=SHAPE,
+        ),
+    ] = None,
+    kv_budget: Annotated[
+        Optional[str], typer.Option(help="Of the shape's latents: '6.25%', '1440B', …", rich_help_panel=SHAPE)
+    ] = None,
+    max_group_size: Annotated[
+        Optional[int], typer.Option(min=1, help="Layers that share a latent.", rich_help_panel=SHAPE)
+    ] = None,
+    contexts: Annotated[
+        Optional[str], typer.Option(help="Tokens in the cache; default 512,2048, on a GPU 2048,8192,32768.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences at once, e.g. 1,8.")] = "1",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in each pass.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each model.")] = 3,
+    prefill_chunk: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Tokens a call of the prefill; default as in generate(): the source takes all at once."
+        ),
+    ] = None,
+    largest_batch: Annotated[
+        bool, typer.Option("--largest-batch", help="Find the most sequences that decode at the longest context.")
+    ] = False,
+    memory_limit: Annotated[
+        Optional[str], typer.Option(help="For the caches of the largest batch, on a CPU: e.g. 2GB.")
+    ] = None,
+    select_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Only so many old tokens are decoded in full, the best.")
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Tell the converted cache its length beforehand.")] = False,
+    seed: Annotated[int, typer.Option(help="Of tokens and random weights.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    plot: Annotated[Optional[Path], typer.Option(help="Draw speed against context.", rich_help_panel=OUTPUT)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Measure speed and memory, source and converted model side by side."""
+    with errors(as_json):
+        start()
+        from clla.bench import Options, run_bench
+
+        options = Options(
+            shape=shape,
+            kv_budget=kv_budget,
+            max_group_size=max_group_size,
+            contexts=integers(contexts) if contexts is not None else None,
+            batch_sizes=integers(batch_sizes, "--batch-sizes"),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            prefill_chunk=prefill_chunk,
+            largest_batch=largest_batch,
+            memory_limit=_bytes(memory_limit) if memory_limit is not None else None,
+            select_tokens=select_tokens,
+            static=static,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            plot=plot,
+        )
+        report = run_bench(checkpoint, options)
+        if as_json:
+            print(json.dumps(report.to_json()))
+            return
+        for table in report.tables():
+            console.wide(160).print(table)
+        if plot is not None:
+            console.say(f"Wrote {plot}")
+
+
+def _bytes(text: str) -> int:
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        found = int(text) if text.strip().isdecimal() else convert_file_size_to_int(text.strip())
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise UsageError(f"--memory-limit {text}", expected="bytes, e.g. 500MB or 2GiB", remedy="correct it")
+    return found

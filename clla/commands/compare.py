@@ -1,0 +1,72 @@
+"""`clla compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import Device, errors, start
+from clla.errors import UsageError
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or 'demo'.")],
+    budget: Annotated[str, typer.Option(help="Shares of the source's cache at the context, comma-separated.")] = "",
+    methods: Annotated[Optional[str], typer.Option(help="Comma-separated; all by default.")] = None,
+    text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
+    dataset: Annotated[str, typer.Option(help="Text to calibrate on.")] = "bundled",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two windows, two budgets, two codes, main variants only.")
+    ] = False,
+    windows: Annotated[Optional[int], typer.Option(min=1, help="Default 24, or 2 with --quick.")] = None,
+    context: Annotated[int, typer.Option(min=64, help="Tokens a window; budgets hold here.")] = 2048,
+    long_context: Annotated[int, typer.Option(min=64, help="Where bytes are measured too.")] = 8192,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 128,
+    calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
+    retrieval_trials: Annotated[Optional[int], typer.Option(min=0, help="Planted codes; default 16, or 2.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of table and pictures.")] = Path("comparison"),
+    work_dir: Annotated[Optional[Path], typer.Option(help="Keep the moments here.")] = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+) -> None:
+    """Run published methods and ours side by side on one model, at equal measured bytes."""
+    with errors(as_json):
+        start()
+        from clla.compare import Options, run_comparison
+
+        if budget and not budget.strip(" ,"):
+            raise UsageError(f"--budget {budget!r} names no share", expected="e.g. 25%,6.25%", remedy="correct it")
+        shares = _shares(budget or ("25%,6.25%" if quick else "50%,25%,12.5%,6.25%,3%"))
+        options = Options(
+            budgets=shares,
+            methods=methods,
+            text=text,
+            dataset=dataset,
+            windows=windows or (2 if quick else 24),
+            context=context,
+            long_context=long_context,
+            chunk=chunk,
+            calibration_tokens=calibration_tokens,
+            retrieval_trials=(2 if quick else 16) if retrieval_trials is None else retrieval_trials,
+            device=device,
+            work_dir=work_dir,
+            thorough=not quick,
+        )
+        result = run_comparison(model, options)
+        result.save(output)
+        if as_json:
+            print(json.dumps(result.to_json()))
+            return
+        for table in result.tables():
+            console.wide(180).print(table)
+        console.say(f"Wrote {output}: comparison.json, .csv, .png and .svg")
+
+
+def _shares(text: str) -> list[float]:
+    from clla.recipe import parse_budget
+
+    return [parse_budget(part, source_bytes=1.0) for part in text.split(",") if part.strip()]

@@ -1,0 +1,184 @@
+"""`clla convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import CALIBRATION, HEAL, OUTPUT, PLAN, RUN, Device, Tracker, errors, show_healing, start
+from clla.errors import UsageError
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or 'demo'.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT)
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Built-in recipe or YAML file; other options override it.", rich_help_panel=PLAN)
+    ] = "balanced",
+    kv_budget: Annotated[
+        Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
+    ] = None,
+    at_context: Annotated[
+        Optional[int],
+        typer.Option(help="Context at which the budget holds; 0 counts latents only.", rich_help_panel=PLAN),
+    ] = None,
+    window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
+    sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,
+    evict: Annotated[
+        Optional[float],
+        typer.Option(help="Share of the latents that leaves again, least attended first.", rich_help_panel=PLAN),
+    ] = None,
+    max_group_size: Annotated[
+        Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
+    ] = None,
+    bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
+    source: Annotated[Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)] = None,
+    planner: Annotated[
+        Optional[str], typer.Option(help="dynamic, uniform, cluster, pyramid or kvsharer.", rich_help_panel=PLAN)
+    ] = None,
+    dataset: Annotated[
+        Optional[str],
+        typer.Option(help="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub id.", rich_help_panel=CALIBRATION),
+    ] = None,
+    calibration_tokens: Annotated[
+        Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.", rich_help_panel=CALIBRATION)
+    ] = None,
+    sequence_length: Annotated[
+        Optional[int], typer.Option(help="Tokens a calibration sequence.", rich_help_panel=CALIBRATION)
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of shuffling and sampling.", rich_help_panel=CALIBRATION)] = None,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Train briefly against the source afterwards.", rich_help_panel=HEAL)
+    ] = False,
+    heal_tokens: Annotated[
+        Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)
+    ] = None,
+    heal_train: Annotated[
+        Optional[str], typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL)
+    ] = None,
+    tracker: Tracker = None,
+    dtype: Annotated[
+        Optional[str], typer.Option(help="Compute dtype: auto, float32, bfloat16.", rich_help_panel=RUN)
+    ] = None,
+    device: Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option(help="Stop after the plan and write it as JSON.", rich_help_panel=RUN)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Take up the finished stages of an interrupted run.", rich_help_panel=RUN)
+    ] = False,
+    work_dir: Annotated[
+        Optional[Path],
+        typer.Option(help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN),
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
+    placement: Annotated[
+        Optional[str],
+        typer.Option(help="device, spread (over GPUs) or stream (layers from disk).", rich_help_panel=RUN),
+    ] = None,
+    max_shard_size: Annotated[
+        Optional[str], typer.Option(help="Of the weight files, e.g. '5GB'.", rich_help_panel=OUTPUT)
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option(help="Save the codec without the source's weights.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
+    push_to_hub: Annotated[Optional[str], typer.Option(help="Upload as this repo id.", rich_help_panel=OUTPUT)] = None,
+    private: Annotated[bool, typer.Option(help="Make the repository private.", rich_help_panel=OUTPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Convert a model to shared latents within a KV byte budget."""
+    with errors(as_json):
+        from clla.recipe import load_recipe
+
+        base = load_recipe(recipe)
+        chosen = base.override(
+            {
+                "calibration": {
+                    "dataset": dataset,
+                    "tokens": calibration_tokens,
+                    "sequence_length": sequence_length,
+                    "seed": seed,
+                },
+                "budget": {
+                    "kv_budget": kv_budget,
+                    "at_context": at_context,
+                    "window": window,
+                    "sinks": sinks,
+                    "evict": evict,
+                },
+                "plan": {
+                    "max_group_size": max_group_size,
+                    "bits": bits.split(",") if bits is not None else None,
+                    "source": source,
+                    "planner": planner,
+                },
+                "runtime": {"compute_dtype": dtype, "placement": placement},
+                **({"heal": {"tokens": heal_tokens, "train": heal_train}} if heal or base.heal is not None else {}),
+            }
+        )
+        if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
+            raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
+        folder = (output or Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-clla")).resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        start()
+        from accelerate import PartialState
+
+        from clla.convert.pipeline import Options
+        from clla.convert.pipeline import convert as run
+        from clla.evaluate.report import plan_tables
+
+        options = Options(
+            output=folder,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            work_dir=work_dir,
+            adapter_only=adapter_only,
+            dry_run=dry_run,
+            report=report,
+            tracker=tracker,
+            max_shard_size=max_shard_size,
+        )
+        done = run(model, chosen, options)
+        if not PartialState().is_main_process:
+            return
+        plan_file = folder.with_name(folder.name + "-plan.json")
+        if dry_run:
+            done.plan.save(plan_file)
+        address = None
+        if push_to_hub and not dry_run:
+            from clla.hub import push
+
+            address = push(folder, push_to_hub, private=private)
+        if as_json:
+            print(
+                json.dumps(
+                    {
+                        "output": str(plan_file if dry_run else folder),
+                        "pushed_to": address,
+                        "plan": done.plan.to_json(),
+                        "row_bytes": done.plan.row_bytes,
+                        "planned_bytes_per_token": _planned(done.plan),
+                        "predicted_kl": done.predicted_kl,
+                        "measured": done.report.to_json() if done.report else None,
+                        "healing": done.healing.to_json() if done.healing else None,
+                    }
+                )
+            )
+            return
+        for table in plan_tables(done.plan, done.predicted_kl) + (done.report.tables() if done.report else []):
+            console.results.print(table)
+        if done.healing is not None:
+            show_healing(done.healing, done.report)
+        console.say(f"Wrote {plan_file if dry_run else folder}" + (f", uploaded to {address}" if address else ""))
+
+
+def _planned(plan: Any) -> float | None:
+    return plan.bytes_at(plan.at_context) / plan.at_context if plan.at_context else None

@@ -1,0 +1,69 @@
+"""`clla generate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import Device, errors, start
+from clla.errors import UsageError
+
+
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="What to continue, or '-' for standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
+    chat: Annotated[bool, typer.Option(help="Use the chat template where there is one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    select_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Old tokens that each new one reads in full; default: all.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+) -> None:
+    """Generate text with the compressed cache."""
+    with errors():
+        start()
+        import torch
+
+        from clla.load import load_checkpoint
+        from clla.modeling.hooks_clla import CACHE
+        from clla.source import pick_device
+
+        loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if not text:
+            raise UsageError("the prompt is empty", expected="some text", remedy='pass --prompt "…"')
+        if chat and loaded.tokenizer.chat_template:
+            turns = [{"role": "user", "content": text}]
+            text = loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            inputs = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        else:
+            inputs = loaded.tokenizer(text, return_tensors="pt")
+        inputs = inputs.to(loaded.model.device)
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        model: Any = loaded.model
+        model.select_tokens = select_tokens
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            return_dict_in_generate=True,
+            **sampling,
+        )
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        print(loaded.tokenizer.decode(new, skip_special_tokens=True))
+        cache, plan = output[CACHE], loaded.plan
+        total = cache.get_seq_length()
+        source = plan.source_bytes_per_token * total * num_beams
+        fixed = plan.exact_bytes / (plan.source_bytes_per_token - plan.row_bytes)
+        console.say(
+            f"{total} tokens: cache {cache.nbytes:,} bytes, the source's would take {source:,}; each further token "
+            f"{plan.row_bytes:,} against {plan.source_bytes_per_token:,} (smaller from about {fixed:,.0f} tokens on)"
+        )

@@ -1,0 +1,109 @@
+"""`clla heal`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import HEAL, OUTPUT, RUN, Device, Tracker, errors, show_healing, start
+
+
+def heal(
+    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT)
+    ] = None,
+    tokens: Annotated[Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)] = None,
+    train: Annotated[Optional[str], typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL)] = None,
+    codec_lr: Annotated[Optional[float], typer.Option(help="Learning rate of the codec.", rich_help_panel=HEAL)] = None,
+    weight_lr: Annotated[
+        Optional[float], typer.Option(help="Learning rate of the weights.", rich_help_panel=HEAL)
+    ] = None,
+    sequence_length: Annotated[Optional[int], typer.Option(help="Tokens a sequence.", rich_help_panel=HEAL)] = None,
+    batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens a step.", rich_help_panel=HEAL)] = None,
+    codec_share: Annotated[
+        Optional[float],
+        typer.Option(help="Share of the tokens that first trains codecs on attention outputs.", rich_help_panel=HEAL),
+    ] = None,
+    cache_share: Annotated[
+        Optional[float], typer.Option(help="Last share of the steps, on the model's own cache.", rich_help_panel=HEAL)
+    ] = None,
+    evaluations: Annotated[
+        Optional[int], typer.Option(help="Times that held-out KL is measured and all is saved.", rich_help_panel=HEAL)
+    ] = None,
+    dataset: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Text to train on; default: that of the calibration. 'self': the model's own.", rich_help_panel=HEAL
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Compute layers twice to save memory.", rich_help_panel=HEAL),
+    ] = False,
+    seed: Annotated[Optional[int], typer.Option(help="Of the order of the text.", rich_help_panel=HEAL)] = None,
+    teacher: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Source model; default: the checkpoint's own weights, or where they came from.", rich_help_panel=HEAL
+        ),
+    ] = None,
+    tracker: Tracker = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last saved step.", rich_help_panel=RUN)
+    ] = False,
+    work_dir: Annotated[Optional[Path], typer.Option(help="Keep text and states here.", rich_help_panel=RUN)] = None,
+    report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Train a converted model briefly against its source, to buy back what its budget lost."""
+    with errors(as_json):
+        start()
+        from accelerate import PartialState
+
+        from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
+
+        changes = {
+            "tokens": tokens,
+            "train": train,
+            "codec_lr": codec_lr,
+            "weight_lr": weight_lr,
+            "sequence_length": sequence_length,
+            "batch_tokens": batch_tokens,
+            "codec_share": codec_share,
+            "cache_share": cache_share,
+            "evaluations": evaluations,
+            "dataset": dataset,
+            "gradient_checkpointing": gradient_checkpointing or None,
+            "seed": seed,
+        }
+        beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(Path(checkpoint).name)  # of a Hub id: here
+        folder = (output or Path(f"{beside.resolve()}-healed")).resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        options = CheckpointOptions(
+            output=folder,
+            device=device,
+            dtype=dtype,
+            teacher=teacher,
+            overwrite=overwrite,
+            resume=resume,
+            work_dir=work_dir,
+            report=report,
+            tracker=tracker,
+        )
+        _, after, healing = heal_checkpoint(checkpoint, changes, options)
+        if not PartialState().is_main_process:
+            return
+        if as_json:
+            measured = after.to_json() if after else None
+            print(json.dumps({"output": str(folder), "measured": measured, "healing": healing.to_json()}))
+            return
+        show_healing(healing, after)
+        console.say(f"Wrote {folder}")

@@ -1,0 +1,57 @@
+"""`clla recipes`: list, show, copy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clla import console
+from clla.commands.shared import errors
+from clla.errors import UsageError
+
+
+def ls() -> None:
+    """List the built-in recipes."""
+    with errors():
+        from rich.table import Table
+
+        from clla.recipe import builtin_recipes, load_recipe
+
+        table = Table("name", "KV budget", "description")
+        for name in builtin_recipes():
+            recipe = load_recipe(name)
+            table.add_row(name, recipe.budget.kv_budget, recipe.description)
+        console.results.print(table)
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="Recipe name or YAML file.")] = "balanced",
+    schema: Annotated[bool, typer.Option("--schema", help="Print all fields with their meaning.")] = False,
+) -> None:
+    """Print a recipe with every default filled in."""
+    with errors():
+        from clla.recipe import Recipe, load_recipe
+
+        print(json.dumps(Recipe.model_json_schema(), indent=1) if schema else load_recipe(name).to_yaml(), end="")
+
+
+def cp(
+    name: Annotated[str, typer.Argument(help="Built-in recipe.")],
+    destination: Annotated[Path, typer.Argument(help="File or directory.")] = Path("."),
+) -> None:
+    """Copy a built-in recipe to start your own from."""
+    with errors():
+        from clla.recipe import builtin_recipes
+
+        builtin = builtin_recipes()
+        if name not in builtin:
+            raise UsageError(f"no recipe {name!r}", expected="one of " + ", ".join(builtin), remedy="clla recipes ls")
+        target = destination / builtin[name].name if destination.is_dir() else destination
+        if target.exists():
+            raise UsageError(f"{target} exists", expected="a new file", remedy="name another destination")
+        shutil.copyfile(builtin[name], target)
+        print(target)

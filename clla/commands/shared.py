@@ -1,0 +1,73 @@
+"""What commands share: errors as messages and exit codes, option groups, lists of numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Optional
+
+import typer
+
+from clla import console
+from clla.errors import CllaError, UsageError
+
+CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …", rich_help_panel=RUN)]
+Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
+
+
+@contextmanager
+def errors(as_json: bool = False) -> Iterator[None]:
+    """Turn mistakes into one message and an exit code: 2 usage or recipe, 1 everything else."""
+    try:
+        yield
+    except CllaError as error:
+        console.messages.print(f"[red]Error:[/red] {_escape(error.got)}", soft_wrap=True)
+        if error.expected:
+            console.messages.print(f"  expected: {_escape(error.expected)}", soft_wrap=True)
+        if error.remedy:
+            console.messages.print(f"  remedy:   {_escape(error.remedy)}", soft_wrap=True)
+        if as_json:
+            print(json.dumps({"error": error.got, "expected": error.expected, "remedy": error.remedy}))
+        raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        console.messages.print(f"[red]Error:[/red] {_escape(str(error))}", soft_wrap=True)
+        console.messages.print("  remedy:   check that the path exists and may be written to", soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        console.say("Interrupted; a conversion goes on with --resume")
+        raise typer.Exit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def start() -> None:
+    """What every command that touches a model does first."""
+    from transformers.utils import logging
+
+    import clla
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    clla.register()
+
+
+def integers(text: str, option: str = "--contexts") -> tuple[int, ...]:
+    """Positive whole numbers from a comma-separated option."""
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise UsageError(f"{option} {text}", expected="positive whole numbers, e.g. 512,2048", remedy="correct it")
+    return numbers
+
+
+def show_healing(healing: Any, after: Any) -> None:
+    """Tables and verdict of a healing run."""
+    for table in healing.tables(after):
+        console.results.print(table)
+    console.results.print(healing.verdict)
