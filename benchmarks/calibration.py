@@ -26,7 +26,7 @@ from clla.calibrate.positions import rope_settings
 from clla.recipe import CalibrationConfig
 from clla.source import open_source, pick_device, pick_dtype
 
-BASIS = CalibrationConfig().basis
+BASIS, EVERY = CalibrationConfig().basis, CalibrationConfig().metric_every
 # hidden, intermediate, layers, query heads, key-value heads, head dim, vocabulary
 SHAPES = {
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49_152),
@@ -48,7 +48,7 @@ class Arithmetic:
     @property
     def floor(self) -> float:
         """Forward passes that calibration takes where every operation takes as long as one of the forward pass."""
-        return (self.forward + self.backward + self.moments + self.metric) / self.forward
+        return (self.forward + self.moments + (self.backward + self.metric) / EVERY) / self.forward
 
 
 def arithmetic(
@@ -117,6 +117,7 @@ def measured(
     for number in range(rounds + 1):
         parts: dict[str, Callable[[], object]] = {
             "forward": lambda: _forward(model, ids),
+            "keys and values": lambda: collector.watch(ids, with_gradients=False),
             "keys, values and gradients": lambda: taps.extend(collector.watch(ids)),
             "moments": lambda: collector.moments.add(collector.rows(taps)),
             "metric": lambda: collector.metric.add(collector.gradient_rows(taps)),
@@ -126,6 +127,10 @@ def measured(
         times["moments alone"] = times["forward"] + times["moments"]
         times["Fisher alone"] = times["keys, values and gradients"] + times["metric"]
         times["both"] = times["Fisher alone"] + times["moments"]
+        share = 1 / EVERY
+        times[f"both, metric from every {EVERY}"] = share * times["both"] + (1 - share) * (
+            times["keys and values"] + times["moments"]
+        )
         if number:
             for name, seconds in times.items():
                 found.setdefault(name, []).append(seconds)

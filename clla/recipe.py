@@ -44,6 +44,11 @@ class CalibrationConfig(_Section):
     sequence_length: int = Field(1024, ge=32, description="tokens a sequence")
     batch_size: int | None = Field(None, ge=1, description="sequences a forward pass; by default 1 on CPU, 8 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
+    metric_every: int = Field(
+        2,
+        ge=1,
+        description="the Fisher metric is taken from every so many-th batch alone, as its gradients cost the most",
+    )
     basis: int = Field(
         2048,
         ge=16,

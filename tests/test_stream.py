@@ -40,7 +40,8 @@ SMALL += ["--window", "16", "--no-report", "--device", "cpu"]
 def options_of(model: PreTrainedModel, band: int = 3) -> dict[str, Any]:
     layers, _ = split_layers(model.config)
     rope = rope_settings(model, layers)
-    return {"layers": layers, "kv": kv_shape(model.config), "band": band, "rope": rope, "with_inputs": True}
+    shape: dict[str, Any] = {"layers": layers, "kv": kv_shape(model.config), "band": band, "rope": rope}
+    return shape | {"with_inputs": True, "metric_every": 2}
 
 
 def batches() -> list[Tensor]:

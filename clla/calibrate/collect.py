@@ -9,6 +9,7 @@ Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,9 +49,11 @@ class Tap:
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
     def watch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Note keys and values, and hand on their like whose gradients will be noted."""
+        """Note keys and values, and hand on their like whose gradients, if any are formed, will be noted."""
         if self.states is None:  # it is not when a checkpointed layer runs again, whose graph nobody follows
             self.states = (keys.detach(), values.detach())
+        if not torch.is_grad_enabled():
+            return keys, values
         watched = []
         for number, state in enumerate((keys, values)):
             state = state.view_as(state) if state.requires_grad else state.detach().requires_grad_()
@@ -118,6 +121,7 @@ class Collector:
         rope: from `rope_settings`.
         with_inputs: also collect the attention inputs' moments (for the `first` source).
         seed: of the sampled labels.
+        metric_every: the metric is taken from every so many-th batch, the first among them.
         checkpointing: run layers again in the backward pass: `auto` where their activations would not fit.
     """
 
@@ -132,9 +136,11 @@ class Collector:
         skip_positions: int = 8,
         with_inputs: bool = False,
         seed: int = 0,
+        metric_every: int = 1,
         checkpointing: str = "auto",
     ) -> None:
         self.model, self.layers, self.kv, self.skip = model, layers, kv, skip_positions
+        self.metric_every = metric_every
         self.rope, self.with_inputs = rope_of(model, rope), with_inputs
         count, n, hidden = len(layers), kv.values, model.config.get_text_config().hidden_size
         band = min(band, count)
@@ -152,12 +158,13 @@ class Collector:
 
         Args:
             input_ids: the batch.
-            number: of it among all batches; its labels follow from it and the seed alone.
+            number: of it among all batches; its labels, and whether it has a share in the metric, follow from it.
         """
-        self.fold(self.watch(input_ids, number))
+        with_gradients = number % self.metric_every == 0
+        self.fold(self.watch(input_ids, number, with_gradients=with_gradients), with_gradients=with_gradients)
 
-    def watch(self, input_ids: Tensor, number: int = 0) -> list[Tap]:
-        """Run one batch forward and backward; what its layers' caches got, with gradients."""
+    def watch(self, input_ids: Tensor, number: int = 0, *, with_gradients: bool = True) -> list[Tap]:
+        """Run one batch forward, and backward if wanted; what its layers' caches got."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         rotation = None if self.rope is None else self.rope(positions)
         taps = {layer: Tap(layer, rotation) for layer in self.layers}
@@ -169,11 +176,15 @@ class Collector:
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            with torch.enable_grad(), self.checkpoints.active(input_ids.numel()):
-                cache = ProbeCache(self.model.config, taps)
-                logits = self.model(input_ids=input_ids, use_cache=True, **{CACHE: cache}).logits
-                self._top = sampled_label_gradient(logits, batch_generator(self.seed, number), out=self._top)
-                logits.backward(self._top)
+            options: dict[str, Any] = {"use_cache": True, CACHE: ProbeCache(self.model.config, taps)}
+            if with_gradients:
+                with torch.enable_grad(), self.checkpoints.active(input_ids.numel()):
+                    logits = self.model(input_ids=input_ids, **options).logits
+                    self._top = sampled_label_gradient(logits, batch_generator(self.seed, number), out=self._top)
+                    logits.backward(self._top)
+            else:
+                with torch.no_grad():
+                    self.model(input_ids=input_ids, **options, **fewest_logits(self.model))
         finally:
             for handle in handles:
                 handle.remove()
@@ -182,11 +193,12 @@ class Collector:
         return [taps[layer] for layer in self.layers]
 
     @torch.no_grad()
-    def fold(self, taps: list[Tap]) -> None:
+    def fold(self, taps: list[Tap], *, with_gradients: bool = True) -> None:
         """Add what the layers' caches got to the moments."""
         values = self.rows(taps)
         self.moments.add(values)
-        self.metric.add(self.gradient_rows(taps))
+        if with_gradients:
+            self.metric.add(self.gradient_rows(taps))
         if self.inputs is not None and self.cross is not None:
             hidden = [self._rows(tap.hidden) for tap in taps]  # [N, h] each
             self.inputs.add(hidden)
@@ -251,13 +263,19 @@ def collect(
     """
     device, processes = collector.model.device, PartialState()
     for number, batch in enumerate(batches):
-        if number % processes.num_processes == processes.process_index:
+        # In turns of `metric_every`, so that all processes have as many gradients to form.
+        if number // collector.metric_every % processes.num_processes == processes.process_index:
             collector.add(batch.to(device), number)
         if on_tokens is not None:
             on_tokens(batch.numel())
     if processes.num_processes > 1:
         collector.join(processes.device)
     return collector.stats(made_from)
+
+
+def fewest_logits(model: PreTrainedModel) -> dict[str, int]:
+    """What to call a model with to get no more logits than need be."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def batch_generator(seed: int, number: int) -> torch.Generator:

@@ -12,7 +12,6 @@ Shape legend: B sequences, T tokens, n = 2·H·d, q coordinates, h hidden size, 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import Cache, PreTrainedModel
 from clla.artifacts import KVShape, Stats
 from clla.calibrate.basis import leading_directions
 from clla.calibrate.checkpoints import replaced
-from clla.calibrate.collect import ProbeCache, Tap, batch_generator, tap_hook, token_rows
+from clla.calibrate.collect import ProbeCache, Tap, batch_generator, fewest_logits, tap_hook, token_rows
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import folded_product
 from clla.errors import DatasetError, UnsupportedModelError
@@ -143,8 +142,8 @@ class LayerStack:
 
         with replaced(self.layers, [stand_in] * len(self.layers)):
             options: dict[str, Any] = {CACHE: RecordingCache(self.model.config, set())}
-            if not with_logits and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-                options["logits_to_keep"] = 1
+            if not with_logits:
+                options |= fewest_logits(self.model)
             return self.model(input_ids=input_ids, use_cache=True, **options)
 
 
@@ -174,6 +173,7 @@ class StreamedCollector:
         skip_positions: first positions of each sequence left out.
         with_inputs: also collect the attention inputs' moments (for the `first` source).
         seed: of the sampled labels.
+        metric_every: the metric is taken from every so many-th batch, the first among them.
         basis: q; more values a layer are reduced to so many coordinates.
         folder: where hidden states are spilled to; None keeps them in memory.
     """
@@ -189,12 +189,14 @@ class StreamedCollector:
         skip_positions: int = 8,
         with_inputs: bool = False,
         seed: int = 0,
+        metric_every: int = 1,
         basis: int | None = None,
         folder: Path | None = None,
     ) -> None:
         self.model, self.layers, self.kv = model, layers, kv
         self.band, self.skip, self.seed, self.with_inputs = min(band, len(layers)), skip_positions, seed, with_inputs
         self.basis = basis if basis is not None and basis < kv.values else None
+        self.metric_every = metric_every
         self.rope = rope_of(model, rope)
         self.stack, self.spill = LayerStack(model), Spill(folder)
         self.attention = attention_modules(model)
@@ -238,9 +240,12 @@ class StreamedCollector:
                 on_tokens(ids.numel())
 
     def _top(self, batches: Sequence[Tensor]) -> None:
-        """Leave the gradient of the last layer's output in `gradient-<batch>`."""
+        """Leave the gradient of the last layer's output in `gradient-<batch>`, of the batches that have one."""
         top = len(self.stack)
         for b, ids in enumerate(batches):
+            if b % self.metric_every:
+                self.spill.drop(f"hidden-{top}-{b}")
+                continue
             hidden = self.spill.get(f"hidden-{top}-{b}").to(self.device).detach().requires_grad_()
             with torch.enable_grad():
                 logits = self.stack.logits(ids.to(self.device), hidden)
@@ -254,48 +259,52 @@ class StreamedCollector:
         count = 0
         for number in reversed(range(len(self.stack))):
             own = self.layers.index(number) if number in self.layers else None
-            metric = torch.zeros(self.kv.values, self.kv.values, dtype=torch.float64, device=self.device)
+            metric, rows = torch.zeros(self.kv.values, self.kv.values, dtype=torch.float64, device=self.device), 0
             for b, ids in enumerate(batches):
                 tap = self._step_back(number, b, ids)
                 on_tokens(ids.numel())
                 if own is None:
                     continue
-                gradient = token_rows(tap.gradient, self.skip)
-                metric += gradient.mT @ gradient
+                if b % self.metric_every == 0:
+                    gradient = token_rows(tap.gradient, self.skip)
+                    metric += gradient.mT @ gradient
+                    rows += len(gradient)
                 self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.skip).float())
                 if self.with_inputs:
                     self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.skip).float())
             if own is not None:
-                count = self._finish(found, own, metric, len(batches))
+                count = self._finish(found, own, metric / rows, len(batches))
         return Stats(layers=self.layers, kv=self.kv, tokens=count, made_from=made_from, **found)
 
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
-        """Run one layer on one batch with a graph, and pass the gradient through it."""
-        hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_()
+        """Run one layer on one batch once more; of those that have a gradient with a graph, to pass it through it."""
+        with_gradient = b % self.metric_every == 0
+        hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_(with_gradient)
         rotation = None if self.rope is None else self.rope(torch.arange(ids.shape[1], device=self.device)[None])
         tap, taps, handles = Tap(number, rotation), {}, []
         if number in self.layers:
             taps[number] = tap
             handles.append(self.attention[number].register_forward_pre_hook(tap_hook(tap), with_kwargs=True))
         try:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(with_gradient):
                 cache = ProbeCache(self.model.config, taps)
                 out = self.stack.run(number, hidden, tuple(ids.shape), cache)
-            out.backward(self.spill.get(f"gradient-{b}").to(out.device))
+            if with_gradient:
+                out.backward(self.spill.get(f"gradient-{b}").to(out.device))
         finally:
             for handle in handles:
                 handle.remove()
-        assert hidden.grad is not None
-        self.spill.put(f"gradient-{b}", hidden.grad)
+        if with_gradient:
+            assert hidden.grad is not None
+            self.spill.put(f"gradient-{b}", hidden.grad)
         self.spill.drop(f"hidden-{number}-{b}")
         return tap
 
-    def _finish(self, found: dict[str, Tensor], own: int, metric: Tensor, batches: int) -> int:
+    def _finish(self, found: dict[str, Tensor], own: int, fisher: Tensor, batches: int) -> int:
         """Moments of a layer that has seen all batches, with itself and the layers above; how many tokens they are."""
         count = sum(len(self.spill.get(f"values-{own}-{b}")) for b in range(batches))
         mean = self._total("values", own, batches) / count
         found["mean"][own] = mean.cpu()
-        fisher = metric / count
         for b in range(batches):
             self.spill.put(f"values-{own}-{b}", self._held("values", own, b) - mean.float())
         if self.basis is not None:

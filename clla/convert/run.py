@@ -173,6 +173,7 @@ class Run:
             "rope": self.rope,
             "with_inputs": needs_inputs(plan.metric, plan.source),
             "seed": calibration.seed,
+            "metric_every": calibration.metric_every,
         }
         stats = self._streamed_stats(options) if streams else self._stats_at_once(options)
         if (reduction := stats.reduction) is not None:
