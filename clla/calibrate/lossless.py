@@ -35,8 +35,9 @@ class _Raw:
     def pack(self, latents: Tensor) -> Tensor:
         return latents.float().contiguous().view(torch.uint8)
 
-    def unpack(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        return rows.contiguous().view(torch.float32).to(dtype)
+    def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32, *, out: Tensor | None = None) -> Tensor:
+        latents = rows.contiguous().view(torch.float32)
+        return latents.to(dtype) if out is None else out.copy_(latents)
 
 
 @torch.no_grad()

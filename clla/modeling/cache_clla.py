@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from .decode_clla import Workspace
 from .group_clla import LatentGroup, Step, leaving_slots, reading_tokens
 from .observe_clla import Attention
 from .rotary_clla import Rope
@@ -94,7 +95,7 @@ class CllaCache(Cache):
     ) -> None:
         settings = config.clla
         self.codec, self.select, self.max_length = codec, select, max_length
-        self.timeline = Timeline(rope)
+        self.timeline, self._workspace = Timeline(rope), Workspace()
         room = None
         if max_length is not None:
             room = leaving_slots(max_length, settings["window"], settings["flush_block"])
@@ -121,7 +122,7 @@ class CllaCache(Cache):
         if self._may_read_latents(position_ids.shape[1], attention_mask):
             step = self._step(position_ids.shape[1], position_ids.device)
             for group in self.groups:
-                group.begin(step, self.select)
+                group.begin(step, self.select, self._workspace)
 
     @property
     def reading(self) -> bool:

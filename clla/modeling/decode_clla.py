@@ -9,6 +9,7 @@ Shape legend: B sequences, H key-value heads, M query rows a key-value head (its
 K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes a row.
 """
 
+import math
 from typing import Any, Iterator, Optional
 
 import torch
@@ -19,7 +20,28 @@ from .quantize_clla import RowLayout
 from .rotary_clla import Turns
 
 BLOCK = 4096  # rows unpacked at once
+TILE = 16  # rows of a product that a CPU's matrix unit takes at once
 HELD_BYTES = 1 << 26  # unpacked latents up to this size stay for the other layers of their group
+
+
+class Workspace:
+    """Memory that every forward pass writes anew: taken afresh, it would cost as much as what is computed in it.
+
+    Nothing is read from it after its pass. It grows to unpacked latents of one group (at most `HELD_BYTES`) and the
+    keys of one block.
+    """
+
+    def __init__(self) -> None:
+        self._held: "dict[str, Tensor]" = {}
+        self.owner: Any = None  # whose latents are in it
+
+    def take(self, name: str, shape: "tuple[int, ...]", like: Tensor) -> Tensor:
+        """A tensor of this shape, with the dtype and device of another; what it holds is left from the last use."""
+        size = math.prod(shape) * like.dtype.itemsize
+        held = self._held.get(name)
+        if held is None or len(held) < size or held.device != like.device:
+            held = self._held[name] = torch.empty(size + size // 8, dtype=torch.uint8, device=like.device)
+        return held[:size].view(like.dtype).view(shape)
 
 
 class LatentRows:
@@ -34,6 +56,7 @@ class LatentRows:
         turns: rotation to the rows' positions; None for models without.
         used: [1], so many rows of `data` hold a token; None for all.
         index: [B, K'], the rows that are read; None for all.
+        workspace: shared with other rows, if nobody else reads them at the same time.
     """
 
     def __init__(
@@ -46,7 +69,9 @@ class LatentRows:
         turns: "Optional[Turns]" = None,
         used: "Optional[Tensor]" = None,
         index: "Optional[Tensor]" = None,
+        workspace: "Optional[Workspace]" = None,
     ) -> None:
+        self.workspace = workspace or Workspace()
         self.data, self.layout, self.codec, self.dtype = data, layout, codec, codec.decoder.dtype
         self.hidden, self.reach, self.index = hidden.to(data.device), reach, index
         self.turns = None if turns is None else turns.to(data.device)
@@ -64,15 +89,15 @@ class LatentRows:
     def chosen(self, index: Tensor) -> "LatentRows":
         """Only the rows `index` [B, K'] of them."""
         found = LatentRows(
-            self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used, index
+            self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used, index, self.workspace
         )
         found._factors = self._factors
         if not on_gpu(self.data):  # there the kernels follow the index
             found.data = _rows_of(self.data, index)
             found.turns = None if self.turns is None else self.turns.at(index)
             found._paired = self._paired
-            if self._unpacked is not None:
-                found._unpacked = _rows_of(self._unpacked, index)
+            if (whole := self._whole()) is not None:
+                found._unpacked = _rows_of(whole, index)
         return found
 
     def logits(
@@ -103,7 +128,7 @@ class LatentRows:
         query = query.float() * scaling
         query = query if turns is None else turns.paired(query.mT).mT
         for start, latents in self.blocks():
-            keys = nn.functional.linear(latents[..., :rank], decoder[layer, :, :rank], mean[layer]).float()
+            keys = self._decoded(latents[..., :rank], decoder[layer, :, :rank], mean[layer])
             keys = keys.unflatten(-1, (heads, -1))  # [B, t, H, d]
             if turns is not None:
                 turns.turn(keys, start)
@@ -134,6 +159,17 @@ class LatentRows:
             self._factors = torch.view_as_real(self.turns.factors).to(dtype).contiguous()
         return self._factors
 
+    def _decoded(self, latents: Tensor, decoder: Tensor, mean: Tensor) -> Tensor:
+        """latents [B, t, r] · decoder [H·d, r]ᵀ + mean [H·d] in fp32, [B, t, H·d]."""
+        if torch.compiler.is_compiling():
+            return nn.functional.linear(latents, decoder, mean).float()
+        rows = latents.flatten(0, 1)
+        keys = self.workspace.take("keys", (len(rows), len(decoder)), latents)
+        torch.addmm(mean, rows, decoder.mT, out=keys)
+        if keys.dtype != torch.float32:
+            keys = self.workspace.take("keys in fp32", keys.shape, mean.new_empty(0, dtype=torch.float32)).copy_(keys)
+        return keys.unflatten(0, latents.shape[:2])
+
     def _key_decoders(self, heads: int, turns: "Optional[Turns]") -> "tuple[Tensor, Tensor]":
         """Decoders [G, H·d, r] and means [G, H·d] of the keys of all layers, channels as `turns` wants them."""
         half = self.codec.decoder.shape[1] // 2
@@ -156,20 +192,33 @@ class LatentRows:
 
     def _sums(self, weights: Tensor) -> Tensor:
         """Σ p·z [B, H·M, r]."""
-        weights, total = weights.to(self.dtype), None
+        weights, total, rows = weights.to(self.dtype), None, weights.shape[1]
+        if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
+            weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
         for start, latents in self.blocks():
             part = weights[..., start : start + latents.shape[1]] @ latents
             total = part if total is None else total.float() + part
         assert total is not None, "there are rows to read"
-        return total
+        return total[:, :rows]
+
+    def _whole(self) -> "Optional[Tensor]":
+        """Latents of all rows [B, K, r], unpacked once for all layers; None where they are too many to keep."""
+        shape = (len(self.data), self.count, self.layout.rank)
+        if self._unpacked is not None or math.prod(shape) * self.dtype.itemsize > HELD_BYTES:
+            return self._unpacked
+        if torch.compiler.is_compiling():
+            self._unpacked = self.layout.unpack(self.data, self.dtype)
+            return self._unpacked
+        latents = self.workspace.take("latents", shape, self.codec.decoder)
+        if self.workspace.owner is not self:
+            self.layout.unpack(self.data, out=latents)
+            self.workspace.owner = self
+        return latents
 
     def blocks(self) -> "Iterator[tuple[int, Tensor]]":
         """First row and latents [B, t, r] of each block of rows; all at once where that is small enough to keep."""
-        size = len(self.data) * self.count * self.layout.rank * self.dtype.itemsize
-        if self._unpacked is None and size <= HELD_BYTES:
-            self._unpacked = self.layout.unpack(self.data, self.dtype)
-        if self._unpacked is not None:
-            yield 0, self._unpacked
+        if (whole := self._whole()) is not None:
+            yield 0, whole
             return
         for start in range(0, self.count, BLOCK):
             yield start, self.layout.unpack(self.data[:, start : start + BLOCK], self.dtype)

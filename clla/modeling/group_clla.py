@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .codec_clla import before_rope, decode, encode
-from .decode_clla import LatentRows
+from .decode_clla import LatentRows, Workspace
 from .decode_triton_clla import on_gpu
 from .evict_clla import best, observed_weight
 from .pack_triton_clla import pack_rows
@@ -136,13 +136,15 @@ class LatentGroup:
 
     # One forward pass: `begin` (where latents are read), `update` and `attend` of every layer, `settle`.
 
-    def begin(self, step: Step, select: "Optional[int]") -> None:
+    def begin(self, step: Step, select: "Optional[int]", workspace: Workspace) -> None:
         """The next forward pass reads latents: all of them, or the `select` best of each layer."""
         held = self.held
         assert held is not None and self.capacity is None and not self.strict
         rows = held.rows if self.room is not None else held.rows[:, : self.kept]
         reach, turns = self.timeline.max_padding + self.sinks, self.timeline.turns(rows.shape[1])
-        self._rows = LatentRows(rows, self.layout, self.codec, step.hidden, reach, turns, step.used)
+        self._rows = LatentRows(
+            rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace
+        )
         self._step, self._select = step, select
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":

@@ -80,9 +80,10 @@ class RowLayout:
             return torch.zeros(*latents.shape[:-1], 0, dtype=torch.uint8, device=latents.device)
         return torch.cat(scales + streams, dim=-1)
 
-    def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Latents [..., r] from rows [..., N] of uint8."""
-        latents = torch.empty(*rows.shape[:-1], self.rank, dtype=dtype, device=rows.device)
+    def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32, *, out: "Optional[Tensor]" = None) -> Tensor:
+        """Latents [..., r] from rows [..., N] of uint8, in a dtype or into `out`."""
+        latents = rows.new_empty(*rows.shape[:-1], self.rank, dtype=dtype) if out is None else out
+        dtype = latents.dtype
         position, rows = len(self.classes), rows.to(torch.int32)
         scales = nn.functional.embedding(rows[..., :position], _table(0, torch.float32, rows.device))[..., 0]
         steps = torch.tensor([_step(bits, stop - first) for bits, first, stop in self.classes], device=rows.device)
