@@ -88,9 +88,8 @@ class LatentRows:
 
     def chosen(self, index: Tensor) -> "LatentRows":
         """Only the rows `index` [B, K'] of them."""
-        found = LatentRows(
-            self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used, index, self.workspace
-        )
+        like = self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used
+        found = LatentRows(*like, index, self.workspace)
         found._factors = self._factors
         if not on_gpu(self.data):  # there the kernels follow the index
             found.data = _rows_of(self.data, index)
