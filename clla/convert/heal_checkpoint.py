@@ -11,11 +11,11 @@ import torch
 
 from clla.artifacts import read_json, write_text
 from clla.calibrate.data import report_windows
+from clla.card import write_card
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
 from clla.evaluate.report import Report, write_report
 from clla.heal.sharding import launched_sharded
-from clla.hub import write_card
 from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
 from clla.recipe import Recipe
 from clla.source import pick_device, start_processes

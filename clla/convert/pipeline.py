@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from clla import console
 from clla.artifacts import Plan, write_text
+from clla.card import write_card
 from clla.checksums import WEIGHTS, base_checksums
 from clla.convert.assemble import attach
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
@@ -19,7 +20,6 @@ from clla.convert.run import Run, moment_bytes, resolve, weigh
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.heal.sharding import launched_sharded
-from clla.hub import write_card
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe, load_recipe
 from clla.source import Source, model_folder, open_source, pick_device, start_processes
