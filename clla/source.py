@@ -39,7 +39,7 @@ class Source:
         kv: what each layer caches for a token.
         layers: convertible layers.
         kept_layers: layers whose cache is bounded already.
-        revision: identifies the weights.
+        revision: identifies the weights: a commit of the Hub, or a hash of local files.
         dtype: of the checkpoint, and of its cache.
     """
 
@@ -160,7 +160,8 @@ def open_source(name: str) -> Source:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(Path(path))
     if gguf_file:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
-    revision = getattr(config, "_commit_hash", None) or _fingerprint(Path(path), gguf_file)
+    folder = Path(path)
+    revision = _fingerprint(folder, gguf_file) if folder.is_dir() else model_folder(path).name  # a commit of the Hub
     return Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype)
 
 
