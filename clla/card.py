@@ -1,124 +1,111 @@
-"""The model card of a converted checkpoint."""
+"""The model card of a converted checkpoint, written from what lies in its folder: report, config and pictures."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from clla.artifacts import Plan, write_text
-from clla.evaluate.report import LABELS, Report
-from clla.recipe import Recipe
+from clla.artifacts import write_text
+from clla.calibrate.data import hub_dataset
+from clla.card_facts import Facts, read_facts
+from clla.card_text import how, limits, memory, quality, usage
+from clla.origin import CARD
 
-BODY = """
-# {title}
+TAGS = ["clla", "kv-cache-compression"]
+CITATION = """## Citation
 
-{base} with its key-value cache compressed by `clla` (Cross-Layer Latent Attention,
-[arXiv 2410.15252](https://arxiv.org/abs/2410.15252)): neighbouring layers share one quantized latent a token.
-
-| | bytes a token |
-|---|---|
-| source cache | {source:,} |
-| latents | {latents:,} ({latents_share:.2f} %) |
-| in all at {context:,} tokens, exact window included | {total:,.0f} ({total_share:.2f} %) |
-
-{measured}
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)
-ids = tokenizer("The cache is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
-```
-
-`generate()` uses the compressed cache by itself. With `clla` installed, `import clla` replaces
-`trust_remote_code=True`.
-
-## How it was made
-
-{groups} layer groups of up to {largest} layers, window {window}, {sinks} sinks, latent source
-`{source_kind}`, calibrated on {tokens} tokens of `{dataset}`. {training}
-`clla_recipe.yaml` repeats the conversion, `clla_report.json` holds every figure.
-
-![plan](clla_plan.png)
-"""
+```bibtex
+@misc{clla2024,
+  title         = {Lossless KV Cache Compression to 2\\%},
+  year          = {2024},
+  eprint        = {2410.15252},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2410.15252}
+}
+```"""
+COMMANDS = r'from_pretrained\("|vllm serve |clla eval |clla heal '  # of a card, what stands before the model's name
 
 
-NO_TRAINING = "The weights are those of the source; no training."
-TRAINING = "Then trained against the source (KL on its predictions; trained: {train}). {verdict}."
-
-
-def write_card(
-    folder: Path,
-    name: str,
-    plan: Plan,
-    recipe: Recipe,
-    report: Report | None,
-    *,
-    tokens: int | None,
-    healing: dict[str, Any] | None = None,
-) -> None:
-    """README.md of a converted checkpoint.
+def render(folder: Path, name: str) -> str:
+    """README.md of a converted checkpoint: metadata for the Hub, and what a reader wants to know.
 
     Args:
-        folder: the checkpoint.
-        name: the source model as the user gave it.
-        plan: what was planned.
-        recipe: resolved.
-        report: what was measured, if anything.
-        tokens: that calibration read, where known.
-        healing: what it did, from `Healing.to_json`.
+        folder: of the checkpoint.
+        name: under which the card's code loads it: a Hub id or a directory.
+
+    Raises:
+        CllaError: the folder has no valid report.
     """
-    hub_id = name if "/" in name and not Path(name).exists() else None
-    data = ModelCardData(
-        base_model=hub_id,
-        base_model_relation=("finetune" if healing else "quantized") if hub_id else None,
+    facts = read_facts(folder, name)
+    share = 100 * facts.plan.row_bytes / facts.plan.source_bytes_per_token
+    title = f"# {facts.origin.title}, keys and values at {share:.2f} %"
+    sections = (title, usage(facts), memory(facts), quality(facts), how(facts), limits(facts), CITATION)
+    return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def write_card(folder: Path, name: str) -> None:
+    """Write `README.md` of a checkpoint, as `render` has it."""
+    write_text(folder / CARD, render(folder, name))
+    ModelCard.load(folder / CARD)  # fails on a card that the Hub would not read
+
+
+def retarget(folder: Path, repo_id: str) -> None:
+    """Have the card's code load the checkpoint from another place; the rest, edited or not, stays as it is.
+
+    Args:
+        folder: of the checkpoint; one without a card gets it.
+        repo_id: where the checkpoint will be.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        write_card(folder, repo_id)
+        return
+    text = path.read_text(encoding="utf-8")
+    if found := re.search(r'from_pretrained\("([^"]+)"', text):
+        name = re.escape(found[1])
+        write_text(path, re.sub(rf"({COMMANDS}){name}(?![\w./-])", lambda match: match[1] + repo_id, text))
+
+
+def metadata(facts: Facts) -> ModelCardData:
+    """What the Hub sorts and links by; results only of data sets that have an id there."""
+    origin, base = facts.origin, facts.origin.hub_id
+    texts = [facts.recipe.calibration.dataset, facts.healing["config"]["dataset"] if facts.healing else "bundled"]
+    datasets = list(dict.fromkeys(found[0] for text in texts if (found := hub_dataset(text))))
+    results = _results(facts.measured)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=("finetune" if facts.healing else "quantized") if base else None,
+        license=origin.license,
+        license_name=origin.license_name,
+        license_link=origin.license_link,
+        language=list(origin.language) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["clla", "kv-cache-compression"],
+        tags=TAGS,
+        datasets=datasets or None,
+        model_name=f"{origin.title}, compressed cache" if results else None,
+        eval_results=results or None,
     )
-    context = plan.at_context or 8192
-    total, source = plan.bytes_at(context) / context, plan.source_bytes_per_token
-    title = Path(name).stem if hub_id is None else hub_id.split("/")[-1]
-    body = BODY.format(
-        title=f"{title}, cache at {100 * total / source:.3g} %",
-        base=name if hub_id else title,
-        source=source,
-        latents=plan.row_bytes,
-        latents_share=100 * plan.row_bytes / source,
-        context=context,
-        total=total,
-        total_share=100 * total / source,
-        measured=_measured(report),
-        path=folder.name.removesuffix(".partial"),
-        groups=len(plan.groups),
-        largest=max(len(group.layers) for group in plan.groups),
-        window=plan.window,
-        sinks=plan.sinks,
-        source_kind=plan.source,
-        tokens=f"{tokens or recipe.calibration.tokens or 0:,}",
-        training=TRAINING.format(**healing["config"], verdict=healing["verdict"]) if healing else NO_TRAINING,
-        dataset=Path(recipe.calibration.dataset).name,  # no local path leaves the machine
-    )
-    write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n{body}")
-    ModelCard.load(folder / "README.md")  # fails on a card that the Hub would not read
 
 
-def _measured(report: Report | None) -> str:
-    if report is None:
-        return ""
-    seen = ", left out of the calibration" if report.unseen else " of the calibration text"
-    rows: list[Any] = [
-        f"Measured on {report.windows} windows of {report.context} tokens{seen}:",
-        "",
-        "| | perplexity | cache bytes a token |",
-        "|---|---|---|",
+def _results(measured: dict[str, Any] | None) -> list[EvalResult]:
+    """Perplexities of converted model and source, where the text has an id on the Hub and calibration left it out."""
+    found = hub_dataset(measured["text"]) if measured and measured.get("text") and measured["unseen"] else None
+    if found is None or measured is None:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=found[0],
+            dataset_name=f"{found[0]}, part left out of the calibration",
+            dataset_split=found[1],
+            dataset_args={key: measured[key] for key in ("windows", "context", "chunk")},
+            metric_type="perplexity",
+            metric_name=label,
+            metric_value=measured[name]["perplexity"],
+        )
+        for name, label in (("converted", "perplexity"), ("source", "perplexity of the source"))
     ]
-    for name, row in report.quality.items():
-        rows.append(f"| {LABELS[name]} | {row['perplexity']:.3f} | {row['bytes_per_token']:,.0f} |")
-    return "\n".join(rows)

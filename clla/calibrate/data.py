@@ -48,8 +48,8 @@ def load_documents(dataset: str) -> list[str]:
     if dataset == "bundled":
         return _read_text(bundled_path())
     path = Path(dataset).expanduser()
-    kind = next((s for s in path.suffixes[::-1] if s not in (".xz", ".gz")), "")
-    if kind in (".txt", ".jsonl", ".json", ".parquet"):
+    kind = _kind(path)
+    if kind:
         if not path.is_file():
             raise DatasetError(
                 f"{path} does not exist",
@@ -69,6 +69,13 @@ def load_documents(dataset: str) -> list[str]:
     if not documents:
         raise DatasetError(f"{dataset} holds no text", remedy="pass a data set with text to --dataset")
     return documents
+
+
+def hub_dataset(dataset: str) -> tuple[str, str] | None:
+    """Id and split of a data set that `load_documents` would read from the Hub; None for all others."""
+    if dataset in ("bundled", "self") or _kind(Path(dataset)):
+        return None
+    return _id_and_split(dataset)
 
 
 def fingerprint(dataset: str) -> str:
@@ -159,17 +166,22 @@ def evaluation_windows(dataset: str, tokenizer: Any, *, count: int, length: int)
 def report_windows(dataset: str, tokenizer: Any, *, count: int, length: int, fallback: int) -> tuple[Tensor, bool]:
     """Windows [N, T] of a text to measure on, and whether calibration and training left them out.
 
-    A text too short to keep enough back is measured on as a whole, in windows no longer than `fallback`. What the
-    model writes itself is measured on the bundled text.
+    A text too short to keep enough back is measured on as a whole, in windows no longer than `fallback`. Where the
+    model writes its own, the bundled one is taken (`report_text`).
 
     Raises:
         DatasetError: as `load_documents`, or the text is shorter than one window.
     """
-    documents = load_documents("bundled" if dataset == "self" else dataset)
+    documents = load_documents(report_text(dataset))
     try:
         return whole_windows(split_held_out(documents)[1], tokenizer, count=count, length=length), True
     except DatasetError:
         return whole_windows(documents, tokenizer, count=count, length=min(length, fallback)), dataset == "self"
+
+
+def report_text(dataset: str) -> str:
+    """The text that is measured on after a calibration on `dataset`."""
+    return "bundled" if dataset == "self" else dataset
 
 
 def whole_windows(documents: list[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
@@ -243,6 +255,12 @@ def _cut(text: str, length: int) -> list[str]:
     return parts
 
 
+def _kind(path: Path) -> str:
+    """Suffix of a text file that is understood, without that of its compression; empty for everything else."""
+    kind = next((s for s in path.suffixes[::-1] if s not in (".xz", ".gz")), "")
+    return kind if kind in (".txt", ".jsonl", ".json", ".parquet") else ""
+
+
 def _read_text(path: Path) -> list[str]:
     readers: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
     try:
@@ -266,12 +284,17 @@ def _read_rows(path: Path, kind: str) -> list[str]:
         raise DatasetError(f"{path} cannot be read as {kind[1:]}: {error}", remedy="check the file") from error
 
 
+def _id_and_split(dataset: str) -> tuple[str, str]:
+    name, _, split = dataset.partition(":")
+    return name, split or "train"
+
+
 def _read_hub(dataset: str) -> list[str]:
     from datasets import load_dataset
 
-    name, _, split = dataset.partition(":")
+    name, split = _id_and_split(dataset)
     try:
-        rows = load_dataset(name, split=split or "train", streaming=True)
+        rows = load_dataset(name, split=split, streaming=True)
         return _texts(rows, dataset)
     except DatasetError:
         raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clla.artifacts import read_json, write_text
-from clla.calibrate.data import report_windows
+from clla.calibrate.data import report_text, report_windows
 from clla.card import write_card
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
@@ -69,9 +69,9 @@ def heal_checkpoint(
     recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})
     assert recipe.heal is not None
     teacher = teacher_of(loaded, recipe, options.teacher, device)
-    measured = None
+    measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
     if options.report:
-        text, longest = recipe.heal.dataset or recipe.calibration.dataset, recipe.heal.sequence_length
+        longest = recipe.heal.sequence_length
         measured = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=longest)
     work = options.work_dir or options.output.with_name(options.output.name + ".work")
     logs = options.output.with_name(options.output.name + "-logs")
@@ -81,7 +81,7 @@ def heal_checkpoint(
         loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
     )
     recipe = recipe.model_copy(update={"heal": healing.config})
-    predicted_kl = _predicted_kl(folder)
+    earlier = _earlier_report(folder)
     if not processes.is_main_process:
         return recipe, report, healing
     with finished_directory(options.output) as out:
@@ -89,14 +89,24 @@ def heal_checkpoint(
             parameter.data = parameter.data.to(stored)
         write_checkpoint(out, model, loaded.tokenizer, base_model=None)
         write_text(out / "clla_recipe.yaml", recipe.to_yaml())
-        write_report(out, loaded.plan, recipe, report, predicted_kl=predicted_kl, healing=healing.to_json())
-        name = recipe.provenance.model if recipe.provenance else path
-        write_card(out, name, loaded.plan, recipe, report, tokens=None, healing=healing.to_json())
+        write_report(
+            out,
+            loaded.plan,
+            recipe,
+            report,
+            predicted_kl=float(earlier.get("predicted_kl") or 0.0),
+            healing=healing.to_json(),
+            origin=earlier.get("origin"),
+            calibration_tokens=earlier.get("calibration_tokens"),
+            text=report_text(text),
+        )
+        write_card(out, options.output.name)
     if options.work_dir is None:
         shutil.rmtree(work)
     return recipe, report, healing
 
 
-def _predicted_kl(folder: Path) -> float:
+def _earlier_report(folder: Path) -> dict[str, Any]:
+    """What the conversion wrote down; empty for a checkpoint without."""
     path = folder / "clla_report.json"
-    return float(read_json(path).get("predicted_kl", 0.0)) if path.is_file() else 0.0
+    return read_json(path) if path.is_file() else {}

@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from clla import console
 from clla.artifacts import Plan, write_text
+from clla.calibrate.data import report_text
 from clla.card import write_card
 from clla.checksums import WEIGHTS, base_checksums
 from clla.convert.assemble import attach
@@ -21,6 +22,7 @@ from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.heal.sharding import launched_sharded
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.origin import origin_of
 from clla.recipe import Recipe, load_recipe
 from clla.source import Source, model_folder, open_source, pick_device, start_processes
 
@@ -151,7 +153,6 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             max_shard_size=options.max_shard_size or run.shard_size,
         )
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
-        healed = healing.to_json() if healing else None
         write_report(
             folder,
             plan,
@@ -159,9 +160,12 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             report,
             predicted_kl=codec.predicted_kl,
             reduction=stats.reduction,
-            healing=healed,
+            healing=healing.to_json() if healing else None,
+            origin=origin_of(source).to_json(),
+            calibration_tokens=stats.tokens,
+            text=report_text(recipe.calibration.dataset),
         )
-        write_card(folder, source.name, plan, recipe, report, tokens=stats.tokens, healing=healed)
+        write_card(folder, options.output.name)
     if options.work_dir is None:
         shutil.rmtree(work)
     return Conversion(plan, recipe, codec.predicted_kl, report, converted, healing)

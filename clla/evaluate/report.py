@@ -201,7 +201,7 @@ def plan_tables(plan: Plan, predicted_kl: float) -> list[Table]:
         table.add_row(
             f"{first}–{last}" if first != last else str(first),
             str(layout.rank),
-            _runs(layout),
+            bit_runs(layout),
             str(layout.row_bytes),
             f"{100 * group.predicted_loss / total:.1f} %",
         )
@@ -236,6 +236,9 @@ def write_report(
     predicted_kl: float,
     reduction: dict[str, float] | None = None,
     healing: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
+    calibration_tokens: int | None = None,
+    text: str = "bundled",
 ) -> None:
     """`clla_report.json`, and the plan, the quality and the healing as pictures.
 
@@ -248,13 +251,18 @@ def write_report(
         reduction: `coordinates` of a layer's moments, `of` how many values, and the `kl` that this alone costs; None
             where the moments are whole.
         healing: what training did, if it was trained.
+        origin: of the source, from `Origin.to_json`.
+        calibration_tokens: whose moments were taken, where known.
+        text: that was measured on, as the recipe names it.
     """
     data = {
         "plan": plan.to_json(),
+        "origin": origin,
+        "calibration_tokens": calibration_tokens,
         "predicted_kl": predicted_kl,
         "reduction": reduction,
         "recipe": recipe.model_dump(mode="json"),
-        "measured": report.to_json() if report else None,
+        "measured": {**report.to_json(), "text": text} if report else None,
         "healing": healing,
     }
     write_text(folder / "clla_report.json", json.dumps(data, indent=1))
@@ -266,7 +274,7 @@ def write_report(
         draw_quality(points, folder / "clla_quality.png", title=f"{report.context} tokens of context")
 
 
-def _runs(layout: RowLayout) -> str:
+def bit_runs(layout: RowLayout) -> str:
     """Bits and how many components have them, most important first: `6:16 4:120 2:64`."""
     runs = [(bits, len(list(run))) for bits, run in groupby(layout.tier_bits)]
     return " ".join(f"{bits}:{count * layout.tier_size}" for bits, count in runs)

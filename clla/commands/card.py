@@ -1,0 +1,32 @@
+"""`clla card`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import errors
+
+
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory that clla convert or clla heal wrote.")],
+    repo_id: Annotated[
+        Optional[str], typer.Option(help="Hub id that its code loads; default: the directory's name.")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Replace README.md, edits included, instead of printing.")
+    ] = False,
+) -> None:
+    """Make the model card of a checkpoint anew from its report."""
+    with errors():
+        from clla.card import render, write_card
+
+        name = repo_id or checkpoint.resolve().name
+        if write:
+            write_card(checkpoint, name)
+            console.say(f"Wrote {checkpoint / 'README.md'}")
+        else:
+            print(render(checkpoint, name), end="")
