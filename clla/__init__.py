@@ -1,15 +1,27 @@
 """clla: convert language models to Cross-Layer Latent Attention (arXiv 2410.15252).
 
 `import clla` makes `AutoModelForCausalLM.from_pretrained` understand converted checkpoints without
-remote code.
+remote code. `clla.convert`, `heal`, `evaluate` and `load` do what the commands do (docs/python-api.md).
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clla.errors import CllaError
+
+if TYPE_CHECKING:
+    from clla.api import convert as convert
+    from clla.api import evaluate as evaluate
+    from clla.api import heal as heal
+    from clla.api import load as load
 
 __version__ = "0.1.0"
+__all__ = ["CllaError", "__version__", "convert", "evaluate", "heal", "load", "register"]
+CALLED = ("convert", "evaluate", "heal", "load")  # modules that can be called (clla.calling), imported when needed
 
 
 def register() -> None:
@@ -21,6 +33,16 @@ def register() -> None:
 
     AutoConfig.register("clla", CllaConfig, exist_ok=True)
     AutoModelForCausalLM.register(CllaConfig, CllaForCausalLM, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    if name in CALLED:
+        return importlib.import_module(f"clla.{name}")
+    raise AttributeError(f"module 'clla' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *CALLED})
 
 
 # The command line must answer --help without importing torch; its commands register when they need to.

@@ -1,4 +1,4 @@
-"""Open a converted checkpoint for the command line, with errors that say what to do."""
+"""Open a converted checkpoint, with errors that say what to do; calling this module is `clla.api.load`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from clla import console
 from clla.artifacts import Plan, read_json
+from clla.calling import make_callable
 from clla.checksums import CHECKSUMS, check_base, check_files
 from clla.errors import CllaError, CorruptArtifactError
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
@@ -19,6 +20,8 @@ from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import Recipe, load_recipe
 from clla.source import check_complete, model_folder, open_source, pick_dtype
+
+make_callable(__name__)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import typer
 
 from clla import console
 from clla.commands.shared import CALIBRATION, HEAL, OUTPUT, PLAN, RUN, Device, Tracker, errors, show_healing, start
-from clla.errors import UsageError
 
 
 def convert(
@@ -95,58 +94,45 @@ def convert(
 ) -> None:
     """Convert a model to shared latents within a KV byte budget."""
     with errors(as_json):
-        from clla.recipe import load_recipe
-
-        base = load_recipe(recipe)
-        chosen = base.override(
-            {
-                "calibration": {
-                    "dataset": dataset,
-                    "tokens": calibration_tokens,
-                    "sequence_length": sequence_length,
-                    "seed": seed,
-                },
-                "budget": {
-                    "kv_budget": kv_budget,
-                    "at_context": at_context,
-                    "window": window,
-                    "sinks": sinks,
-                    "evict": evict,
-                },
-                "plan": {
-                    "max_group_size": max_group_size,
-                    "bits": bits.split(",") if bits is not None else None,
-                    "source": source,
-                    "planner": planner,
-                },
-                "runtime": {"compute_dtype": dtype, "placement": placement},
-                **({"heal": {"tokens": heal_tokens, "train": heal_train}} if heal or base.heal is not None else {}),
-            }
-        )
-        if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
-            raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
-        folder = (output or Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-clla")).resolve()
-        folder.parent.mkdir(parents=True, exist_ok=True)
         start()
         from accelerate import PartialState
 
-        from clla.convert.pipeline import Options
-        from clla.convert.pipeline import convert as run
+        from clla import api
         from clla.evaluate.report import plan_tables
 
-        options = Options(
-            output=folder,
+        done = api.convert(
+            model,
+            output=output,
+            recipe=recipe,
+            kv_budget=kv_budget,
+            at_context=at_context,
+            window=window,
+            sinks=sinks,
+            evict=evict,
+            max_group_size=max_group_size,
+            bits=bits,
+            source=source,
+            planner=planner,
+            dataset=dataset,
+            calibration_tokens=calibration_tokens,
+            sequence_length=sequence_length,
+            seed=seed,
+            heal=heal,
+            heal_tokens=heal_tokens,
+            heal_train=heal_train,
+            tracker=tracker,
+            dtype=dtype,
+            placement=placement,
             device=device,
-            overwrite=overwrite,
+            dry_run=dry_run,
             resume=resume,
             work_dir=work_dir,
-            adapter_only=adapter_only,
-            dry_run=dry_run,
             report=report,
-            tracker=tracker,
             max_shard_size=max_shard_size,
+            adapter_only=adapter_only,
+            overwrite=overwrite,
         )
-        done = run(model, chosen, options)
+        folder = done.output
         if not PartialState().is_main_process:
             return
         plan_file = folder.with_name(folder.name + "-plan.json")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from clla import console
 from clla.commands.shared import Device, errors, integers, start
-from clla.errors import UsageError
 
 
 def evaluate(
@@ -36,44 +34,25 @@ def evaluate(
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source."""
     with errors(as_json):
         start()
-        from clla.calibrate.data import evaluation_windows
-        from clla.evaluate.report import before_and_after
-        from clla.load import load_checkpoint, recipe_of, teacher_of
-        from clla.source import pick_device
+        from clla import api
 
-        lengths, where = integers(contexts), pick_device(device)
-        loaded = load_checkpoint(checkpoint, device=where, dtype=dtype)
-        if select_tokens is not None:
-            chunk = _select(loaded.model, select_tokens, chunk)
-        trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
-        source = teacher_of(loaded, recipe_of(Path(checkpoint).expanduser()), teacher, where) if trained else None
-        ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=window_length)
-        with console.progress("Measuring (windows)", len(ids)) as advance:
-            report = before_and_after(
-                loaded.model,
-                loaded.tokenizer,
-                loaded.plan,
-                ids,
-                chunk=chunk,
-                contexts=lengths,
-                retrieval_context=retrieval_context if retrieval else 0,
-                retrieval_trials=retrieval_trials,
-                source_model=source,
-                on_step=advance,
-            )
+        report = api.evaluate(
+            checkpoint,
+            text=text,
+            windows=windows,
+            window_length=window_length,
+            chunk=chunk,
+            select_tokens=select_tokens,
+            contexts=integers(contexts),
+            retrieval=retrieval,
+            retrieval_context=retrieval_context,
+            retrieval_trials=retrieval_trials,
+            teacher=teacher,
+            device=device,
+            dtype=dtype,
+        )
         if as_json:
             print(json.dumps(report.to_json()))
             return
         for table in report.tables():
             console.results.print(table)
-
-
-def _select(model: Any, tokens: int, chunk: Optional[int]) -> int:
-    """Have a model select tokens; tokens a step at which it does so."""
-    model.select_tokens = tokens
-    most = model.reading_tokens
-    if chunk is not None and chunk > most:
-        raise UsageError(
-            f"steps of {chunk} tokens read all old ones", expected=f"at most {most}", remedy=f"pass --chunk {most}"
-        )
-    return min(most, chunk or most)

@@ -68,42 +68,37 @@ def heal(
         start()
         from accelerate import PartialState
 
-        from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
+        from clla import api
 
-        changes = {
-            "tokens": tokens,
-            "train": train,
-            "codec_lr": codec_lr,
-            "weight_lr": weight_lr,
-            "sequence_length": sequence_length,
-            "batch_tokens": batch_tokens,
-            "codec_share": codec_share,
-            "cache_share": cache_share,
-            "evaluations": evaluations,
-            "dataset": dataset,
-            "gradient_checkpointing": gradient_checkpointing or None,
-            "seed": seed,
-        }
-        beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(Path(checkpoint).name)  # of a Hub id: here
-        folder = (output or Path(f"{beside.resolve()}-healed")).resolve()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        options = CheckpointOptions(
-            output=folder,
+        done = api.heal(
+            checkpoint,
+            output=output,
+            tokens=tokens,
+            train=train,
+            codec_lr=codec_lr,
+            weight_lr=weight_lr,
+            sequence_length=sequence_length,
+            batch_tokens=batch_tokens,
+            codec_share=codec_share,
+            cache_share=cache_share,
+            evaluations=evaluations,
+            dataset=dataset,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+            teacher=teacher,
+            tracker=tracker,
             device=device,
             dtype=dtype,
-            teacher=teacher,
-            overwrite=overwrite,
             resume=resume,
             work_dir=work_dir,
             report=report,
-            tracker=tracker,
+            overwrite=overwrite,
         )
-        _, after, healing = heal_checkpoint(checkpoint, changes, options)
         if not PartialState().is_main_process:
             return
         if as_json:
-            measured = after.to_json() if after else None
-            print(json.dumps({"output": str(folder), "measured": measured, "healing": healing.to_json()}))
+            measured = done.report.to_json() if done.report else None
+            print(json.dumps({"output": str(done.output), "measured": measured, "healing": done.healing.to_json()}))
             return
-        show_healing(healing, after)
-        console.say(f"Wrote {folder}")
+        show_healing(done.healing, done.report)
+        console.say(f"Wrote {done.output}")

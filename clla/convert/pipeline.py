@@ -58,8 +58,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Attributes: plan; recipe: resolved; predicted_kl; report; model: None after a dry run; healing."""
+    """What a conversion made.
 
+    Attributes:
+        output: directory of the checkpoint; not written after a dry run.
+        plan: that the model runs on.
+        recipe: resolved.
+        predicted_kl: nats a token, by second order, if every token were coded.
+        report: what was measured, if it was.
+        model: converted; None after a dry run.
+        healing: what training did, if it was trained.
+    """
+
+    output: Path
     plan: Plan
     recipe: Recipe
     predicted_kl: float
@@ -124,7 +135,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     if options.dry_run or (recipe.heal is None and not processes.is_main_process):
         if options.work_dir is None and processes.is_main_process:
             shutil.rmtree(work)
-        return Conversion(plan, recipe, codec.predicted_kl, None, None)
+        return Conversion(options.output, plan, recipe, codec.predicted_kl, None, None)
 
     converted = attach(run.model_as_stored(), codec, run.block(plan))
     tokenizer = run.tokenizer
@@ -141,7 +152,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
         windows, unseen = measured
         report = before_and_after(converted, tokenizer, plan, windows, unseen=unseen)
     if not processes.is_main_process:
-        return Conversion(plan, recipe, codec.predicted_kl, report, converted, healing)
+        return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
     with finished_directory(options.output) as folder:
         for parameter in converted.parameters():  # buffers keep the precision that the model wants
             parameter.data = parameter.data.to(source.dtype)
@@ -168,7 +179,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
         write_card(folder, options.output.name)
     if options.work_dir is None:
         shutil.rmtree(work)
-    return Conversion(plan, recipe, codec.predicted_kl, report, converted, healing)
+    return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
 
 
 def _work_path(options: Options) -> Path:

@@ -1,0 +1,303 @@
+"""What the package does, as functions; the commands of the same names call these.
+
+Messages of errors name options as the command line has them: `--kv-budget` is the argument `kv_budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clla import console
+from clla.calibrate.data import evaluation_windows
+from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
+from clla.convert.healing import Healing
+from clla.convert.pipeline import Conversion, Options
+from clla.convert.pipeline import convert as run_conversion
+from clla.errors import UsageError
+from clla.evaluate.report import Report, before_and_after
+from clla.load import load_checkpoint, recipe_of, teacher_of
+from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.recipe import Recipe, load_recipe
+from clla.source import pick_device
+
+__all__ = ["Conversion", "Healed", "Healing", "Report", "convert", "evaluate", "heal", "load"]
+
+
+@dataclass(frozen=True)
+class Healed:
+    """Attributes: output: directory of the checkpoint; report: measured after healing, if it was; healing."""
+
+    output: Path
+    report: Report | None
+    healing: Healing
+
+
+def convert(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    recipe: str | Path | Recipe = "balanced",
+    kv_budget: str | float | None = None,
+    at_context: int | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    evict: float | None = None,
+    max_group_size: int | None = None,
+    bits: str | Sequence[int] | None = None,
+    source: str | None = None,
+    planner: str | None = None,
+    dataset: str | None = None,
+    calibration_tokens: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    heal: bool = False,
+    heal_tokens: int | None = None,
+    heal_train: str | None = None,
+    tracker: str | None = None,
+    dtype: str | None = None,
+    placement: str | None = None,
+    device: str = "auto",
+    dry_run: bool = False,
+    resume: bool = False,
+    work_dir: str | Path | None = None,
+    report: bool = True,
+    max_shard_size: str | None = None,
+    adapter_only: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert a model to shared latents within a KV byte budget, and write a checkpoint.
+
+    Args:
+        model: Hub id, directory, .gguf file or `demo`.
+        output: directory of the checkpoint; default `./MODEL-clla`.
+        recipe: built-in name, YAML file or `Recipe`. What is given of the arguments from `kv_budget` to `heal_train`,
+            `dtype` and `placement` replaces fields of it; `clla recipes show --schema` says what they mean.
+        kv_budget: '6.25%', 0.0625 or '1440B' a token.
+        bits: widths allowed, '2,4,8' or (2, 4, 8).
+        heal: train briefly against the source afterwards.
+        tracker: of accelerate, for healing.
+        dtype: to compute in: auto, float32, bfloat16.
+        device: auto, cpu, cuda, …
+        dry_run: stop after the plan; nothing is written.
+        resume: take up the finished stages of an interrupted run.
+        work_dir: keep stats and plans here: another budget then takes seconds.
+        report: measure before and after.
+        max_shard_size: of the weight files, e.g. '5GB'.
+        adapter_only: save the codec without the source's weights.
+        overwrite: replace an earlier conversion in `output`.
+
+    Returns:
+        Plan, resolved recipe, what was measured, and the converted model, which generates (None after a dry run).
+
+    Raises:
+        CllaError: bad input, or a limit; nothing is left half-written.
+    """
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    healing = {"heal": {"tokens": heal_tokens, "train": heal_train}}
+    chosen = base.override(
+        {
+            "calibration": {
+                "dataset": dataset,
+                "tokens": calibration_tokens,
+                "sequence_length": sequence_length,
+                "seed": seed,
+            },
+            "budget": {
+                "kv_budget": kv_budget,
+                "at_context": at_context,
+                "window": window,
+                "sinks": sinks,
+                "evict": evict,
+            },
+            "plan": {
+                "max_group_size": max_group_size,
+                "bits": bits.split(",") if isinstance(bits, str) else bits,
+                "source": source,
+                "planner": planner,
+            },
+            "runtime": {"compute_dtype": dtype, "placement": placement},
+            **(healing if heal or base.heal is not None else {}),
+        }
+    )
+    if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
+        raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
+    folder = Path(output or f"{Path(model).resolve().name.removesuffix('.gguf')}-clla").resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    options = Options(
+        output=folder,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        work_dir=_path(work_dir),
+        adapter_only=adapter_only,
+        dry_run=dry_run,
+        report=report,
+        tracker=tracker,
+        max_shard_size=max_shard_size,
+    )
+    return run_conversion(str(model), chosen, options)
+
+
+def heal(
+    checkpoint: str | Path,
+    *,
+    output: str | Path | None = None,
+    tokens: int | None = None,
+    train: str | None = None,
+    codec_lr: float | None = None,
+    weight_lr: float | None = None,
+    sequence_length: int | None = None,
+    batch_tokens: int | None = None,
+    codec_share: float | None = None,
+    cache_share: float | None = None,
+    evaluations: int | None = None,
+    dataset: str | None = None,
+    gradient_checkpointing: bool = False,
+    seed: int | None = None,
+    teacher: str | None = None,
+    tracker: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    work_dir: str | Path | None = None,
+    report: bool = True,
+    overwrite: bool = False,
+) -> Healed:
+    """Train a converted model briefly against its source, and write another checkpoint.
+
+    Args:
+        checkpoint: directory or Hub id.
+        output: directory of the healed checkpoint; default `CHECKPOINT-healed`.
+        tokens: to train on. This and the arguments up to `seed` are the recipe's `heal` section.
+        teacher: the source model; default: the checkpoint's own weights, or where they came from.
+        tracker: of accelerate.
+        device: auto, cpu, cuda, …
+        dtype: of all that is not trained: auto, float32, bfloat16.
+        resume: go on from the last saved step.
+        work_dir: keep text and states here.
+        report: measure before and after.
+        overwrite: replace an earlier checkpoint in `output`.
+
+    Raises:
+        CllaError: bad input, or a limit; nothing is left half-written.
+    """
+    changes = {
+        "tokens": tokens,
+        "train": train,
+        "codec_lr": codec_lr,
+        "weight_lr": weight_lr,
+        "sequence_length": sequence_length,
+        "batch_tokens": batch_tokens,
+        "codec_share": codec_share,
+        "cache_share": cache_share,
+        "evaluations": evaluations,
+        "dataset": dataset,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "seed": seed,
+    }
+    beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(Path(checkpoint).name)  # of a Hub id: here
+    folder = Path(output or f"{beside.resolve()}-healed").resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    options = CheckpointOptions(
+        output=folder,
+        device=device,
+        dtype=dtype,
+        teacher=teacher,
+        overwrite=overwrite,
+        resume=resume,
+        work_dir=_path(work_dir),
+        report=report,
+        tracker=tracker,
+    )
+    _, after, healing = heal_checkpoint(str(checkpoint), changes, options)
+    return Healed(folder, after, healing)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    text: str = "bundled",
+    windows: int = 4,
+    window_length: int = 2048,
+    chunk: int | None = None,
+    select_tokens: int | None = None,
+    contexts: Sequence[int] = (512, 2048, 8192),
+    retrieval: bool = True,
+    retrieval_context: int = 4096,
+    retrieval_trials: int = 8,
+    teacher: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Report:
+    """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source.
+
+    Args:
+        checkpoint: directory or Hub id.
+        text: to measure on: a file, a Hub data set, or `bundled`, of which that part is taken that calibration
+            leaves out.
+        windows: of text.
+        window_length: tokens a window.
+        chunk: tokens a forward pass; default: the exact window.
+        select_tokens: old tokens read in full; a forward pass then takes as few tokens as that needs.
+        contexts: lengths in tokens at which caches are measured.
+        retrieval: also plant codes in `retrieval_context` tokens, `retrieval_trials` times, and ask for them.
+        teacher: source model, where the weights were trained; default: from the recipe.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16.
+
+    Raises:
+        CllaError: no such checkpoint, it is damaged, or there is too little text.
+    """
+    where = pick_device(device)
+    loaded = load_checkpoint(str(checkpoint), device=where, dtype=dtype)
+    if select_tokens is not None:
+        chunk = _select(loaded.model, select_tokens, chunk)
+    trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
+    source = teacher_of(loaded, recipe_of(Path(checkpoint).expanduser()), teacher, where) if trained else None
+    ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=window_length)
+    with console.progress("Measuring (windows)", len(ids)) as advance:
+        return before_and_after(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.plan,
+            ids,
+            chunk=chunk,
+            contexts=tuple(contexts),
+            retrieval_context=retrieval_context if retrieval else 0,
+            retrieval_trials=retrieval_trials,
+            source_model=source,
+            on_step=advance,
+        )
+
+
+def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -> tuple[CllaForCausalLM, Any]:
+    """A converted model, ready to generate, and its tokenizer; all files are compared with their checksums.
+
+    Args:
+        checkpoint: directory or Hub id.
+        device: auto, cpu, cuda, …
+        dtype: auto, float32, bfloat16.
+
+    Raises:
+        CllaError: no such checkpoint, or it is damaged.
+    """
+    loaded = load_checkpoint(str(checkpoint), device=pick_device(device), dtype=dtype)
+    return loaded.model, loaded.tokenizer
+
+
+def _select(model: CllaForCausalLM, tokens: int, chunk: int | None) -> int:
+    """Have a model select tokens; tokens a step at which it does so."""
+    model.select_tokens = tokens
+    most = model.reading_tokens
+    if chunk is not None and chunk > most:
+        raise UsageError(
+            f"steps of {chunk} tokens read all old ones", expected=f"at most {most}", remedy=f"pass --chunk {most}"
+        )
+    return min(most, chunk or most)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return Path(path) if path is not None else None

@@ -1,0 +1,152 @@
+"""The functions of the package: in any order of imports, typed, documented, and the same as the commands."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, pico_config, pico_of
+from helpers import clla as command
+from helpers import tokens
+from mypy import api as mypy
+from typer.main import get_command
+
+import clla
+from clla import api, cli
+from clla.artifacts import read_json
+
+ROOT = Path(__file__).parents[1]
+ORDERS = [
+    "import clla; convert = clla.convert; import clla.convert.pipeline",
+    "import clla.convert.pipeline, clla; convert = clla.convert",
+    "from clla import convert; from clla.convert.pipeline import Options",
+    "from clla.convert.pipeline import Options; from clla import convert",
+    "import clla.convert; from clla import *",
+    "import clla.api; from clla.convert import pipeline; import clla; convert = clla.convert",
+    "import clla.load; import clla; clla.load.load_checkpoint; convert = clla.convert",
+    "import importlib, clla; convert = importlib.reload(clla.convert)",
+]
+USER = """
+import clla
+import clla.convert.pipeline
+from clla.convert.pipeline import Conversion, Options
+from clla.load import Checkpoint
+
+done: Conversion = clla.convert("x", kv_budget=0.03, bits=(2, 4))
+share: float = clla.evaluate(done.output, windows=1).quality["converted"]["perplexity"]
+model, tokenizer = clla.load(done.output)
+chunk: int = clla.heal("x", train="codec").healing.history[0].tokens
+options: Options = Options(done.output)
+clla.convert("x", kv_budget=[1])
+clla.convert("x", budget=1)
+text: str = clla.convert("x")
+"""
+
+
+def test_every_order_of_imports_gives_something_to_call() -> None:
+    """In one process, the package forgotten in between."""
+    script = "import sys, types, inspect\nsys.argv = ['clla']\n"
+    script += "import clla\nassert callable(clla.convert) and callable(clla.heal) and callable(clla.evaluate)\n"
+    script += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    script += "assert {'convert', 'load'} <= set(dir(clla))\n"
+    for order in ORDERS:
+        script += f"""
+for name in [name for name in sys.modules if name.split('.')[0] == 'clla']:
+    del sys.modules[name]
+{order}
+import clla
+assert convert is clla.convert is sys.modules['clla.convert'] and isinstance(convert, types.ModuleType)
+assert 'kv_budget' in inspect.signature(convert).parameters, {order!r}
+try:
+    convert('nothing', kv_budget='200%')
+except clla.CllaError as error:
+    assert '200%' in error.got
+else:
+    raise AssertionError({order!r})
+from clla.convert.pipeline import Options
+import clla.convert.pipeline
+assert clla.convert.pipeline.Options is Options and clla.convert is convert
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing"):
+        clla.nothing  # noqa: B018
+    assert set(clla.__all__) <= set(dir(clla))
+
+
+def test_a_user_file_is_checked(tmp_path: Path) -> None:
+    """By mypy, which must know the functions and their results, and the packages of the same names."""
+    (tmp_path / "user.py").write_text(USER, encoding="utf-8")
+    skipped = ["torch", "transformers", "accelerate", "sklearn", "numpy", "datasets", "matplotlib", "pydantic"]
+    settings = "[mypy]\nfollow_imports = silent\nignore_missing_imports = true\n"
+    settings += "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in skipped)
+    (tmp_path / "mypy.ini").write_text(f"{settings}", encoding="utf-8")
+    options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path / "cache")]
+    found, problems, _ = mypy.run([*options, "--no-error-summary", str(tmp_path / "user.py")])
+    assert not problems
+    lines = {int(number): text for number, text in re.findall(r"user\.py:(\d+): error: (.*)", found)}
+    first = USER.splitlines().index('clla.convert("x", kv_budget=[1])') + 1
+    assert sorted(lines) == [first, first + 1, first + 2], found
+    assert "kv_budget" in lines[first] and '"budget"' in lines[first + 1] and "Conversion" in lines[first + 2]
+    assert (ROOT / "clla" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["convert", "heal", "eval"])
+def test_commands_and_functions_have_the_same_options(name: str) -> None:
+    function = getattr(api, {"eval": "evaluate"}.get(name, name))
+    own = set(inspect.signature(function).parameters)
+    options = {option.name for option in get_command(cli.app).commands[name].params}  # type: ignore[attr-defined]
+    assert options - own <= {"as_json", "push_to_hub", "private"}
+    assert own <= options
+
+
+def test_the_function_does_what_the_command_does(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {"calibration_tokens": 2048, "sequence_length": 128, "window": 8, "at_context": 0}
+    done = clla.convert(
+        str(pico_dir),
+        output=tmp_path / "a",
+        dataset=str(text_file),
+        kv_budget=0.1,
+        bits=(2, 4),
+        report=False,
+        **options,
+    )
+    flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+    flags += ["--dataset", text_file, "--kv-budget", "0.1", "--bits", "2,4", "--no-report"]
+    assert command("convert", pico_dir, "-o", tmp_path / "b", *flags).exit_code == 0
+    for name in ("clla_recipe.yaml", "config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert (
+        done.output == tmp_path / "a" and done.plan.to_json() == read_json(tmp_path / "b" / "clla_report.json")["plan"]
+    )
+    model, tokenizer = clla.load(tmp_path / "b")
+    assert done.model is not None
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens(1, 60)).logits, done.model(tokens(1, 60)).logits)
+    assert tokenizer("a")["input_ids"]
+    options = {"text": str(text_file), "windows": 1, "window_length": 128, "contexts": "64", "retrieval": False}
+    report = clla.evaluate(tmp_path / "a", **{**options, "contexts": [64]})
+    flags = ["--text", text_file, "--windows", 1, "--window-length", 128, "--contexts", 64, "--no-retrieval", "--json"]
+    assert json.loads(command("eval", tmp_path / "b", *flags).stdout) == report.to_json()
+
+
+def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as they stand, on a model in the directory `MODEL`."""
+    pico_of(pico_config("llama", max_position_embeddings=32_768)).save_pretrained(tmp_path / "MODEL")
+    byte_tokenizer().save_pretrained(tmp_path / "MODEL")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text("utf-8"), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "python-api.md", "exec"), names)
+    assert len(blocks) == 6 and {"done", "report", "healed", "tokenizer"} <= names.keys()
+    assert (tmp_path / "MODEL-clla-healed" / "README.md").is_file()
