@@ -81,7 +81,7 @@ def heal_checkpoint(
         loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
     )
     recipe = recipe.model_copy(update={"heal": healing.config})
-    predicted_kl = _predicted_kl(folder)
+    earlier = _earlier_report(folder)
     if not processes.is_main_process:
         return recipe, report, healing
     with finished_directory(options.output) as out:
@@ -89,7 +89,16 @@ def heal_checkpoint(
             parameter.data = parameter.data.to(stored)
         write_checkpoint(out, model, loaded.tokenizer, base_model=None)
         write_text(out / "clla_recipe.yaml", recipe.to_yaml())
-        write_report(out, loaded.plan, recipe, report, predicted_kl=predicted_kl, healing=healing.to_json())
+        write_report(
+            out,
+            loaded.plan,
+            recipe,
+            report,
+            predicted_kl=float(earlier.get("predicted_kl") or 0.0),
+            reduction=earlier.get("reduction"),
+            outlook=earlier.get("outlook"),
+            healing=healing.to_json(),
+        )
         name = recipe.provenance.model if recipe.provenance else path
         write_card(out, name, loaded.plan, recipe, report, tokens=None, healing=healing.to_json())
     if options.work_dir is None:
@@ -97,6 +106,7 @@ def heal_checkpoint(
     return recipe, report, healing
 
 
-def _predicted_kl(folder: Path) -> float:
+def _earlier_report(folder: Path) -> dict[str, Any]:
+    """What the conversion wrote down; empty for a checkpoint without."""
     path = folder / "clla_report.json"
-    return float(read_json(path).get("predicted_kl", 0.0)) if path.is_file() else 0.0
+    return read_json(path) if path.is_file() else {}

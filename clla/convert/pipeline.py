@@ -159,6 +159,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             report,
             predicted_kl=codec.predicted_kl,
             reduction=stats.reduction,
+            outlook=codec.outlook,
             healing=healed,
         )
         write_card(folder, source.name, plan, recipe, report, tokens=stats.tokens, healing=healed)
