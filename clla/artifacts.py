@@ -197,9 +197,7 @@ class Plan:
             row_bytes: of one token's latents, were they not the plan's own.
         """
         row = self.row_bytes if row_bytes is None else row_bytes
-        exact = exact_bytes_of(
-            self.source_bytes_per_token, row, self.window, self.sinks, self.flush_block, self.source
-        )
+        exact = exact_bytes_of(self.source_bytes_per_token, row, self.window, self.sinks, self.flush_block, self.source)
         rows = encoded_slots(context, self.window, self.flush_block)
         if self.capacity is None:
             return exact + rows * row
