@@ -107,3 +107,4 @@ def heal(
             return
         show_healing(healing, after)
         console.say(f"Wrote {folder}")
+        console.say(f"A page about it: clla report {folder}")

@@ -83,8 +83,8 @@ class Report:
             chunk=data["chunk"],
             cache_bytes={int(k): v for k, v in data["cache"]["by_context"].items()},
             source_bytes={int(k): v for k, v in data["source_bytes_by_context"].items()},
-            retrieval=data["retrieval"],
-            unseen=data["unseen"],
+            retrieval=data.get("retrieval") or {},
+            unseen=data.get("unseen", True),
         )
 
     def tables(self) -> list[Table]:

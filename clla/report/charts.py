@@ -98,10 +98,13 @@ def draw_memory(plan: Plan, contexts: Sequence[int], width: int) -> Drawing:
         width: px.
     """
     low, high = contexts
-    lengths = [low * (high / low) ** (i / 48) for i in range(49)]
-    kept = [plan.kept_bytes_at(round(c)) for c in lengths]
-    source = [plan.source_bytes_per_token * c + k for c, k in zip(lengths, kept, strict=True)]
-    own = [plan.bytes_at(round(c)) + k for c, k in zip(lengths, kept, strict=True)]
+    lengths = [round(low * (high / low) ** (i / 48)) for i in range(49)]
+
+    def both(c: int) -> tuple[float, float]:
+        kept = plan.kept_bytes_at(c)
+        return plan.source_bytes_per_token * c + kept, plan.bytes_at(c) + kept
+
+    source, own = zip(*map(both, lengths), strict=True)
     drawing = Drawing(width, TALL, "Cache of one sequence against its length, source and converted")
     x = Scale(low, high, LEFT + 8, width - 12, log=True)
     y = Scale(min(*source, *own) / 3, max(*source, *own) * 1.5, TALL - 48, 30, log=True)
@@ -120,16 +123,12 @@ def draw_memory(plan: Plan, contexts: Sequence[int], width: int) -> Drawing:
     drawing.text("label source", x(lengths[middle]) - 8, y(source[middle]) - 6, "source", "end")
     drawing.text("label own", x(lengths[middle]) + 6, y(own[middle]) + 16, "converted")
     if plan.break_even is not None and low <= plan.break_even <= high:
-        at = (x(plan.break_even), y(plan.bytes_at(plan.break_even) + plan.kept_bytes_at(plan.break_even)))
+        at = (x(plan.break_even), y(both(plan.break_even)[1]))
         drawing.mark("circle", "mark own", at, f"smaller than the source's from {plan.break_even:,} tokens on", 5)
         drawing.text("quiet", at[0] + 9, at[1] + 14, f"smaller from {plan.break_even:,} tokens")
-    for c in _doublings(low, high, 40):
-        for kind, value in (
-            ("source", plan.source_bytes_per_token * c),
-            ("own", plan.bytes_at(round(c))),
-        ):
-            whole = value + plan.kept_bytes_at(round(c))
-            drawing.mark("circle", "hit", (x(c), y(whole)), f"{c:,.0f} tokens: {words.size(whole)} ({kind})", 9)
+    for c in map(round, _doublings(low, high, 40)):
+        for name, value in zip(("source", "converted"), both(c), strict=True):
+            drawing.mark("circle", "hit", (x(c), y(value)), f"{c:,} tokens, {name}: {words.size(value)}", 9)
     return drawing
 
 

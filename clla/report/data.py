@@ -143,8 +143,11 @@ def what_is_missing(data: PageData) -> tuple[Missing, ...]:
 
 def _name(folder: Path, recipe: Recipe | None) -> str:
     """The source model: a Hub id, or the last part of a path."""
-    name = recipe.provenance.model if recipe and recipe.provenance else folder.resolve().name
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).stem
+    own = folder.resolve().name
+    name = recipe.provenance.model if recipe and recipe.provenance else own
+    if HUB_ID.fullmatch(name) and not Path(name).exists():
+        return name
+    return Path(name).name.removesuffix(".gguf") or own  # no local path leaves the machine
 
 
 def _shape(config: dict[str, Any], plan: Plan) -> str:

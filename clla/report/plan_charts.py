@@ -42,11 +42,11 @@ def draw_plan(plan: Plan, width: int) -> Drawing:
     drawing = Drawing(width, bottom + 38, f"The plan: {shown}")
     drawing.text("title", 2, 12, "layers")
     drawing.text("title", width - 2, 12, "rank, bytes a token" if wide else "bytes", "end")
-    y, begun = float(top), set()
+    y, middles = float(top), dict[int, list[float]]()
     for group, layers in blocks:
         tall = height * len(layers)
-        label = words.span(tuple(layers))
-        drawing.text("num", left - 8, y + tall / 2 + 4, label, "end")
+        label = words.span(layers)
+        drawing.text("num", left - 9, y + tall / 2 + 4, label, "end")
         if group is None:
             tip = f"layer {label}: not converted, keeps the source's own bounded cache"
             drawing.rect("kept", left, y, x.stop - left, tall, tip)
@@ -54,12 +54,15 @@ def draw_plan(plan: Plan, width: int) -> Drawing:
                 drawing.text("quiet", left + 8, y + tall / 2 + 4, "kept as it is" if wide else "kept")
         else:
             _bar(drawing, x, y, (len(layers), height), plan, group)
-            if id(group) not in begun:
+            if id(group) not in middles:
                 layout = RowLayout(group.tier_bits, plan.tier_size)
                 text = f"{layout.rank:,} · {layout.row_bytes:,} B" if wide else f"{layout.row_bytes:,} B"
                 drawing.text("num", width - 2, y + tall / 2 + 4, text, "end")
-            begun.add(id(group))
+            middles.setdefault(id(group), []).append(y + tall / 2)
         y += tall + GAP
+    for places in middles.values():
+        for place in places if len(places) > 1 else []:  # layers of one group that others part
+            drawing.path("axis", [(left, place), (left - 4, place), (left - 4, places[-1])])
     for value in x.ticks(6 if wide else 4):
         drawing.line("grid", (x(value), bottom), (x(value), bottom + 4))
         drawing.text("num", x(value), bottom + 17, words.short(value), "middle")
@@ -97,12 +100,12 @@ def draw_sequence(plan: Plan, context: int, width: int) -> Drawing:
     wide = width > 500
     rows = encoded_slots(context, plan.window, plan.flush_block)
     kept = rows if plan.capacity is None else min(rows, plan.capacity)
-    exact = context - rows
+    exact, latents = context - rows, f"{kept:,} tokens" if kept == rows else f"{kept:,} of {rows:,} tokens"
     label = f"A sequence of {context:,} tokens: {plan.sinks} sinks and the newest {exact} exact, the others latents"
     drawing = Drawing(width, 58, label)
     parts = [
         ("exact", 0.12 if wide else 0.2, f"{plan.sinks} sinks", "exact", plan.sinks > 0),
-        ("latent", 0.64 if wide else 0.48, f"{kept:,} tokens", f"latents, {plan.row_bytes:,} bytes each", rows > 0),
+        ("latent", 0.64 if wide else 0.48, latents, f"latents, {plan.row_bytes:,} bytes each", rows > 0),
         ("exact", 0.24 if wide else 0.32, f"newest {exact:,}", "exact", plan.window > 0),
     ]
     shown = [part for part in parts if part[4]]
@@ -133,7 +136,7 @@ def draw_spectrum(
     where = f"layer {group.layers[0]}" if len(group.layers) == 1 else f"layers {words.span(group.layers)}"
     label = f"{where}: rank {rank:,} of {spectrum['components']:,}"
     drawing = Drawing(width, 230, f"Worth of the latent components of {label}")
-    x = Scale(0, max(spectrum["components"], 1), 52, width - 8)
+    x = Scale(0, max(spectrum["components"], 1), 58, width - 8)
     y = Scale(bounds[0] / total, bounds[1] / total, 190, 40, log=True)
     drawing.text("head", 2, 12, label)
     drawing.text("quiet", 2, 28, words.percent(_share_of_loss(plan, group)) + " of the predicted loss")

@@ -15,7 +15,8 @@ from clla.calibrate.data import evaluation_windows
 from clla.errors import CllaError, UsageError
 from clla.evaluate.layer_errors import layer_errors
 from clla.evaluate.report import before_and_after
-from clla.load import Checkpoint, checkpoint_folder, load_checkpoint, recipe_of, teacher_of
+from clla.load import Checkpoint, checkpoint_folder, load_checkpoint, teacher_of
+from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.render import GENERATOR, render, write_page
 from clla.report.samples import PROMPTS, built_in, make_samples
@@ -85,9 +86,15 @@ def _measured(data: PageData, folder: Path, options: Options) -> PageData:
     """What takes the model: quality, where the conversion did not measure it, errors of layers, samples."""
     device = pick_device(options.device)
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
-    source, missing = _source(loaded, folder, options)
+    source, missing = _source(loaded, data, options)
     data = replace(data, missing=data.missing + missing)
-    windows = _windows(loaded, options)
+    longest = getattr(loaded.model.config.text_config, "max_position_embeddings", None) or LONGEST
+    windows = evaluation_windows(
+        options.text,
+        loaded.tokenizer,
+        count=max(1, options.windows),
+        length=options.window_length or min(LONGEST, longest),
+    )
     plan, chunk = data.plan, data.plan.window or loaded.model.prefill_chunk
     if options.windows:
         with console.progress("Measuring layers (windows)", len(windows)) as advance:
@@ -103,7 +110,7 @@ def _measured(data: PageData, folder: Path, options: Options) -> PageData:
                 )
             data = replace(data, report=report)
     if source is not None and (options.samples or options.prompts):
-        prompts = [*options.prompts, *built_in(loaded.tokenizer, windows.flatten(), options.samples)]
+        prompts = [*options.prompts, *built_in(loaded.tokenizer, windows.flatten(), options.samples, longest=longest)]
         with console.progress("Writing samples (prompts)", len(prompts)) as advance:
             samples = make_samples(
                 source, loaded.model, loaded.tokenizer, plan, prompts, new_tokens=options.new_tokens, on_sample=advance
@@ -112,22 +119,15 @@ def _measured(data: PageData, folder: Path, options: Options) -> PageData:
     return data
 
 
-def _source(loaded: Checkpoint, folder: Path, options: Options) -> tuple[PreTrainedModel | None, tuple[Missing, ...]]:
+def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTrainedModel | None, tuple[Missing, ...]]:
     """The source to compare with; without one the page says so, unless the user named it."""
     try:
-        return teacher_of(loaded, recipe_of(folder), options.teacher, loaded.model.device), ()
+        return teacher_of(loaded, data.recipe or Recipe(), options.teacher, loaded.model.device), ()
     except CllaError as error:
         if options.teacher is not None:
             raise
         how = f"{error.remedy}: --teacher names it."
         return None, (Missing("Text of the source beside the converted model's", error.got + ".", how),)
-
-
-def _windows(loaded: Checkpoint, options: Options) -> Tensor:
-    """Token ids [N, T] of text that calibration leaves out, if it is the bundled one."""
-    longest = getattr(loaded.model.config.text_config, "max_position_embeddings", None) or LONGEST
-    length = options.window_length or min(LONGEST, longest)
-    return evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.windows), length=length)
 
 
 def _described(windows: Tensor, text: str) -> str:

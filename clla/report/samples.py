@@ -57,9 +57,9 @@ class Sample:
     coded_from: int | None
 
 
-def built_in(tokenizer: Any, passage: Tensor, count: int) -> list[str]:
-    """The first `count` prompts, with a passage of text [T] in them."""
-    text = tokenizer.decode(passage[:PASSAGE_TOKENS].tolist(), skip_special_tokens=True).strip()
+def built_in(tokenizer: Any, passage: Tensor, count: int, *, longest: int) -> list[str]:
+    """The first `count` prompts, with a passage of text [T] in them that takes at most half of what a model takes."""
+    text = tokenizer.decode(passage[: min(PASSAGE_TOKENS, longest // 2)].tolist(), skip_special_tokens=True).strip()
     return [prompt.replace(PASSAGE, text) for prompt in PROMPTS[:count]]
 
 

@@ -39,8 +39,9 @@ def headline(data: PageData) -> str:
     """The numbers that matter, in one sentence."""
     plan, context = data.plan, data.context
     own, source = plan.bytes_at(context) / context, plan.source_bytes_per_token
+    what = f"the cache of the {words.count(plan.num_layers, 'converted layer')}" if plan.kept_layers else "the cache"
     text = (
-        f"At {context:,} tokens the cache takes {own:,.0f} bytes a token instead of {source:,} "
+        f"At {context:,} tokens {what} takes {own:,.0f} bytes a token instead of {source:,} "
         f"({words.percent(own / source)}, {source / own:.3g} times less)"
     )
     if data.report is None:
@@ -57,8 +58,9 @@ def tiles(data: PageData) -> list[Tile]:
     """Figures that stand above everything."""
     plan, context = data.plan, data.context
     own, source = plan.bytes_at(context) / context, plan.source_bytes_per_token
+    whose = "of these layers' cache" if plan.kept_layers else "of the source's cache"
     found = [
-        Tile(words.percent(own / source), "of the source's cache", f"at {context:,} tokens"),
+        Tile(words.percent(own / source), whose, f"at {context:,} tokens"),
         Tile(f"{own:,.0f} B", "a token", f"source {source:,} B"),
     ]
     if data.report is not None:
@@ -66,7 +68,7 @@ def tiles(data: PageData) -> list[Tile]:
         before, after = quality["source"]["perplexity"], quality["converted"]["perplexity"]
         found.append(Tile(f"{100 * (after / before - 1):+.2f} %", "perplexity", f"{before:.3f} → {after:.3f}"))
         found.append(Tile(f"{quality['converted']['kl']:.4f}", "KL, nats a token", "to the source"))
-    if plan.break_even is not None:
+    if plan.break_even is not None and plan.break_even > 1:
         found.append(Tile(f"{plan.break_even:,}", "tokens until it is smaller", "than the source's"))
     return found
 
@@ -134,8 +136,9 @@ def frontier(data: PageData) -> list[tuple[float, float]]:
     if data.healing is not None and not before:
         return []
     kl = before["converted"]["kl"] if before else report.quality["converted"]["kl"]
+    kept = data.plan.kept_bytes_at(report.context)
     return [
-        (data.plan.bytes_at(report.context, row) / report.context, loss * kl)
+        ((data.plan.bytes_at(report.context, row) + kept) / report.context, loss * kl)
         for row, loss in zip(expected["row_bytes"], expected["loss"], strict=True)
     ]
 
@@ -166,7 +169,7 @@ def parts_table(data: PageData) -> TableRows:
     latents = plan.bytes_at(context) - plan.exact_bytes
     exact = f"exact: newest {plan.window} to {plan.window + plan.flush_block} tokens, {plan.sinks} sinks"
     parts = [(exact, plan.exact_bytes), (f"latents of {words.count(len(plan.groups), 'group')}", latents)]
-    if plan.kept_layers:
+    if plan.kept_bytes_at(context):
         parts.append((f"{words.count(len(plan.kept_layers), 'layer')} kept as they are", plan.kept_bytes_at(context)))
     rows = [(name, f"{nbytes / context:,.0f}", words.percent(nbytes / whole)) for name, nbytes in parts]
     return TableRows((f"at {context:,} tokens", "bytes a token", "share"), tuple(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1.0, " B"))
 THOUSANDS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -32,13 +34,15 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %" if share < 9.995 else f"{100 * share:,.0f} %"
 
 
-def span(layers: tuple[int, ...]) -> str:
-    """Layers in a few characters: 4, 1–6, 3, 7, 11."""
-    if len(layers) == 1:
-        return str(layers[0])
-    if layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}–{layers[-1]}"
-    return ", ".join(map(str, layers))
+def span(layers: Sequence[int]) -> str:
+    """Layers in a few characters: 4, 1–6, 3, 7–9."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def count(number: int, thing: str) -> str:
