@@ -160,7 +160,7 @@ def draw_spectrum(
         steps = "L".join(f"{a:.1f} {b:.1f}" for a, b in outline + edge)
         drawing.add("path", f"b{bits}", tip=tip, d=f"M{steps}Z")
         lost += [(x(c), y(left)) for c, w in part if (left := w * ERROR_SHARE[bits]) >= y.low]
-        if bits and x(stop) - x(first) >= 11:
+        if bits and x(stop) - x(first) >= 11 and y.start - outline[-1][1] >= 16:
             drawing.text(f"on b{bits}-on", (x(first) + x(stop)) / 2, y.start - 6, str(bits), "middle", tip)
     drawing.path("lost", lost)
     drawing.line("cut", (x(rank), y.start), (x(rank), y.stop))
