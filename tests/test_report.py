@@ -232,7 +232,7 @@ def test_layers_that_are_kept(data: PageData) -> None:
     page = Page(render(replace(data, plan=plan, outlook={})))
     assert "6 layers (0, 2, 4, 6, 8–9) keep" in page.text and "a window of 32 tokens" in page.text
     assert "cache of the 4 converted layers" in page.text and "6 layers kept as they are" in page.text
-    assert page.text.count("layer 8–9: not converted") == 2
+    assert page.text.count("layers 8–9: not converted") == 2
     stateful = Page(render(replace(data, plan=replace(plan, kept_window=0), outlook={})))
     assert "a state of fixed size, not counted" in stateful.text and "6 layers kept as" not in stateful.text
 
@@ -275,6 +275,8 @@ def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path
     ("options", "code", "says"),
     [
         (["--samples", 9], 2, "built-in prompts"),
+        (["--prompt", " "], 2, "the prompt is empty"),
+        (["--prompt", "word " * 300, "--windows", 0], 2, "fewer than the 1,024"),
         (["--text", "nowhere.txt", "--windows", 1], 1, "does not exist"),
         (["--teacher", "nowhere", "--samples", 1], 1, "nowhere"),
     ],

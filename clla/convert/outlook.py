@@ -39,7 +39,7 @@ def make_outlook(spectra: Spectra, plan: Plan, widths: Sequence[int]) -> dict[st
     for group in plan.groups:
         start, size = spectra.stats.layers.index(group.layers[0]), len(group.layers)
         rank = len(group.tier_bits) * plan.tier_size
-        values, energy = spectra.eigenvalues(start, size, rank), spectra.energy(start, size)
+        values, energy = spectra.eigenvalues(start, size, max(1, rank)), spectra.energy(start, size)
         shown = _spread(len(values))
         found.append(
             {

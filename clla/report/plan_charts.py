@@ -48,7 +48,7 @@ def draw_plan(plan: Plan, width: int) -> Drawing:
         label = words.span(layers)
         drawing.text("num", left - 9, y + tall / 2 + 4, label, "end")
         if group is None:
-            tip = f"layer {label}: not converted, keeps the source's own bounded cache"
+            tip = f"{words.layers(layers)}: not converted, the source's own bounded cache"
             drawing.rect("kept", left, y, x.stop - left, tall, tip)
             if tall > 11:
                 drawing.text("quiet", left + 8, y + tall / 2 + 4, "kept as it is" if wide else "kept")
@@ -78,13 +78,13 @@ def _neighbours(owner: dict[int, LayerGroup | None]) -> Any:
 
 def _bar(drawing: Drawing, x: Scale, y: float, rows: tuple[int, float], plan: Plan, group: LayerGroup) -> None:
     """Components of a group over its layers: `rows` says how many lie together and how high each is."""
-    where = f"layer {group.layers[0]}" if len(group.layers) == 1 else f"layers {words.span(group.layers)}"
-    share, tall = group.predicted_loss / (plan.predicted_loss or 1.0), rows[0] * rows[1]
+    where = words.layers(group.layers)
+    share, tall = words.percent(_share_of_loss(plan, group)), rows[0] * rows[1]
     runs = runs_of(group, plan.tier_size)
     for bits, first, stop in runs:
         tip = (
             f"{where}: components {first:,} to {stop - 1:,} in {words.count(bits, 'bit')} each, "
-            f"{(stop - first) * bits // 8:,} bytes a token; the group has {words.percent(share)} of the predicted loss"
+            f"{(stop - first) * bits // 8:,} bytes a token; the group has {share} of the predicted loss"
         )
         drawing.rect(f"b{bits}", x(first), y, x(stop) - x(first), tall, tip)
     for number in range(1, rows[0]):
@@ -133,7 +133,7 @@ def draw_spectrum(
     group, total = plan.groups[index], bounds[2]
     curve = [(c, w / total) for c, w in zip(spectrum["component"], spectrum["worth"], strict=True) if w > 0]
     rank = len(group.tier_bits) * plan.tier_size
-    where = f"layer {group.layers[0]}" if len(group.layers) == 1 else f"layers {words.span(group.layers)}"
+    where = words.layers(group.layers)
     label = f"{where}: rank {rank:,} of {spectrum['components']:,}"
     drawing = Drawing(width, 230, f"Worth of the latent components of {label}")
     x = Scale(0, max(spectrum["components"], 1), 58, width - 8)
@@ -184,9 +184,11 @@ def _share_of_loss(plan: Plan, group: LayerGroup) -> float:
 
 def _cut(curve: list[Point], first: float, stop: float) -> list[Point]:
     """The part of a curve between two components, its ends interpolated."""
+    if not curve:
+        return []
     inner = [point for point in curve if first < point[0] < stop]
     ends = [(at, value) for at in (first, min(stop, curve[-1][0])) if (value := _at(curve, at)) is not None]
-    return sorted({*ends, *inner}) if curve else []
+    return sorted({*ends, *inner})
 
 
 def _at(curve: list[Point], component: float) -> float | None:

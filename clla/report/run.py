@@ -23,6 +23,7 @@ from clla.report.samples import PROMPTS, built_in, make_samples
 from clla.source import pick_device
 
 LONGEST = 2048  # tokens of a window, where the model takes as many
+ENDLESS = 1 << 40  # tokens that a model without learned positions takes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def make_page(name: str, options: Options) -> PageData:
         raise UsageError(
             f"--samples {options.samples}", expected=f"0 to {len(PROMPTS)} built-in prompts", remedy="add --prompt"
         )
+    if any(not prompt.strip() for prompt in options.prompts):
+        raise UsageError("the prompt is empty", expected="some text", remedy='pass --prompt "…"')
     folder = checkpoint_folder(name)
     today = datetime.now(UTC).date().isoformat()
     data = read_checkpoint(folder, made=today, version=clla.__version__)
@@ -84,39 +87,47 @@ def make_page(name: str, options: Options) -> PageData:
 
 def _measured(data: PageData, folder: Path, options: Options) -> PageData:
     """What takes the model: quality, where the conversion did not measure it, errors of layers, samples."""
-    device = pick_device(options.device)
-    loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
+    loaded = load_checkpoint(str(folder), device=pick_device(options.device), dtype=options.dtype)
     source, missing = _source(loaded, data, options)
     data = replace(data, missing=data.missing + missing)
-    longest = getattr(loaded.model.config.text_config, "max_position_embeddings", None) or LONGEST
-    windows = evaluation_windows(
-        options.text,
-        loaded.tokenizer,
-        count=max(1, options.windows),
-        length=options.window_length or min(LONGEST, longest),
-    )
-    plan, chunk = data.plan, data.plan.window or loaded.model.prefill_chunk
+    longest = getattr(loaded.model.config.text_config, "max_position_embeddings", None) or ENDLESS
+    length = options.window_length or min(LONGEST, longest)
+    windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.windows), length=length)
     if options.windows:
-        with console.progress("Measuring layers (windows)", len(windows)) as advance:
-            errors = layer_errors(loaded.model, windows, chunk=chunk, on_window=advance)
-        data = replace(data, errors=errors, error_text=_described(windows, options.text))
-        if not errors:
-            why = f"No token of {windows.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
-            data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --window-length.")))
-        if data.report is None and source is not None:
-            with console.progress("Measuring quality (windows)", len(windows)) as advance:
-                report = before_and_after(
-                    loaded.model, loaded.tokenizer, plan, windows, source_model=source, on_step=advance
-                )
-            data = replace(data, report=report)
+        data = _with_errors(data, loaded, source, windows, options.text)
     if source is not None and (options.samples or options.prompts):
         prompts = [*options.prompts, *built_in(loaded.tokenizer, windows.flatten(), options.samples, longest=longest)]
         with console.progress("Writing samples (prompts)", len(prompts)) as advance:
             samples = make_samples(
-                source, loaded.model, loaded.tokenizer, plan, prompts, new_tokens=options.new_tokens, on_sample=advance
+                source,
+                loaded.model,
+                loaded.tokenizer,
+                data.plan,
+                prompts,
+                new_tokens=options.new_tokens,
+                longest=longest,
+                on_sample=advance,
             )
         data = replace(data, samples=samples)
     return data
+
+
+def _with_errors(
+    data: PageData, loaded: Checkpoint, source: PreTrainedModel | None, windows: Tensor, text: str
+) -> PageData:
+    """Errors of layers over windows [N, T], and quality on them, where it is not known."""
+    plan, chunk = data.plan, data.plan.window or loaded.model.prefill_chunk
+    with console.progress("Measuring layers (windows)", len(windows)) as advance:
+        errors = layer_errors(loaded.model, windows, chunk=chunk, on_window=advance)
+    data = replace(data, errors=errors, error_text=_described(windows, text))
+    if not errors:
+        why = f"No token of {windows.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
+        data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --window-length.")))
+    if data.report is not None or source is None:
+        return data
+    with console.progress("Measuring quality (windows)", len(windows)) as advance:
+        report = before_and_after(loaded.model, loaded.tokenizer, plan, windows, source_model=source, on_step=advance)
+    return replace(data, report=report)
 
 
 def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTrainedModel | None, tuple[Missing, ...]]:

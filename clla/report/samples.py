@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Plan
+from clla.errors import UsageError
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 PASSAGE = "{passage}"  # is replaced by text that calibration leaves out
@@ -72,6 +73,7 @@ def make_samples(
     prompts: Sequence[str],
     *,
     new_tokens: int,
+    longest: int,
     on_sample: Callable[[int], None] = lambda _: None,
 ) -> tuple[Sample, ...]:
     """Let both models continue prompts, greedily.
@@ -83,7 +85,11 @@ def make_samples(
         plan: for the exact window.
         prompts: text.
         new_tokens: to write, at most.
+        longest: tokens that the models take, prompt and text together.
         on_sample: called with 1 after each prompt.
+
+    Raises:
+        UsageError: a prompt leaves no room to write.
     """
     found = []
     for prompt in prompts:
@@ -94,13 +100,19 @@ def make_samples(
             special = False
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special).to(converted.device)
         length = inputs["input_ids"].shape[1]
+        if length >= longest:
+            raise UsageError(
+                f"the prompt {prompt[:40]!r} has {length:,} tokens",
+                expected=f"fewer than the {longest:,} that the model takes",
+                remedy="shorten it",
+            )
         written = []
         for model in (source, converted):
             torch.manual_seed(0)
             generate: Any = model.generate
             output = generate(
                 **inputs,
-                max_new_tokens=new_tokens,
+                max_new_tokens=min(new_tokens, longest - length),
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

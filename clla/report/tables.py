@@ -69,7 +69,7 @@ def tiles(data: PageData) -> list[Tile]:
         found.append(Tile(f"{100 * (after / before - 1):+.2f} %", "perplexity", f"{before:.3f} → {after:.3f}"))
         found.append(Tile(f"{quality['converted']['kl']:.4f}", "KL, nats a token", "to the source"))
     if plan.break_even is not None and plan.break_even > 1:
-        found.append(Tile(f"{plan.break_even:,}", "tokens until it is smaller", "than the source's"))
+        found.append(Tile(f"{plan.break_even:,}", "tokens until it is smaller", "than the source's cache"))
     return found
 
 

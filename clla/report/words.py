@@ -45,6 +45,11 @@ def span(layers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def layers(indices: Sequence[int]) -> str:
+    """The same with its noun."""
+    return ("layer " if len(indices) == 1 else "layers ") + span(indices)
+
+
 def count(number: int, thing: str) -> str:
     """1 group, 6 groups."""
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
