@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,29 @@ class Plan:
             self.source_bytes_per_token, self.row_bytes, self.window, self.sinks, self.flush_block, self.source
         )
 
-    def bytes_at(self, context: int) -> float:
-        """Cache bytes of one sequence of `context` tokens, layers left alone not included."""
+    def bytes_at(self, context: int, row_bytes: float | None = None) -> float:
+        """Cache bytes of one sequence of `context` tokens, layers left alone not included.
+
+        Args:
+            context: in tokens.
+            row_bytes: of one token's latents, were they not the plan's own.
+        """
+        row = self.row_bytes if row_bytes is None else row_bytes
+        exact = exact_bytes_of(self.source_bytes_per_token, row, self.window, self.sinks, self.flush_block, self.source)
         rows = encoded_slots(context, self.window, self.flush_block)
         if self.capacity is None:
-            return self.exact_bytes + rows * self.row_bytes
-        return self.exact_bytes + min(rows, self.capacity) * (self.row_bytes + EVICT_BYTES * len(self.groups))
+            return exact + rows * row
+        return exact + min(rows, self.capacity) * (row + EVICT_BYTES * len(self.groups))
+
+    @property
+    def break_even(self) -> int | None:
+        """First context at which a sequence takes less than the source's cache would; None if none does."""
+        source, fixed = self.source_bytes_per_token, self.exact_bytes
+        if self.row_bytes >= source:
+            return None
+        shortest = int(fixed / source)
+        longest = math.ceil(fixed / (source - self.row_bytes)) + self.window + self.flush_block
+        return next((c for c in range(shortest, longest + 1) if self.bytes_at(c) < source * c), None)
 
     def kept_bytes_at(self, context: int) -> int:
         """Cache bytes of the layers left alone: a sliding window keeps one token less than its width."""
@@ -251,18 +269,31 @@ class GroupCodec:
 
 @dataclass(frozen=True)
 class Codec:
-    """Encoders and decoders of all layer groups, in the plan's order."""
+    """Encoders and decoders of all layer groups, in the plan's order.
+
+    Attributes:
+        groups: of the plan.
+        made_from: hash of the stats and settings.
+        predicted_kl: nats a token, by second order, if every token were coded.
+        outlook: spectra and the loss at other budgets (`clla.convert.outlook`), for reports; empty if not computed.
+    """
 
     groups: tuple[GroupCodec, ...]
     made_from: str
     predicted_kl: float = 0.0
+    outlook: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat names as in the converted model's state dict: `groups.I.encoder` and so on."""
         return {f"groups.{i}.{k}": v for i, group in enumerate(self.groups) for k, v in _tensor_fields(group).items()}
 
     def save(self, path: Path) -> None:
-        meta = {"made_from": self.made_from, "predicted_kl": self.predicted_kl, "groups": len(self.groups)}
+        meta = {
+            "made_from": self.made_from,
+            "predicted_kl": self.predicted_kl,
+            "outlook": self.outlook,
+            "groups": len(self.groups),
+        }
         _save(path, self.tensors(), "codec", meta)
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from clla import __version__
-from clla.commands import bench, card, compare, convert, evaluate, generate, heal, recipes
+from clla.commands import bench, card, compare, convert, evaluate, generate, heal, recipes, report
 
 app = typer.Typer(
     help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
@@ -22,6 +22,7 @@ app.command()(compare.compare)
 app.command()(bench.bench)
 app.command()(generate.generate)
 app.command()(card.card)
+app.command()(report.report)
 app.add_typer(recipes_app, name="recipes")
 recipes_app.command()(recipes.ls)
 recipes_app.command()(recipes.show)

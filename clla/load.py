@@ -51,7 +51,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
     folder = Path(path).expanduser()
     local = folder.exists()
     if local:
-        _check_folder(folder)
+        check_folder(folder)
         checked = check_files(folder)
         path = str(folder)
     try:
@@ -161,8 +161,12 @@ def _check_base_model(base: dict[str, Any] | None) -> None:
     check_base(model_folder(base["path"], base.get("hub_revision")), base["sha256"], base["path"])
 
 
-def _check_folder(folder: Path) -> None:
-    """Tell a damaged checkpoint, a newer one and one that is not ours apart before anything is loaded."""
+def check_folder(folder: Path) -> None:
+    """Tell a damaged checkpoint, a newer one and one that is not ours apart before anything is loaded.
+
+    Raises:
+        CllaError: as `load_checkpoint`.
+    """
     if not (folder / "config.json").is_file():
         raise CllaError(
             f"{folder} has no config.json",

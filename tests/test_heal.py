@@ -519,6 +519,8 @@ def test_heal_writes_a_checkpoint_that_loads_and_tells(checkpoint: Path, tmp_pat
     history = told["history"]
     assert history[0]["tokens"] == 0 and history[-1]["tokens"] == 16384
     report = json.loads((out / "clla_report.json").read_text())
+    converted = json.loads((checkpoint / "clla_report.json").read_text())
+    assert converted["outlook"]["spectra"] and report["outlook"] == converted["outlook"]
     assert report["healing"] == told and "Healing took" in told["verdict"]
     before, after = told["before"], report["measured"]
     assert after["converted"]["kl"] > 0 and told["history"][-1]["held_out"] < told["history"][0]["held_out"]

@@ -39,5 +39,6 @@ def test_imports_follow_the_layout(path: Path) -> None:
     if stage in STAGES and str(relative) not in COMPOSERS:
         others = {f"clla.{other}" for other in STAGES - {stage}}
         assert not [name for name in names for other in others if name.startswith(other)]
+        assert not [name for name in names if name.startswith("clla.report")]  # a page is made when all is done
     if stage == "modeling":
         assert not [name for name in names if name.split(".")[0] == "clla"]

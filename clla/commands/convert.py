@@ -164,6 +164,8 @@ def convert(
         if done.healing is not None:
             show_healing(done.healing, done.report)
         console.say(f"Wrote {plan_file if dry_run else folder}" + (f", uploaded to {address}" if address else ""))
+        if not dry_run:
+            console.say(f"A page about it: clla report {folder}")
 
 
 def _planned(plan: Any) -> float | None:

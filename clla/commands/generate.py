@@ -62,8 +62,8 @@ def generate(
         cache, plan = output[CACHE], loaded.plan
         total = cache.get_seq_length()
         source = plan.source_bytes_per_token * total * num_beams
-        fixed = plan.exact_bytes / (plan.source_bytes_per_token - plan.row_bytes)
+        smaller = "" if plan.break_even is None else f" (smaller from {plan.break_even:,} tokens on)"
         console.say(
             f"{total} tokens: cache {cache.nbytes:,} bytes, the source's would take {source:,}; each further token "
-            f"{plan.row_bytes:,} against {plan.source_bytes_per_token:,} (smaller from about {fixed:,.0f} tokens on)"
+            f"{plan.row_bytes:,} against {plan.source_bytes_per_token:,}{smaller}"
         )

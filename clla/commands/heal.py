@@ -102,3 +102,4 @@ def heal(
             return
         show_healing(done.healing, done.report)
         console.say(f"Wrote {done.output}")
+        console.say(f"A page about it: clla report {done.output}")

@@ -95,6 +95,8 @@ def heal_checkpoint(
             recipe,
             report,
             predicted_kl=float(earlier.get("predicted_kl") or 0.0),
+            reduction=earlier.get("reduction"),
+            outlook=earlier.get("outlook"),
             healing=healing.to_json(),
             origin=earlier.get("origin"),
             calibration_tokens=earlier.get("calibration_tokens"),

@@ -171,6 +171,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
             report,
             predicted_kl=codec.predicted_kl,
             reduction=stats.reduction,
+            outlook=codec.outlook,
             healing=healing.to_json() if healing else None,
             origin=origin_of(source).to_json(),
             calibration_tokens=stats.tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
@@ -33,6 +34,7 @@ from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
 from clla.convert.factor import make_codec
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS
+from clla.convert.outlook import make_outlook
 from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
 from clla.convert.spectra import CPU, Spectra
 from clla.convert.surrogates import needs_inputs, surrogate_stats
@@ -289,10 +291,13 @@ class Run:
 
     def codec(self, stats: Stats, spectra: Spectra, plan: Plan) -> Codec:
         path = self.work / f"codec-{self.plan_key}.safetensors"
-        if (found := _kept(path, Codec.load, self.plan_key, "Factoring")) is not None:
+        found = _kept(path, Codec.load, self.plan_key, "Factoring")
+        if found is not None and found.outlook:
             return found
-        with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
-            result = make_codec(spectra, plan, stats, on_step=advance)
+        if found is None:
+            with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
+                found = make_codec(spectra, plan, stats, on_step=advance)
+        result = replace(found, outlook=make_outlook(spectra, plan, self.recipe.plan.bits))
         if PartialState().is_main_process:
             result.save(path)
         return result

@@ -69,6 +69,24 @@ class Report:
             "unseen": self.unseen,
         }
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        """A report from what `to_json` gives.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is something else.
+        """
+        return cls(
+            quality={name: dict(data[name]) for name in NAMES if name in data},
+            context=data["context"],
+            windows=data["windows"],
+            chunk=data["chunk"],
+            cache_bytes={int(k): v for k, v in data["cache"]["by_context"].items()},
+            source_bytes={int(k): v for k, v in data["source_bytes_by_context"].items()},
+            retrieval=data.get("retrieval") or {},
+            unseen=data.get("unseen", True),
+        )
+
     def tables(self) -> list[Table]:
         """Tables for the terminal."""
         seen = "" if self.unseen else ", calibrated on too"
@@ -235,6 +253,7 @@ def write_report(
     *,
     predicted_kl: float,
     reduction: dict[str, float] | None = None,
+    outlook: dict[str, Any] | None = None,
     healing: dict[str, Any] | None = None,
     origin: dict[str, Any] | None = None,
     calibration_tokens: int | None = None,
@@ -250,6 +269,7 @@ def write_report(
         predicted_kl: nats a token, of the plan.
         reduction: `coordinates` of a layer's moments, `of` how many values, and the `kl` that this alone costs; None
             where the moments are whole.
+        outlook: spectra and the loss at other budgets, for `clla report`.
         healing: what training did, if it was trained.
         origin: of the source, from `Origin.to_json`.
         calibration_tokens: whose moments were taken, where known.
@@ -261,6 +281,7 @@ def write_report(
         "calibration_tokens": calibration_tokens,
         "predicted_kl": predicted_kl,
         "reduction": reduction,
+        "outlook": outlook or None,
         "recipe": recipe.model_dump(mode="json"),
         "measured": {**report.to_json(), "text": text} if report else None,
         "healing": healing,

@@ -80,6 +80,11 @@ class Attention:
         own, module, tensors, mask, kwargs = self._call
         return own(module, *tensors, mask, **kwargs)[0]
 
+    def over(self, key: Tensor, value: Tensor) -> Tensor:
+        """The same attention over other keys and values of the same shapes."""
+        own, module, (query, *_), mask, kwargs = self._call
+        return own(module, query, key, value, mask, **kwargs)[0]
+
     @property
     def ordinary(self) -> bool:
         _, _, _, mask, kwargs = self._call

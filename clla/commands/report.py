@@ -1,0 +1,76 @@
+"""`clla report`."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import OUTPUT, RUN, Device, errors, start
+
+
+def report(
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
+    html: Annotated[
+        Optional[Path], typer.Option(help="File to write; default: CHECKPOINT-report.html.", rich_help_panel=OUTPUT)
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.", rich_help_panel=OUTPUT)] = False,
+    samples: Annotated[
+        Optional[int],
+        typer.Option(min=0, help="Built-in prompts to continue; default: 3, with --prompt none."),
+    ] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="Continue this, too; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each prompt.")] = 160,
+    text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
+    windows: Annotated[
+        int, typer.Option(min=0, help="Windows of text that errors of layers are measured on; 0: none.")
+    ] = 2,
+    window_length: Annotated[
+        Optional[int], typer.Option(min=2, help="Tokens a window; default: 2048, or what the model takes.")
+    ] = None,
+    teacher: Annotated[
+        Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Write one HTML page about a converted model: plan, quality, memory, errors of layers, samples."""
+    with errors(as_json):
+        start()
+        from clla.report import Options, make_page
+
+        beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(Path(checkpoint).name)  # of a Hub id: here
+        path = (html or Path(f"{beside.resolve()}-report.html")).resolve()
+        options = Options(
+            html=path,
+            samples=samples if samples is not None else 0 if prompt else 3,
+            prompts=tuple(prompt or ()),
+            new_tokens=max_new_tokens,
+            text=text,
+            windows=windows,
+            window_length=window_length,
+            teacher=teacher,
+            device=device,
+            dtype=dtype,
+        )
+        data = make_page(checkpoint, options)
+        if as_json:
+            found = {
+                "output": str(path),
+                "layers": [asdict(error) for error in data.errors],
+                "samples": [asdict(sample) for sample in data.samples],
+                "missing": [asdict(item) for item in data.missing],
+                "measured": data.report.to_json() if data.report else None,
+            }
+            print(json.dumps(found))
+        for item in data.missing:
+            console.say(f"{item.what}: not on the page. {item.why} {item.how}")
+        console.say(f"Wrote {path}")
+        if open_it and not webbrowser.open(path.as_uri()):
+            console.say("No browser could be opened; open the file yourself")

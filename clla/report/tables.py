@@ -1,0 +1,252 @@
+"""Sentences and tables of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clla.artifacts import LayerGroup, Plan
+from clla.evaluate.report import LABELS, Report
+from clla.modeling.quantize_clla import RowLayout
+from clla.report import words
+from clla.report.charts import Measured
+from clla.report.data import PageData
+from clla.report.plan_charts import runs_of
+from clla.report.samples import Sample
+
+SIZES = (1e9, 8e9, 24e9, 80e9)
+ENDLESS = 1 << 50  # tokens
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure of the head. Attributes: value; what it is; note."""
+
+    value: str
+    title: str
+    note: str
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Attributes: titles of the columns, the first of which names the rows; rows."""
+
+    titles: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def headline(data: PageData) -> str:
+    """The numbers that matter, in one sentence."""
+    plan, context = data.plan, data.context
+    own, source = plan.bytes_at(context) / context, plan.source_bytes_per_token
+    what = f"the cache of the {words.count(plan.num_layers, 'converted layer')}" if plan.kept_layers else "the cache"
+    text = (
+        f"At {context:,} tokens {what} takes {own:,.0f} bytes a token instead of {source:,} "
+        f"({words.percent(own / source)}, {source / own:.3g} times less)"
+    )
+    if data.report is None:
+        return text + "; what that costs was not measured."
+    quality = data.report.quality
+    before, after = quality["source"]["perplexity"], quality["converted"]["perplexity"]
+    return (
+        f"{text}; perplexity goes from {before:.3f} to {after:.3f} ({100 * (after / before - 1):+.2f} %), "
+        f"with a KL of {quality['converted']['kl']:.4f} nats a token to the source."
+    )
+
+
+def tiles(data: PageData) -> list[Tile]:
+    """Figures that stand above everything."""
+    plan, context = data.plan, data.context
+    own, source = plan.bytes_at(context) / context, plan.source_bytes_per_token
+    whose = "of these layers' cache" if plan.kept_layers else "of the source's cache"
+    found = [
+        Tile(words.percent(own / source), whose, f"at {context:,} tokens"),
+        Tile(f"{own:,.0f} B", "a token", f"source {source:,} B"),
+    ]
+    if data.report is not None:
+        quality = data.report.quality
+        before, after = quality["source"]["perplexity"], quality["converted"]["perplexity"]
+        found.append(Tile(f"{100 * (after / before - 1):+.2f} %", "perplexity", f"{before:.3f} → {after:.3f}"))
+        found.append(Tile(f"{quality['converted']['kl']:.4f}", "KL, nats a token", "to the source"))
+    if plan.break_even is not None and plan.break_even > 1:
+        found.append(Tile(f"{plan.break_even:,}", "tokens until it is smaller", "than the source's cache"))
+    return found
+
+
+def quality_table(report: Report) -> TableRows:
+    """Source, int4 and converted side by side."""
+    base = report.quality["source"]
+    rows = [
+        (
+            LABELS[name],
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity'] / base['perplexity']:.4f}",
+            "" if name == "source" else f"{row['kl']:.4f}",
+            f"{row['bytes_per_token']:,.0f}",
+            words.percent(row["bytes_per_token"] / base["bytes_per_token"]),
+        )
+        for name, row in report.quality.items()
+    ]
+    return TableRows(("", "perplexity", "ratio", "KL", "bytes a token", "of source"), tuple(rows))
+
+
+def retrieval_table(report: Report) -> TableRows:
+    """Planted codes, where they were asked for."""
+    rows = tuple((LABELS[n], f"{r['nll']:.3f}", f"{100 * r['exact']:.0f} %") for n, r in report.retrieval.items())
+    return TableRows(("planted codes", "NLL, nats", "exact"), rows)
+
+
+def bytes_table(report: Report) -> TableRows:
+    """Bytes measured and planned."""
+    rows = tuple(
+        (
+            f"{context:,}",
+            f"{report.source_bytes[context]:,.0f}",
+            f"{row['bytes_per_token']:,.2f}",
+            f"{row['planned_bytes_per_token']:,.2f}",
+        )
+        for context, row in report.cache_bytes.items()
+    )
+    return TableRows(("tokens", "source, B a token", "measured", "planned"), rows)
+
+
+def measured_points(data: PageData) -> list[Measured]:
+    """Points of the picture of quality."""
+    if data.report is None:
+        return []
+    found = []
+    before = (data.healing or {}).get("before")
+    if before:
+        row = before["converted"]
+        found.append(Measured("before", "before healing", row["bytes_per_token"], row["kl"]))
+    for name, row in data.report.quality.items():
+        if name != "source":
+            found.append(
+                Measured("own" if name == "converted" else "other", _brief(name), row["bytes_per_token"], row["kl"])
+            )
+    return [point for point in found if point.kl > 0]
+
+
+def frontier(data: PageData) -> list[tuple[float, float]]:
+    """(bytes a token, KL) that the plan expects of other budgets, scaled to what was measured of this one."""
+    report, expected = data.report, data.outlook.get("frontier") or {}
+    if report is None or not expected.get("row_bytes"):
+        return []
+    before = (data.healing or {}).get("before")
+    if data.healing is not None and not before:
+        return []
+    kl = before["converted"]["kl"] if before else report.quality["converted"]["kl"]
+    kept = data.plan.kept_bytes_at(report.context)
+    return [
+        ((data.plan.bytes_at(report.context, row) + kept) / report.context, loss * kl)
+        for row, loss in zip(expected["row_bytes"], expected["loss"], strict=True)
+    ]
+
+
+def fits_table(plan: Plan) -> TableRows:
+    """How long one sequence may be for its cache to fit."""
+
+    def longest(nbytes: Callable[[int], float], room: float) -> int:
+        low, high = 0, ENDLESS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if nbytes(middle) <= room else (low, middle - 1)
+        return low
+
+    rows = []
+    for room in SIZES:
+        source = longest(lambda c: plan.source_bytes_per_token * c + plan.kept_bytes_at(c), room)
+        own = longest(lambda c: plan.bytes_at(c) + plan.kept_bytes_at(c), room)
+        times = f"{own / source:.1f} ×" if source and own < ENDLESS else ""
+        rows.append((words.size(room), f"{source:,}", f"{own:,}" if own < ENDLESS else "any", times))
+    return TableRows(("cache memory", "source, tokens", "converted, tokens", ""), tuple(rows))
+
+
+def parts_table(data: PageData) -> TableRows:
+    """What the bytes a token consist of."""
+    plan, context = data.plan, data.context
+    whole = plan.bytes_at(context) + plan.kept_bytes_at(context)
+    latents = plan.bytes_at(context) - plan.exact_bytes
+    exact = f"exact: newest {plan.window} to {plan.window + plan.flush_block} tokens, {plan.sinks} sinks"
+    parts = [(exact, plan.exact_bytes), (f"latents of {words.count(len(plan.groups), 'group')}", latents)]
+    if plan.kept_bytes_at(context):
+        parts.append((f"{words.count(len(plan.kept_layers), 'layer')} kept as they are", plan.kept_bytes_at(context)))
+    rows = [(name, f"{nbytes / context:,.0f}", words.percent(nbytes / whole)) for name, nbytes in parts]
+    return TableRows((f"at {context:,} tokens", "bytes a token", "share"), tuple(rows))
+
+
+def plan_table(plan: Plan) -> TableRows:
+    """Groups as the command line prints them."""
+    total, rows = plan.predicted_loss or 1.0, []
+    for group in plan.groups:
+        runs = runs_of(group, plan.tier_size)
+        coded = " ".join(f"{bits}:{stop - first}" for bits, first, stop in runs)
+        nbytes = _row_bytes(plan, group)
+        rank = len(group.tier_bits) * plan.tier_size
+        rows.append(
+            (words.span(group.layers), f"{rank:,}", coded, f"{nbytes:,}", words.percent(group.predicted_loss / total))
+        )
+    return TableRows(("layers", "rank", "bits:components", "bytes a token", "of loss"), tuple(rows))
+
+
+def layer_table(data: PageData) -> TableRows:
+    """Errors of every layer."""
+    rows = tuple(
+        (
+            str(e.layer),
+            words.percent(e.key),
+            words.percent(e.value),
+            "" if e.output is None else words.percent(e.output),
+        )
+        for e in data.errors
+    )
+    return TableRows(("layer", "keys", "values", "attention output"), rows)
+
+
+def healing_table(data: PageData) -> TableRows | None:
+    """Before and after, where both were measured."""
+    before = (data.healing or {}).get("before")
+    if not before or data.report is None:
+        return None
+    own = data.report.quality
+    rows = (
+        ("perplexity", *(f"{row['perplexity']:.3f}" for row in (own["source"], before["converted"], own["converted"]))),
+        ("KL, nats a token", "", f"{before['converted']['kl']:.4f}", f"{own['converted']['kl']:.4f}"),
+    )
+    return TableRows(("", "source", "before", "after"), rows)
+
+
+def parted_exactly(sample: Sample, data: PageData) -> bool:
+    """Whether two continuations part before a latent is read, on the same weights: nothing but rounding differs."""
+    return data.healed in ("", "codec") and (sample.coded_from is None or sample.same < sample.coded_from)
+
+
+def settings(data: PageData) -> list[tuple[str, str]]:
+    """How it was made, in pairs."""
+    plan, recipe = data.plan, data.recipe
+    found: list[tuple[str, str]] = [("source", f"{data.name} ({data.shape})")]
+    if recipe is not None:
+        found.append(("budget", f"{recipe.budget.kv_budget} at {data.context:,} tokens"))
+        calibration = recipe.calibration
+        found.append(("calibrated on", f"{calibration.tokens or 0:,} tokens of {data.dataset}"))
+        found.append(("planner", f"{recipe.plan.planner}, groups of up to {recipe.plan.max_group_size} layers"))
+    found.append(("latent source", plan.source))
+    if plan.capacity is not None:
+        found.append(("eviction", f"at most {plan.capacity:,} latents a group"))
+    if data.predicted_kl is not None:
+        found.append(("predicted KL", f"{data.predicted_kl:.4f} nats a token if no token were exact"))
+    if data.reduction is not None:
+        found.append(("moments", f"in {data.reduction['coordinates']:,.0f} of {data.reduction['of']:,.0f} coordinates"))
+    found.append(("trained", data.healed or "nothing; the weights are the source's"))
+    if recipe is not None and recipe.provenance is not None:
+        found.append(("made with", ", ".join(f"{k} {v}" for k, v in recipe.provenance.versions.items())))
+    found.append(("this page", f"clla {data.version}, {data.made}"))
+    return found
+
+
+def _row_bytes(plan: Plan, group: LayerGroup) -> int:
+    return RowLayout(group.tier_bits, plan.tier_size).row_bytes
+
+
+def _brief(name: str) -> str:
+    return {"int4": "int4 cache"}.get(name, name)
