@@ -111,13 +111,20 @@ STEPS = (
 
 
 def existing(steps: tuple[Step, ...], environment: Environment) -> list[Step]:
-    """Steps whose command there is; what is left out is told on stderr."""
+    """Steps whose command there is; what is left out is told on stderr.
+
+    Raises:
+        SystemExit: a command cannot even print its help.
+    """
     found: dict[str, bool] = {}
     kept = []
     for step in steps:
         command = re.search(r"(?:^|[;|] *)clla ([a-z]+)", step.command)
         if command is not None and command[1] not in found:
-            found[command[1]] = environment.run(f"clla {command[1]} --help").returncode == 0
+            helped = environment.run(f"clla {command[1]} --help")
+            found[command[1]] = "No such command" not in helped.stderr
+            if helped.returncode and found[command[1]]:
+                raise SystemExit(f"clla {command[1]} --help failed:\n{helped.stderr}")
         if command is None or found[command[1]]:
             kept.append(step)
         else:

@@ -161,7 +161,7 @@ def test_walkthrough_leaves_out_what_is_missing_and_hides_paths(
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     command = tmp_path / "venv" / "bin" / "clla"
     command.write_text(
-        '#!/bin/sh\n[ "$1" = eval ] || exit 2\necho "in $PWD"\nprintf "\\033[1m 3%%|###\\n" >&2\nseq 100\n'
+        '#!/bin/sh\n[ "$1" = eval ] || { echo "No such command" >&2; exit 2; }\necho "in $PWD"\nprintf "\\033[1m 3%%|###\\n" >&2\nseq 100\n'
     )
     command.chmod(0o755)
     environment = fresh_install.Environment(tmp_path / "venv", home)
@@ -172,3 +172,6 @@ def test_walkthrough_leaves_out_what_is_missing_and_hides_paths(
     assert "## One" in part and "in ~\n" in part and "[… 61 lines …]" in part and "3%" not in part
     with pytest.raises(SystemExit, match="expected 0"):
         walkthrough.run(walkthrough.Step("clla nothing x"), environment)
+    command.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(SystemExit, match="--help failed"):
+        walkthrough.existing(steps, environment)
