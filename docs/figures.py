@@ -120,21 +120,15 @@ def timeline() -> None:
 def tiers() -> None:
     """Components of a latent by importance, in classes of bits."""
     figure, axes = axes_of(7, 2.8)
-    bits = [8] * 8 + [6] * 8 + [5] * 8 + [4] * 16 + [3] * 16 + [2] * 16 + [1] * 8 + [0] * 16
-    for i, width in enumerate(bits):
-        colour, alpha = (OWN_COLOUR, 0.5 + 0.5 * width / 8) if width else (SOURCE_COLOUR, 0.35)
-        axes.bar(i, 14 - i / 8, width=1.0, color=colour, alpha=alpha)
     start = 0
-    for width in dict.fromkeys(bits):
-        count = bits.count(width)
-        axes.text(
-            start + count / 2 - 0.5,
-            0.8,
-            str(width) if width else "dropped",
-            ha="center",
-            color="white" if width else INK,
-        )
+    for width, count in ((8, 8), (6, 8), (5, 8), (4, 16), (3, 16), (2, 16), (1, 8), (0, 16)):
+        x = (start, start + count)
+        colour, alpha = (OWN_COLOUR, 0.5 + 0.5 * width / 8) if width else (SOURCE_COLOUR, 0.35)
+        axes.fill_between(x, [14 - at / 8 for at in x], color=colour, alpha=alpha, linewidth=0)
+        place = {"ha": "center", "color": "white" if width else INK}
+        axes.text(start + count / 2, 0.6, str(width) if width else "dropped", **place)
         start += count
+    axes.set_ylim(bottom=0)
     axes.set_yticks([])
     axes.set_xticks([])
     axes.set_xlabel("components of a latent, most important first (number: bits stored)", color=INK)

@@ -161,7 +161,8 @@ def test_walkthrough_leaves_out_what_is_missing_and_hides_paths(
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     command = tmp_path / "venv" / "bin" / "clla"
     command.write_text(
-        '#!/bin/sh\n[ "$1" = eval ] || { echo "No such command" >&2; exit 2; }\necho "in $PWD"\nprintf "\\033[1m 3%%|###\\n" >&2\nseq 100\n'
+        '#!/bin/sh\n[ "$1" = eval ] || { echo "No such command" >&2; exit 2; }\n'
+        'echo "in $PWD"\nprintf "\\033[1m 3%%|###\\n" >&2\nseq 100\n'
     )
     command.chmod(0o755)
     environment = fresh_install.Environment(tmp_path / "venv", home)
