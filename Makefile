@@ -4,7 +4,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 PIP_FLAGS ?= -q --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: install demo test check quality clean
+.PHONY: install demo test test-wheel check quality clean
 
 install: .venv/.installed
 
@@ -22,6 +22,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q
 
+test-wheel: install  # the wheel in an environment of its own, used as a new user does
+	$(BIN)/python docs/fresh_install.py --torch "$(TORCH)"
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +34,4 @@ quality: install
 	$(BIN)/python benchmarks/quality.py demo --text $(TEXT)
 
 clean:
-	rm -rf demo-clla demo-clla.work build *.egg-info .pytest_cache .mypy_cache .ruff_cache scratch
+	rm -rf demo-clla demo-clla.work build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache scratch

