@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from clla.artifacts import EVICT_BYTES, Plan
+from clla.artifacts import Plan
 from clla.calibrate.data import hub_dataset
 from clla.card_facts import Facts
 from clla.evaluate.report import LABELS, bit_runs
@@ -197,16 +196,6 @@ def text_of(dataset: str | None) -> str:
     return f"a local file, `{Path(dataset).name}`"
 
 
-def break_even(plan: Plan) -> int | None:
-    """A context from which on the cache is smaller than the source's; None where it never is.
-
-    Rows number at most T - W, so bytes are at most those of the exact buffers and T - W rows.
-    """
-    row = plan.row_bytes + (EVICT_BYTES * len(plan.groups) if plan.capacity is not None else 0)
-    saved = plan.source_bytes_per_token - row
-    return math.floor((plan.exact_bytes - plan.window * row) / saved) + 1 if saved > 0 else None
-
-
 def _exact(plan: Plan) -> str:
     kept = [f"the newest {plan.window:,} tokens"] if plan.window else []
     kept += [f"the first {plan.sinks}"] if plan.sinks else []
@@ -236,7 +225,7 @@ def _adapter(facts: Facts) -> str:
 
 
 def _gain(plan: Plan) -> str:
-    least = break_even(plan)
+    least = plan.break_even
     if least is None:
         return "At this budget nothing is gained over the source's cache."
     return (

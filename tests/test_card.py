@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from clla.artifacts import Plan, read_json
 from clla.card import render, retarget
-from clla.card_text import break_even, text_of
+from clla.card_text import text_of
 from clla.checksums import check_files
 from clla.errors import CllaError
 from clla.origin import origin_of
@@ -90,7 +90,7 @@ def planned_figures(report: dict[str, Any]) -> set[str]:
     plan, longest = report["plan"], report["origin"]["longest_context"]
     made = Plan.from_json(plan)
     source, row, window, block = made.source_bytes_per_token, made.row_bytes, plan["window"], plan["flush_block"]
-    found = {f"{source:,}", f"{row:,}", f"{100 * row / source:.2f}", str(window + block), f"{break_even(made):,}"}
+    found = {f"{source:,}", f"{row:,}", f"{100 * row / source:.2f}", str(window + block), f"{made.break_even:,}"}
     found.add(f"{(window + block + plan['sinks']) * source:,}")
     contexts = {c for c in (2048, 8192, 32768) if c <= longest} | {longest}
     contexts |= {int(c) for c in (report["measured"] or {"cache": {"by_context": {}}})["cache"]["by_context"]}
@@ -294,18 +294,6 @@ def test_a_report_of_an_earlier_version_gives_a_card(measured: Path, tmp_path: P
     (folder / "clla_report.json").write_text(json.dumps(report))
     text = render(folder, "x")
     assert text.startswith("---\n") and "pico-chat" in text and str(folder.parent) not in text
-
-
-@pytest.mark.parametrize("window, block, row", [(0, 1, 1), (16, 16, 4), (128, 16, 8), (64, 1, 2)])
-def test_from_the_break_even_on_the_cache_is_smaller(window: int, block: int, row: int, measured: Path) -> None:
-    data = read_json(measured / "clla_report.json")["plan"]
-    data |= {"window": window, "flush_block": block}
-    data["groups"] = [{"layers": [0, 1], "tier_bits": [row], "predicted_loss": 0.0}]
-    plan = Plan.from_json(data)
-    least = break_even(plan)
-    assert least is not None
-    smaller = [plan.bytes_at(t) < plan.source_bytes_per_token * t for t in range(1, 4 * least + 4 * block)]
-    assert all(smaller[least - 1 :]) and smaller.index(True) >= least - 1 - block
 
 
 def test_texts_are_named_without_their_place() -> None:
