@@ -21,6 +21,7 @@ from clla.evaluate.report import Report, before_and_after
 from clla.load import load_checkpoint, recipe_of, teacher_of
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe, load_recipe
+from clla.revision import plain_name
 from clla.source import pick_device
 
 __all__ = ["Conversion", "Healed", "Healing", "Report", "convert", "evaluate", "heal", "load"]
@@ -124,7 +125,7 @@ def convert(
     )
     if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
         raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
-    folder = Path(output or f"{Path(model).resolve().name.removesuffix('.gguf')}-clla").resolve()
+    folder = Path(output or f"{plain_name(str(model))}-clla").resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     options = Options(
         output=folder,
@@ -198,7 +199,7 @@ def heal(
         "gradient_checkpointing": gradient_checkpointing or None,
         "seed": seed,
     }
-    beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(Path(checkpoint).name)  # of a Hub id: here
+    beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(plain_name(str(checkpoint)))  # of a Hub id: here
     folder = Path(output or f"{beside.resolve()}-healed").resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     options = CheckpointOptions(
@@ -256,7 +257,7 @@ def evaluate(
     if select_tokens is not None:
         chunk = _select(loaded.model, select_tokens, chunk)
     trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
-    source = teacher_of(loaded, recipe_of(Path(checkpoint).expanduser()), teacher, where) if trained else None
+    source = teacher_of(loaded, recipe_of(loaded.folder), teacher, where) if trained else None
     ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=window_length)
     with console.progress("Measuring (windows)", len(ids)) as advance:
         return before_and_after(

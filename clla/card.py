@@ -63,10 +63,14 @@ def retarget(folder: Path, repo_id: str) -> None:
     if not path.is_file():
         write_card(folder, repo_id)
         return
-    text = path.read_text(encoding="utf-8")
-    if found := re.search(r'from_pretrained\("([^"]+)"', text):
-        name = re.escape(found[1])
-        write_text(path, re.sub(rf"({COMMANDS}){name}(?![\w./-])", lambda match: match[1] + repo_id, text))
+    write_text(path, retargeted(path.read_text(encoding="utf-8"), repo_id))
+
+
+def retargeted(text: str, repo_id: str) -> str:
+    """A card whose code loads the checkpoint from another place."""
+    if (found := re.search(r'from_pretrained\("([^"]+)"', text)) is None:
+        return text
+    return re.sub(rf"({COMMANDS}){re.escape(found[1])}(?![\w./-])", lambda match: match[1] + repo_id, text)
 
 
 def metadata(facts: Facts) -> ModelCardData:

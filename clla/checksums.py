@@ -22,17 +22,23 @@ WEIGHTS = ("*.safetensors", "*.bin")  # as transformers prefers them
 
 def write_checksums(folder: Path) -> None:
     """Write `clla_checksums.json` for the files of a finished checkpoint."""
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    covered = sorted(n for n in names if n not in (CHECKSUMS, "README.md") and not n.endswith(".png"))
+    covered = sorted(path.name for path in folder.iterdir() if path.is_file() and is_covered(path.name))
     write_text(folder / CHECKSUMS, json.dumps({"sha256": _digests(folder, covered)}, indent=1))
 
 
-def check_files(folder: Path, *, complete: bool = True) -> bool:
-    """Compare the files of a checkpoint with its checksums.
+def is_covered(name: str) -> bool:
+    """Whether a file of a checkpoint has a checksum."""
+    return name not in (CHECKSUMS, "README.md") and not name.endswith(".png") and "/" not in name
 
-    Args:
-        folder: the checkpoint.
-        complete: every file must be there; else only those that are there are compared.
+
+def known_checksums(folder: Path) -> dict[str, str]:
+    """What `clla_checksums.json` names; empty where there is none."""
+    path = folder / CHECKSUMS
+    return dict(read_json(path)["sha256"]) if path.is_file() else {}
+
+
+def check_files(folder: Path) -> bool:
+    """Compare the files of a checkpoint with its checksums.
 
     Returns:
         False where there are no checksums: an earlier version wrote it, or someone changed it on purpose.
@@ -49,16 +55,15 @@ def check_files(folder: Path, *, complete: bool = True) -> bool:
             expected="a file written by clla",
             remedy="copy or download the checkpoint again",
         )
-    present = [name for name in sorted(wanted) if (folder / name).is_file()]
-    lacking = [name for name in sorted(wanted) if name not in present]
-    if lacking and complete:
+    lacking = [name for name in sorted(wanted) if not (folder / name).is_file()]
+    if lacking:
         raise CorruptArtifactError(
             f"{folder} lacks {', '.join(lacking)}",
             expected=f"the files that {CHECKSUMS} lists",
             remedy="copy or download the checkpoint again",
         )
-    found = _digests(folder, present)
-    changed = [name for name in present if found[name] != wanted[name]]
+    found = _digests(folder, sorted(wanted))
+    changed = [name for name in sorted(wanted) if found[name] != wanted[name]]
     if changed:
         raise CorruptArtifactError(
             f"{', '.join(changed)} in {folder} does not have the checksum that {CHECKSUMS} names",
@@ -96,15 +101,23 @@ def check_base(folder: Path, wanted: dict[str, str], name: str) -> None:
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: _file_digest(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: file_digest(folder / name), names), strict=True))
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes; of a converted config, of its contents without the base model's place."""
     if path.name == "config.json":
-        data: dict[str, Any] = read_json(path)
-        if isinstance(base := data.get(BASE_MODEL), dict):
-            data[BASE_MODEL] = {k: v for k, v in base.items() if k != "path"}
-        return json_digest(data)
+        return _config_digest(read_json(path))
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def bytes_digest(name: str, data: bytes) -> str:
+    """The same, of what a file is going to hold."""
+    return _config_digest(json.loads(data)) if name == "config.json" else hashlib.sha256(data).hexdigest()
+
+
+def _config_digest(data: dict[str, Any]) -> str:
+    if isinstance(base := data.get(BASE_MODEL), dict):
+        data = data | {BASE_MODEL: {k: v for k, v in base.items() if k != "path"}}
+    return json_digest(data)

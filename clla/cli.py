@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from clla import __version__
-from clla.commands import bench, card, compare, convert, evaluate, generate, heal, recipes, report
+from clla.commands import bench, card, compare, convert, evaluate, generate, heal, push, recipes, report
 
 app = typer.Typer(
     help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
@@ -23,6 +23,7 @@ app.command()(bench.bench)
 app.command()(generate.generate)
 app.command()(card.card)
 app.command()(report.report)
+app.command()(push.push)
 app.add_typer(recipes_app, name="recipes")
 recipes_app.command()(recipes.ls)
 recipes_app.command()(recipes.show)

@@ -15,22 +15,25 @@ from clla.artifacts import Plan, read_json
 from clla.calling import make_callable
 from clla.checksums import CHECKSUMS, check_base, check_files
 from clla.errors import CllaError, CorruptArtifactError
+from clla.hub_errors import explain
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import Recipe, load_recipe
-from clla.source import check_complete, model_folder, open_source, pick_dtype
+from clla.revision import find_config, split_revision
+from clla.source import Source, check_complete, model_folder, open_source, pick_dtype
 
 make_callable(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Attributes: model; tokenizer; plan, as its config holds it."""
+    """Attributes: model; tokenizer; plan, as its config holds it; folder of its files."""
 
     model: CllaForCausalLM
     tokenizer: Any
     plan: Plan
+    folder: Path
 
 
 def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> Checkpoint:
@@ -40,7 +43,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
     so has the base model of a codec-only checkpoint.
 
     Args:
-        path: directory or Hub id.
+        path: directory or Hub id, with or without `@revision`.
         device: where to put it.
         dtype: `auto` keeps the checkpoint's where that is fast on this device.
 
@@ -48,23 +51,18 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         CorruptArtifactError: damaged, incomplete, or written by a newer version.
         CllaError: it is no converted checkpoint.
     """
-    folder = Path(path).expanduser()
-    local = folder.exists()
-    if local:
-        check_folder(folder)
-        checked = check_files(folder)
-        path = str(folder)
+    folder = checkpoint_folder(path)
+    check_folder(folder)
+    checked = check_files(folder)
     try:
-        config = CllaConfig.from_pretrained(path)
+        config = CllaConfig.from_pretrained(folder)
         plan = Plan.from_json(config.clla)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         compute = pick_dtype(dtype, stored, device)
-        loaded: Any = CllaForCausalLM.from_pretrained(path, config=config, dtype=compute, output_loading_info=True)
+        loaded: Any = CllaForCausalLM.from_pretrained(folder, config=config, dtype=compute, output_loading_info=True)
         model, info = loaded
         check_complete(info, path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if not local:  # the files are here now
-            checked = check_files(model_folder(path), complete=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         _check_base_model(config.base_model)
     except CllaError:
         raise
@@ -85,30 +83,28 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
             expected=f"sha256 {wanted[:16]}…",
             remedy="copy or download the checkpoint again",
         )
-    return Checkpoint(model.to(device).eval().requires_grad_(False), tokenizer, plan)
+    return Checkpoint(model.to(device).eval().requires_grad_(False), tokenizer, plan, folder)
 
 
 def checkpoint_folder(name: str) -> Path:
-    """The directory of a checkpoint; one on the Hub is downloaded first.
+    """The directory of a checkpoint; one on the Hub is downloaded first, at one commit.
 
     Args:
-        name: directory or Hub id.
+        name: directory or Hub id, with or without `@revision`.
 
     Raises:
-        CllaError: it is neither.
+        CllaError: it is neither, or no converted model.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         return folder
+    repo, revision = split_revision(name)
+    found, commit = find_config(repo, revision, expected="a checkpoint written by clla convert: a directory or Hub id")
+    check_folder(found, repo)  # before its weights are fetched
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(repo, revision=commit))
     except Exception as error:  # classes of huggingface_hub, its HTTP client and OSError
-        raise CllaError(
-            f"{name!r} is neither a directory nor a checkpoint on the Hub that can be read: "
-            f"{str(error).splitlines()[0]}",
-            expected="a checkpoint written by clla convert",
-            remedy="check the name; offline, give a directory",
-        ) from error
+        raise explain(error, f"{name} cannot be downloaded") from error
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -135,14 +131,14 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
     trained = loaded.model.config.clla.get("healed") in ("attention", "all")
     if name is None and not trained:
         return loaded.model.source
-    name = name or (recipe.provenance.model if recipe.provenance else None)
+    name = name or (recipe.provenance.source if recipe.provenance else None)
     if name is None:
         raise CllaError(
             "the weights of this checkpoint were trained, and it does not say what they were before",
             expected="the source model as a teacher",
             remedy="name it with --teacher",
         )
-    source = open_source(name)
+    source = _open_teacher(name)
     for field in SAME_MODEL:
         wanted, found = getattr(loaded.model.config.text_config, field), getattr(source.config, field)
         if wanted != found:
@@ -161,11 +157,19 @@ def _check_base_model(base: dict[str, Any] | None) -> None:
     check_base(model_folder(base["path"], base.get("hub_revision")), base["sha256"], base["path"])
 
 
-def check_folder(folder: Path) -> None:
+def _open_teacher(name: str) -> Source:
+    try:
+        return open_source(name)
+    except CllaError as error:
+        raise CllaError(error.got, expected=error.expected, remedy="name the source model with --teacher") from error
+
+
+def check_folder(folder: Path, name: str | None = None) -> None:
     """Tell a damaged checkpoint, a newer one and one that is not ours apart before anything is loaded.
 
-    Raises:
-        CllaError: as `load_checkpoint`.
+    Args:
+        folder: of its files.
+        name: for the messages, where it is not the folder's.
     """
     if not (folder / "config.json").is_file():
         raise CllaError(
@@ -173,22 +177,22 @@ def check_folder(folder: Path) -> None:
             expected="a directory written by clla convert",
             remedy="check the path, or convert a model first",
         )
-    config = read_json(folder / "config.json")
+    config, name = read_json(folder / "config.json"), name or str(folder)
     if config.get("model_type") != "clla":
         raise CllaError(
-            f"{folder} holds a {config.get('model_type')!r} model that is not converted",
+            f"{name} holds a {config.get('model_type')!r} model that is not converted",
             expected="a checkpoint written by clla convert",
-            remedy=f"run: clla convert {folder}",
+            remedy=f"run: clla convert {name}",
         )
     block = config.get("clla")
     version = block.get("schema_version") if isinstance(block, dict) else None
     if not isinstance(version, int):
         raise CorruptArtifactError(
-            f"{folder}/config.json names no schema version", expected="a clla block", remedy="convert again"
+            f"{name}/config.json names no schema version", expected="a clla block", remedy="convert again"
         )
     if version > CLLA_SCHEMA_VERSION:
         raise CorruptArtifactError(
-            f"{folder} was written with schema {version}",
+            f"{name} was written with schema {version}",
             expected=f"{CLLA_SCHEMA_VERSION} or older",
             remedy="upgrade with: pip install -U clla",
         )

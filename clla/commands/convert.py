@@ -9,11 +9,25 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import CALIBRATION, HEAL, OUTPUT, PLAN, RUN, Device, Tracker, errors, show_healing, start
+from clla.commands.shared import (
+    CALIBRATION,
+    HEAL,
+    OUTPUT,
+    PLAN,
+    RUN,
+    Device,
+    Tracker,
+    as_object,
+    errors,
+    show_error,
+    show_healing,
+    start,
+)
+from clla.errors import CllaError, UsageError
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or 'demo'.")],
+    model: Annotated[str, typer.Argument(help="Hub id (user/repo[@revision]), directory, .gguf file, or 'demo'.")],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT)
     ] = None,
@@ -100,6 +114,9 @@ def convert(
         from clla import api
         from clla.evaluate.report import plan_tables
 
+        target = None
+        if push_to_hub and not dry_run:
+            target = _target(model, push_to_hub, private=private, adapter_only=adapter_only)
         done = api.convert(
             model,
             output=output,
@@ -138,17 +155,14 @@ def convert(
         plan_file = folder.with_name(folder.name + "-plan.json")
         if dry_run:
             done.plan.save(plan_file)
-        address = None
-        if push_to_hub and not dry_run:
-            from clla.hub import push
-
-            address = push(folder, push_to_hub, private=private)
         if as_json:
+            pushed, failed = _pushed(folder, target, private=private)
             print(
                 json.dumps(
                     {
                         "output": str(plan_file if dry_run else folder),
-                        "pushed_to": address,
+                        "pushed_to": pushed.url if pushed else None,
+                        "push_failed": as_object(failed) if failed else None,
                         "plan": done.plan.to_json(),
                         "row_bytes": done.plan.row_bytes,
                         "planned_bytes_per_token": _planned(done.plan),
@@ -158,14 +172,54 @@ def convert(
                     }
                 )
             )
-            return
-        for table in plan_tables(done.plan, done.predicted_kl) + (done.report.tables() if done.report else []):
-            console.results.print(table)
-        if done.healing is not None:
-            show_healing(done.healing, done.report)
-        console.say(f"Wrote {plan_file if dry_run else folder}" + (f", uploaded to {address}" if address else ""))
-        if not dry_run:
-            console.say(f"A page about it: clla report {folder}")
+        else:
+            for table in plan_tables(done.plan, done.predicted_kl) + (done.report.tables() if done.report else []):
+                console.results.print(table)
+            if done.healing is not None:
+                show_healing(done.healing, done.report)
+            console.say(f"Wrote {plan_file if dry_run else folder}")
+            if not dry_run:
+                console.say(f"A page about it: clla report {folder}")
+            pushed, failed = _pushed(folder, target, private=private)
+            if pushed is not None:
+                console.say(f"Uploaded to {pushed.url}, commit {pushed.commit[:12]}")
+        if failed is not None:
+            show_error(failed)
+            raise typer.Exit(1)
+
+
+def _target(model: str, repo_id: str, *, private: bool, adapter_only: bool) -> str:
+    """Where to push to, asked before an hour's work and not after it."""
+    from clla.base_model import cached_model, check_public
+    from clla.hub import check_access
+    from clla.revision import split_revision
+
+    local = Path(model).expanduser().exists() or model == "demo"
+    if adapter_only and local and cached_model(model) is None:
+        raise UsageError(
+            f"--adapter-only and --push-to-hub for {model}, which is on this machine alone",
+            expected="a Hub id, from which others can load the weights",
+            remedy=f"convert without --push-to-hub, then: clla push FOLDER {repo_id} --base-model user/repo",
+        )
+    repo_id = check_access(repo_id, private=private)
+    if adapter_only and not local and not private:
+        check_public(split_revision(model)[0])
+    return repo_id
+
+
+def _pushed(folder: Path, repo_id: str | None, *, private: bool) -> tuple[Any, CllaError | None]:
+    """What came of the push, if one was wanted, or why nothing did; the results are shown in both cases."""
+    if repo_id is None:
+        return None, None
+    from clla.hub import Push, push
+
+    target = Push(folder, repo_id, private=private)
+    try:
+        return push(target)[1], None
+    except CllaError as error:
+        if target.command in error.remedy:
+            return None, error
+        return None, CllaError(error.got, expected=error.expected, remedy=f"{error.remedy}; then: {target.command}")
 
 
 def _planned(plan: Any) -> float | None:

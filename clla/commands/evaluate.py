@@ -12,7 +12,7 @@ from clla.commands.shared import Device, errors, integers, start
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
     window_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 2048,

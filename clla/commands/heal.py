@@ -13,7 +13,7 @@ from clla.commands.shared import HEAL, OUTPUT, RUN, Device, Tracker, errors, sho
 
 
 def heal(
-    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote.")],
+    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo[@revision].")],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT)
     ] = None,

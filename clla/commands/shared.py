@@ -18,26 +18,36 @@ Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboa
 
 
 @contextmanager
-def errors(as_json: bool = False) -> Iterator[None]:
+def errors(as_json: bool = False, *, interrupted: str = "a conversion goes on with --resume") -> Iterator[None]:
     """Turn mistakes into one message and an exit code: 2 usage or recipe, 1 everything else."""
     try:
         yield
     except CllaError as error:
-        console.messages.print(f"[red]Error:[/red] {_escape(error.got)}", soft_wrap=True)
-        if error.expected:
-            console.messages.print(f"  expected: {_escape(error.expected)}", soft_wrap=True)
-        if error.remedy:
-            console.messages.print(f"  remedy:   {_escape(error.remedy)}", soft_wrap=True)
+        show_error(error)
         if as_json:
-            print(json.dumps({"error": error.got, "expected": error.expected, "remedy": error.remedy}))
+            print(json.dumps(as_object(error)))
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
         console.messages.print(f"[red]Error:[/red] {_escape(str(error))}", soft_wrap=True)
         console.messages.print("  remedy:   check that the path exists and may be written to", soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        console.say("Interrupted; a conversion goes on with --resume")
+        console.say(f"Interrupted; {interrupted}")
         raise typer.Exit(130) from None
+
+
+def show_error(error: CllaError) -> None:
+    """A mistake on stderr: what was got, what was expected and the remedy."""
+    console.messages.print(f"[red]Error:[/red] {_escape(error.got)}", soft_wrap=True)
+    if error.expected:
+        console.messages.print(f"  expected: {_escape(error.expected)}", soft_wrap=True)
+    if error.remedy:
+        console.messages.print(f"  remedy:   {_escape(error.remedy)}", soft_wrap=True)
+
+
+def as_object(error: CllaError) -> dict[str, str]:
+    """A mistake as `--json` prints it."""
+    return {"error": error.got, "expected": error.expected, "remedy": error.remedy}
 
 
 def _escape(text: str) -> str:

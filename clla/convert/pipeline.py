@@ -222,10 +222,9 @@ def _bytes_needed(source: Source, *, adapter_only: bool) -> int:
 
 
 def _base_model(source: Source) -> dict[str, Any]:
-    hub_revision = None if Path(source.path).is_dir() else source.revision
     return {
         "path": source.path,
         "gguf_file": source.gguf_file,
-        "hub_revision": hub_revision,
-        "sha256": base_checksums(model_folder(source.path, hub_revision), source.gguf_file),
+        "hub_revision": source.commit,
+        "sha256": base_checksums(model_folder(source.path, source.commit), source.gguf_file),
     }

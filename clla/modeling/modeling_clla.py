@@ -26,6 +26,7 @@ from .observe_clla import LISTENER, is_observed, listening, observed
 from .quantize_clla import RowLayout, tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
+HUB_KEYWORDS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
 SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # of two configs
 
 
@@ -116,14 +117,21 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the codec does not have the checksum that the config names.
         """
         path = pretrained_model_name_or_path
+        where = {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
         if not isinstance(config, CllaConfig):
-            config = CllaConfig.from_pretrained(path)
+            config = CllaConfig.from_pretrained(path, **where)
         if config.base_model is None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
-        codec = load_file(str(cached_file(path, CODEC_FILE)))
+        codec = load_file(str(cached_file(path, CODEC_FILE, **where)))
         if tensor_digest(codec) != config.clla["codec_sha256"]:
             raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it anew")
-        unfit = ("revision", "subfolder", "code_revision", "state_dict")  # these speak of the codec's files
+        unfit = (
+            "revision",
+            "subfolder",
+            "code_revision",
+            "_commit_hash",
+            "state_dict",
+        )  # they speak of the codec's files
         kwargs = {k: v for k, v in kwargs.items() if k not in unfit}
         kwargs["dtype"] = kwargs.get("dtype") or config.dtype
         gguf_file = config.base_model.get("gguf_file")
@@ -138,7 +146,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         except OSError as error:
             raise ValueError(
                 f"this checkpoint holds the codec alone and its base model {config.base_model['path']!r} cannot be "
-                f"opened: put it there again, or set base_model.path in config.json ({error})"
+                f"opened: put it there again, or set base_model.path in config.json to a directory or Hub id ({error})"
             ) from error
         source, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         for name in SAME_MODEL:

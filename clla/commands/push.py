@@ -1,0 +1,90 @@
+"""`clla push`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import errors
+
+
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory that clla convert or heal wrote.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub: user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="The codec without the weights, which the source's repository has.")
+    ] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch; it is made where there is none.")] = None,
+    base_model: Annotated[
+        Optional[str], typer.Option(help="The source on the Hub, user/repo[@revision], where it was converted locally.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; the Hub is not asked.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Upload a converted checkpoint to the Hub."""
+    with errors(as_json, interrupted="the checkpoint on disk is as it was"):
+        from clla import hub
+
+        what = hub.Push(
+            checkpoint.expanduser().resolve(),
+            repo,
+            private=private,
+            adapter_only=adapter_only,
+            revision=revision,
+            base_model=base_model,
+        )
+        outgoing, done = (hub.prepare(what, ask=False), None) if dry_run else hub.push(what)
+        if as_json:
+            print(json.dumps(_as_json(what, outgoing, done)))
+            return
+        for table in _tables(what, outgoing):
+            console.results.print(table)
+        if done is None:
+            console.say("Nothing was sent")
+            return
+        if done.removed:
+            console.say(f"Removed what an earlier push had left: {', '.join(done.removed)}")
+        console.say(f"Uploaded to {done.url}, commit {done.commit[:12]}")
+
+
+def _as_json(what: Any, outgoing: Any, done: Any) -> dict[str, Any]:
+    return {
+        "repo": what.repo_id,
+        "revision": what.revision,
+        "private": what.private,
+        "base_model": outgoing.base.repo if outgoing.base else None,
+        "files": {name: outgoing.size(name) for name in sorted(outgoing.files)},
+        "total_bytes": outgoing.total,
+        "left_out": outgoing.left_out,
+        "dry_run": done is None,
+        "url": done.url if done else None,
+        "commit": done.commit if done else None,
+        "removed": done.removed if done else [],
+    }
+
+
+def _tables(what: Any, outgoing: Any) -> list[Any]:
+    from rich.table import Table
+
+    kind = "private" if what.private else "public"
+    where = what.repo_id + (f", branch {what.revision}" if what.revision else "")
+    sent = Table("file", "bytes", title=f"To {where} ({kind} where it is new)", show_footer=False)
+    sent.columns[1].justify = "right"
+    for name in sorted(outgoing.files):
+        sent.add_row(name, f"{outgoing.size(name):,}")
+    sent.add_section()
+    sent.add_row(f"{len(outgoing.files)} files", f"{outgoing.total:,}")
+    tables = [sent]
+    if outgoing.base is not None:
+        sent.caption = f"The codec alone; its weights are those of {outgoing.base.repo}"
+    if outgoing.left_out:
+        left = Table("left out", "why")
+        for name, why in outgoing.left_out.items():
+            left.add_row(name, why)
+        tables.append(left)
+    return tables
