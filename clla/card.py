@@ -52,22 +52,13 @@ def write_card(folder: Path, name: str) -> None:
     ModelCard.load(folder / CARD)  # fails on a card that the Hub would not read
 
 
-def retarget(folder: Path, repo_id: str) -> None:
-    """Have the card's code load the checkpoint from another place; the rest, edited or not, stays as it is.
+def retargeted(text: str, repo_id: str) -> str:
+    """A card whose code loads the checkpoint from another place; the rest, edited or not, stays as it is.
 
     Args:
-        folder: of the checkpoint; one without a card gets it.
+        text: of the card.
         repo_id: where the checkpoint will be.
     """
-    path = folder / CARD
-    if not path.is_file():
-        write_card(folder, repo_id)
-        return
-    write_text(path, retargeted(path.read_text(encoding="utf-8"), repo_id))
-
-
-def retargeted(text: str, repo_id: str) -> str:
-    """A card whose code loads the checkpoint from another place."""
     if (found := re.search(r'from_pretrained\("([^"]+)"', text)) is None:
         return text
     return re.sub(rf"({COMMANDS}){re.escape(found[1])}(?![\w./-])", lambda match: match[1] + repo_id, text)

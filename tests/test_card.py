@@ -19,9 +19,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from clla.artifacts import Plan, read_json
-from clla.card import render, retarget
+from clla.card import render, retargeted
 from clla.card_text import text_of
-from clla.checksums import check_files
 from clla.errors import CllaError
 from clla.origin import origin_of
 from clla.source import open_source
@@ -252,25 +251,14 @@ def test_results_on_a_hub_data_set_come_back_from_the_metadata(healed: Path, tmp
     assert card.data.eval_results is None and "calibration had read too" in card.text
 
 
-def test_another_place_is_named_and_edits_stay(measured: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(measured, tmp_path / "copy")
-    path = folder / "README.md"
-    path.write_text(path.read_text() + '\nmeasured by me, "measured" twice; see measured-not.\n')
-    before = path.read_text()
-    retarget(folder, "me/pico-clla")
-    after = path.read_text()
+def test_another_place_is_named_and_edits_stay(measured: Path) -> None:
+    before = (measured / "README.md").read_text() + '\nmeasured by me, "measured" twice; see measured-not.\n'
+    after = retargeted(before, "me/pico-clla")
     for line in ('AutoModelForCausalLM.from_pretrained("me/pico-clla"', 'AutoTokenizer.from_pretrained("me/pico-clla"'):
         assert line in after
     assert "vllm serve me/pico-clla\n" in after and 'measured by me, "measured" twice; see measured-not.' in after
-    retarget(folder, "measured")
-    assert path.read_text() == before
-    path.write_text("# My own card\n")
-    retarget(folder, "me/pico-clla")
-    assert path.read_text() == "# My own card\n"
-    path.unlink()
-    retarget(folder, "me/pico-clla")
-    assert path.read_text() == render(measured, "me/pico-clla")
-    assert check_files(folder)
+    assert retargeted(after, "measured") == before
+    assert retargeted("# My own card\n", "me/pico-clla") == "# My own card\n"
 
 
 def test_the_command_prints_or_writes(measured: Path, tmp_path: Path) -> None:
