@@ -29,7 +29,8 @@ from clla.calibrate.data import load_documents, whole_windows
 from clla.convert.assemble import attach
 from clla.convert.factor import make_codec
 from clla.convert.healing import Healing, HealOptions, heal, resolve_healing
-from clla.convert.run import Run, resolve, weigh
+from clla.convert.run import Run, resolve
+from clla.convert.surrogates import weigh
 from clla.evaluate.figures import draw_healing
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve

@@ -22,7 +22,8 @@ from clla.calibrate.data import load_documents, whole_windows
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.planners import make_plan
-from clla.convert.run import Run, resolve, weigh
+from clla.convert.run import Run, resolve
+from clla.convert.surrogates import weigh
 from clla.evaluate.figures import draw_quality
 from clla.evaluate.perplexity import Quality, Subject, compare
 from clla.evaluate.report import subjects

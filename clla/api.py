@@ -20,7 +20,7 @@ from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after
 from clla.load import load_checkpoint, recipe_of, teacher_of
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.recipe import Recipe, load_recipe
+from clla.recipe import Recipe, load_recipe, plan_changes
 from clla.revision import plain_name
 from clla.source import pick_device
 
@@ -106,19 +106,17 @@ def convert(
                 "sequence_length": sequence_length,
                 "seed": seed,
             },
-            "budget": {
-                "kv_budget": kv_budget,
-                "at_context": at_context,
-                "window": window,
-                "sinks": sinks,
-                "evict": evict,
-            },
-            "plan": {
-                "max_group_size": max_group_size,
-                "bits": bits.split(",") if isinstance(bits, str) else bits,
-                "source": source,
-                "planner": planner,
-            },
+            **plan_changes(
+                kv_budget=kv_budget,
+                at_context=at_context,
+                window=window,
+                sinks=sinks,
+                evict=evict,
+                max_group_size=max_group_size,
+                bits=bits,
+                source=source,
+                planner=planner,
+            ),
             "runtime": {"compute_dtype": dtype, "placement": placement},
             **(healing if heal or base.heal is not None else {}),
         }

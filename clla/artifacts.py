@@ -101,11 +101,11 @@ class Stats:
 
     def save(self, path: Path) -> None:
         meta = {"layers": self.layers, "kv": asdict(self.kv), "tokens": self.tokens, "made_from": self.made_from}
-        _save(path, _tensor_fields(self), "stats", meta)
+        save_tensors(path, _tensor_fields(self), "stats", meta)
 
     @classmethod
     def load(cls, path: Path) -> Stats:
-        tensors, meta = _load(path, "stats")
+        tensors, meta = load_tensors(path, "stats")
         try:
             meta["layers"], meta["kv"] = tuple(meta["layers"]), KVShape(**meta["kv"])
             return cls(**{**meta, **tensors})
@@ -294,11 +294,11 @@ class Codec:
             "outlook": self.outlook,
             "groups": len(self.groups),
         }
-        _save(path, self.tensors(), "codec", meta)
+        save_tensors(path, self.tensors(), "codec", meta)
 
     @classmethod
     def load(cls, path: Path) -> Codec:
-        tensors, meta = _load(path, "codec")
+        tensors, meta = load_tensors(path, "codec")
         try:
             groups = tuple(
                 GroupCodec(*(tensors[f"groups.{i}.{k}"] for k in ("encoder", "offset", "decoder", "mean")))
@@ -370,17 +370,43 @@ def load_verified(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _save(path: Path, tensors: dict[str, Tensor], kind: str, meta: dict[str, Any]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], kind: str, meta: dict[str, Any]) -> None:
+    """Write tensors of some kind with their version and a checksum."""
     save_verified(path, tensors, {"kind": kind, "version": ARTIFACT_VERSION, **meta})
 
 
-def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote: tensors and `meta`.
+
+    Raises:
+        CorruptArtifactError: the file is missing, damaged, of another kind, or newer.
+    """
     header, tensors = _read(path)
+    meta = _meta(path, header, kind)
+    _verify(path, header, tensors)
+    return tensors, meta
+
+
+def read_header(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """`meta` and the shapes of the tensors, which are not read.
+
+    Raises:
+        CorruptArtifactError: the file is missing, of another kind, or newer.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("clla", "{}"))
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    return _meta(path, header, kind), shapes
+
+
+def _meta(path: Path, header: dict[str, Any], kind: str) -> dict[str, Any]:
     _check_version(path, header.get("version"))
     if header.get("kind") != kind:
         raise _damaged(path, f"it is no {kind} file")
-    _verify(path, header, tensors)
-    return tensors, {k: v for k, v in header.items() if k not in ("kind", "version", "sha256")}
+    return {k: v for k, v in header.items() if k not in ("kind", "version", "sha256")}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,7 +8,8 @@ from typing import Any
 from clla.artifacts import Plan
 from clla.calibrate.data import hub_dataset
 from clla.card_facts import Facts
-from clla.evaluate.report import LABELS, bit_runs
+from clla.evaluate.plan_tables import bit_runs
+from clla.evaluate.report import LABELS
 from clla.modeling.quantize_clla import RowLayout
 from clla.origin import HUB
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from clla import __version__
-from clla.commands import bench, card, compare, convert, evaluate, generate, heal, push, recipes, report
+from clla.commands import bench, card, compare, convert, evaluate, generate, heal, plan, push, recipes, report
 
 app = typer.Typer(
     help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Built-in recipes.", no_args_is_help=True)
 app.command()(convert.convert)
+app.command()(plan.plan)
 app.command()(heal.heal)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(compare.compare)

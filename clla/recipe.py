@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -221,6 +222,36 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def plan_changes(
+    *,
+    kv_budget: str | None,
+    at_context: int | None,
+    window: int | None,
+    sinks: int | None,
+    evict: float | None,
+    max_group_size: int | None,
+    bits: str | Sequence[int] | None,
+    source: str | None,
+    planner: str | None,
+) -> dict[str, dict[str, Any]]:
+    """Changes of a recipe's budget and plan that options stand for."""
+    return {
+        "budget": {
+            "kv_budget": kv_budget,
+            "at_context": at_context,
+            "window": window,
+            "sinks": sinks,
+            "evict": evict,
+        },
+        "plan": {
+            "max_group_size": max_group_size,
+            "bits": bits.split(",") if isinstance(bits, str) else bits,
+            "source": source,
+            "planner": planner,
+        },
+    }
 
 
 def parse_budget(text: str, *, source_bytes: float) -> float:

@@ -19,7 +19,7 @@ from clla.calibrate.positions import rope_settings
 from clla.cli import app
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.run import weigh
+from clla.convert.surrogates import weigh
 from clla.families import kv_shape, split_layers
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe

@@ -28,7 +28,7 @@ from clla.calibrate.lossless import check_lossless
 from clla.calibrate.positions import rope_settings
 from clla.convert.checkpoint import write_checkpoint
 from clla.errors import UnsupportedModelError
-from clla.evaluate.report import plan_tables
+from clla.evaluate.plan_tables import plan_tables
 from clla.families import FAMILIES, REFUSED, check_family, kv_shape, split_layers
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module

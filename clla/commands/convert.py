@@ -112,7 +112,7 @@ def convert(
         from accelerate import PartialState
 
         from clla import api
-        from clla.evaluate.report import plan_tables
+        from clla.evaluate.plan_tables import plan_tables
 
         target = None
         if push_to_hub and not dry_run:

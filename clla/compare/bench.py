@@ -14,8 +14,8 @@ from clla.artifacts import Codec, Plan, Stats
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.planners import make_plan
-from clla.convert.run import weigh
 from clla.convert.spectra import Spectra
+from clla.convert.surrogates import weigh
 from clla.errors import UsageError
 from clla.evaluate.perplexity import Subject
 from clla.recipe import Recipe

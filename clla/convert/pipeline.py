@@ -17,7 +17,8 @@ from clla.checksums import WEIGHTS, base_checksums
 from clla.convert.assemble import attach
 from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
 from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_measure
-from clla.convert.run import Run, moment_bytes, resolve, weigh
+from clla.convert.run import Run, moment_bytes, resolve
+from clla.convert.surrogates import weigh
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.heal.sharding import launched_sharded

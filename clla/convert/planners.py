@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from clla.artifacts import EVICT_BYTES, LayerGroup, Plan, Stats, encoded_slots, exact_bytes_of
+from clla.artifacts import EVICT_BYTES, LayerGroup, Plan, Stats, digest, encoded_slots, exact_bytes_of
 from clla.convert.outline import Outline, outlined_partition
 from clla.convert.plan import Candidate, Choice, Segment, candidate, every_segment, solve, uniform_segments
 from clla.convert.quantize import SCALE_BITS
 from clla.convert.spectra import Spectra
 from clla.eigen import EXACT
 from clla.errors import UsageError
-from clla.recipe import PlanConfig
+from clla.recipe import PlanConfig, Recipe, parse_budget
 
 WINDOWS = (128, 64, 32, 16)
 CHEAP = 512  # components of the largest group, up to which the spectra of all possible groups are computed
@@ -103,6 +103,48 @@ def latent_bits(
 def kept_rows(encoded: int, evict: float | None) -> int:
     """Latents that stay of those that a context has."""
     return encoded if evict is None else max(1, round(encoded * (1 - evict)))
+
+
+def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: int) -> Recipe:
+    """A recipe with context, window and group size filled in, and its budget checked.
+
+    Args:
+        recipe: what was asked for.
+        source_bytes: the source's KV bytes a token.
+        context: at which a budget holds that names none; 0 counts latents only.
+        layers: convertible ones, L.
+
+    Raises:
+        UsageError: as `latent_bits` and `parse_budget`.
+    """
+    own = recipe.budget
+    budget = parse_budget(own.kv_budget, source_bytes=source_bytes)
+    at = context if own.at_context is None else own.at_context
+    window = own.window
+    if window is None:
+        window = derive_window(
+            recipe.plan, budget=budget, source_bytes=source_bytes, context=at or None, sinks=own.sinks
+        )
+    latent_bits(
+        recipe.plan,
+        budget=budget,
+        source_bytes=source_bytes,
+        context=at or None,
+        window=window,
+        sinks=own.sinks,
+        evict=own.evict,
+    )
+    return recipe.override(
+        {
+            "budget": {"at_context": at, "window": window},
+            "plan": {"max_group_size": min(recipe.plan.max_group_size, layers)},
+        }
+    )
+
+
+def plan_digest(stats_key: str, recipe: Recipe) -> str:
+    """What a plan is made from: the stats, and a recipe's settled plan and budget."""
+    return digest(stats_key, recipe.plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
 
 
 def make_plan(

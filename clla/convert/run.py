@@ -34,10 +34,11 @@ from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
 from clla.convert.factor import make_codec
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS
+from clla.convert.kept_spectra import save_spectra, spectra_file
 from clla.convert.outlook import make_outlook
-from clla.convert.planners import count_candidates, derive_window, latent_bits, make_plan
-from clla.convert.spectra import CPU, Spectra
-from clla.convert.surrogates import needs_inputs, surrogate_stats
+from clla.convert.planners import count_candidates, make_plan, plan_digest, settle_budget
+from clla.convert.spectra import Spectra
+from clla.convert.surrogates import needs_inputs
 from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.families import FAMILIES
@@ -59,44 +60,20 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     Raises:
         UsageError: the budget does not fit the model.
     """
-    budget = parse_budget(recipe.budget.kv_budget, source_bytes=source.bytes_per_token)
-    context = recipe.budget.at_context
-    if context is None:
-        context = min(getattr(source.config, "max_position_embeddings", None) or 4096, MAX_DEFAULT_CONTEXT)
-    sinks, window = recipe.budget.sinks, recipe.budget.window
-    if window is None:
-        window = derive_window(
-            recipe.plan, budget=budget, source_bytes=source.bytes_per_token, context=context or None, sinks=sinks
-        )
-    latent_bits(
-        recipe.plan,
-        budget=budget,
-        source_bytes=source.bytes_per_token,
-        context=context or None,
-        window=window,
-        sinks=sinks,
-        evict=recipe.budget.evict,
-    )
+    longest = min(getattr(source.config, "max_position_embeddings", None) or 4096, MAX_DEFAULT_CONTEXT)
+    recipe = settle_budget(recipe, source_bytes=source.bytes_per_token, context=longest, layers=len(source.layers))
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
     batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
     dtype = str(pick_dtype(recipe.runtime.compute_dtype, source.dtype, device)).removeprefix("torch.")
     filled = recipe.override(
         {
             "calibration": {"tokens": tokens, "batch_size": batch_size},
-            "budget": {"at_context": context, "window": window},
-            "plan": {"max_group_size": min(recipe.plan.max_group_size, len(source.layers))},
             "runtime": {"compute_dtype": dtype},
         }
     )
     versions = {package: version(package) for package in ("clla", "torch", "transformers")}
     where = Provenance(model=source.name, revision=source.revision, versions=versions)
     return filled.model_copy(update={"provenance": where})
-
-
-def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
-    """Weighted moments as the recipe's metric wants them, to be computed with on a device."""
-    power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
-    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source, device=device)
 
 
 class Run:
@@ -119,7 +96,7 @@ class Run:
         self.stats_key = digest(
             source.revision, calibration, text, hold_out, plan.max_group_size, inputs, recipe.runtime.compute_dtype
         )
-        self.plan_key = digest(self.stats_key, plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
+        self.plan_key = plan_digest(self.stats_key, recipe)
 
     def model(self) -> PreTrainedModel:
         if self._model is None:
@@ -261,6 +238,7 @@ class Run:
             )
         if PartialState().is_main_process:
             plan.save(path)
+            save_spectra(self.work / spectra_file(self.stats_key, config), spectra, self.stats_key)
         return plan
 
     def damage(self, stats: Stats, spectra: Spectra) -> Callable[[Plan], float]:

@@ -160,7 +160,8 @@ class Spectra:
         return self._found[start, size]
 
     @cached_property
-    def _determinants(self) -> dict[tuple[int, int], list[float]]:
+    def _determinants(self) -> dict[tuple[int, int, int], list[float]]:
+        """By first layer, number of layers of the factor and level; so its rounding does not depend on the order."""
         return {}
 
     def log_determinants(self, start: int, largest: int, levels: Sequence[int]) -> list[list[float]]:
@@ -170,12 +171,12 @@ class Spectra:
         begin with the same layer: its leading blocks are theirs. For the `group` source.
         """
         known = self._determinants
-        lacking = [level for level in levels if len(known.get((start, level), [])) < largest]
+        lacking = [level for level in levels if (start, largest, level) not in known]
         if lacking:
             factors = _log_pivots(self.assembled(start, largest), [4.0**level for level in lacking])
             for level, logs in zip(lacking, factors, strict=True):
-                known[start, level] = logs.view(largest, -1).sum(1).cumsum(0).tolist()
-        return [known[start, level][:largest] for level in levels]
+                known[start, largest, level] = logs.view(largest, -1).sum(1).cumsum(0).tolist()
+        return [known[start, largest, level] for level in levels]
 
 
 def _log_pivots(moments: Tensor, thetas: Sequence[float]) -> Iterator[Tensor]:

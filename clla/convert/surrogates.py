@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from clla.artifacts import Stats
-from clla.convert.spectra import RIDGE
+from clla.convert.spectra import CPU, RIDGE, Spectra
 from clla.errors import UsageError
+from clla.recipe import Recipe
 
 
 def surrogate_stats(stats: Stats, metric: str) -> Stats:
@@ -83,6 +84,12 @@ def projections(stats: Stats) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.linalg.solve(covariance, stats.input_cross[:, 0].double())
     bias = stats.mean.double() - (mean[:, None] @ weights)[:, 0]
     return weights, covariance + mean[:, :, None] * mean[:, None], bias
+
+
+def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
+    """Weighted moments as the recipe's metric wants them, to be computed with on a device."""
+    power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
+    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source, device=device)
 
 
 def needs_inputs(metric: str, source: str) -> bool:

@@ -67,6 +67,27 @@ def draw_quality(points: dict[str, tuple[float, float]], path: Path, *, title: s
     figure.savefig(path, dpi=120)
 
 
+def draw_frontier(points: list[tuple[str, float, float]], path: Path, *, title: str) -> None:
+    """Predicted loss against cache bytes a token, both logarithmic.
+
+    Args:
+        points: label, bytes a token and loss.
+        path: picture to write.
+        title: above the picture.
+    """
+    figure, axes = axes_of(7, 4)
+    axes.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", color=OWN_COLOUR, linewidth=1)
+    for label, x, y in points:
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("KV cache, bytes a token")
+    axes.set_ylabel("predicted loss")
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.15, y=0.15)
+    figure.savefig(path, dpi=120)
+
+
 def draw_healing(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """KL against trained tokens, held out and in training.
 

@@ -1,0 +1,139 @@
+"""`clla plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from clla import console
+from clla.commands.shared import OUTPUT, PLAN, errors
+from clla.errors import UsageError
+
+SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
+
+
+def plan(
+    statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.")],
+    recipe: Annotated[
+        str, typer.Option(help="Built-in recipe or YAML file; other options override it.", rich_help_panel=PLAN)
+    ] = "balanced",
+    kv_budget: Annotated[
+        Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
+    ] = None,
+    at_context: Annotated[
+        Optional[int],
+        typer.Option(help="Context at which the budget holds; default: the conversion's.", rich_help_panel=PLAN),
+    ] = None,
+    window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
+    sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,
+    evict: Annotated[
+        Optional[float],
+        typer.Option(help="Share of the latents that leaves again, least attended first.", rich_help_panel=PLAN),
+    ] = None,
+    max_group_size: Annotated[
+        Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
+    ] = None,
+    bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
+    source: Annotated[Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)] = None,
+    planner: Annotated[
+        Optional[str], typer.Option(help="dynamic, uniform, cluster or pyramid.", rich_help_panel=PLAN)
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Plan several budgets and compare them.", rich_help_panel=PLAN)
+    ] = False,
+    budgets: Annotated[str, typer.Option(help="Of --sweep, comma-separated.", rich_help_panel=PLAN)] = SWEEP,
+    plot: Annotated[
+        Optional[Path],
+        typer.Option(help="Draw the plan, or with --sweep the frontier, as .png.", rich_help_panel=OUTPUT),
+    ] = None,
+    save: Annotated[Optional[Path], typer.Option(help="Write the plan as JSON.", rich_help_panel=OUTPUT)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Plan other budgets from the statistics of a conversion, in seconds."""
+    with errors(as_json):
+        from clla.recipe import load_recipe, plan_changes
+
+        chosen = load_recipe(recipe).override(
+            plan_changes(
+                kv_budget=kv_budget,
+                at_context=at_context,
+                window=window,
+                sinks=sinks,
+                evict=evict,
+                max_group_size=max_group_size,
+                bits=bits,
+                source=source,
+                planner=planner,
+            )
+        )
+        if sweep and (kv_budget is not None or save is not None):
+            raise UsageError(
+                "--sweep with --kv-budget or --save", expected="one plan, or --budgets to sweep", remedy="leave one out"
+            )
+        if not sweep and budgets != SWEEP:
+            raise UsageError("--budgets without --sweep", remedy="add --sweep, or use --kv-budget")
+        from clla.convert.explore import Explorer, find_kept
+
+        explorer = Explorer(find_kept(statistics), chosen)
+        for wanted in budgets.split(",") if sweep else []:  # mistakes first
+            explorer.settle(chosen.override({"budget": {"kv_budget": wanted.strip()}}))
+        explorer.settle(chosen)
+        if not explorer.ready:
+            with console.progress("Preparing all budgets, once (layer groups)", explorer.steps) as advance:
+                explorer.prepare(advance)
+        if sweep:
+            _sweep(explorer, chosen, [part.strip() for part in budgets.split(",")], plot, as_json)
+        else:
+            _one(explorer, chosen, plot, save, as_json)
+        explorer.save()
+
+
+def _one(explorer: Any, chosen: Any, plot: Path | None, save: Path | None, as_json: bool) -> None:
+    from clla.convert.explore import summary
+    from clla.evaluate.figures import draw_plan
+    from clla.evaluate.plan_tables import plan_tables
+
+    found = explorer.plan(chosen)
+    if plot is not None:
+        draw_plan(found, plot)
+    if save is not None:
+        found.save(save)
+    if as_json:
+        print(json.dumps({**summary(chosen.budget.kv_budget, found), "plan": found.to_json()}))
+        return
+    for table in plan_tables(found, None):
+        console.results.print(table)
+    console.results.print(f"predicted loss {found.predicted_loss:.4g} in the metric's units")
+
+
+def _sweep(explorer: Any, chosen: Any, budgets: list[str], plot: Path | None, as_json: bool) -> None:
+    from rich.table import Table
+
+    from clla.convert.explore import summary
+    from clla.evaluate.figures import draw_frontier
+
+    rows = [summary(b, explorer.plan(chosen.override({"budget": {"kv_budget": b}}))) for b in budgets]
+    if plot is not None:
+        points = [(row["budget"], row["bytes_per_token"], row["predicted_loss"]) for row in rows]
+        draw_frontier(points, plot, title="Predicted loss of plans, in the metric's units")
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table()
+    for title in ("budget", "bytes/token", "latents", "window", "groups", "rank", "mean bits", "predicted loss"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row["budget"],
+            f"{row['bytes_per_token']:,.0f}",
+            f"{row['row_bytes']:,}",
+            str(row["window"]),
+            str(row["groups"]),
+            f"{row['rank']:,}",
+            f"{row['mean_bits']:.2f}",
+            f"{row['predicted_loss']:.4g}",
+        )
+    console.results.print(table)
