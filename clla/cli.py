@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from clla import __version__
-from clla.commands import bench, card, compare, convert, evaluate, generate, heal, plan, push, recipes, report
+from clla.commands import (
+    bench,
+    card,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    heal,
+    plan,
+    push,
+    recipes,
+    report,
+)
 
 app = typer.Typer(
     help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
@@ -25,6 +38,7 @@ app.command()(generate.generate)
 app.command()(card.card)
 app.command()(report.report)
 app.command()(push.push)
+app.command()(doctor.doctor)
 app.add_typer(recipes_app, name="recipes")
 recipes_app.command()(recipes.ls)
 recipes_app.command()(recipes.show)

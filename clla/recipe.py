@@ -226,7 +226,7 @@ class Recipe(_Section):
 
 def plan_changes(
     *,
-    kv_budget: str | None,
+    kv_budget: str | float | None,
     at_context: int | None,
     window: int | None,
     sinks: int | None,

