@@ -66,7 +66,7 @@ def environment(*, hub: bool = False) -> list[Finding]:
 
 def machine() -> list[Finding]:
     """Python, processor, memory, disk."""
-    wanted = str(_metadata("Requires-Python") or ">=3.11")
+    wanted = metadata.metadata("clla")["Requires-Python"] or ">=3.11"
     version = platform.python_version()
     fits = _fits(version, wanted)
     found = [
@@ -211,10 +211,6 @@ def _cpu_flags() -> set[str]:
         return set()
     line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
     return set(line.split())
-
-
-def _metadata(key: str) -> Any:
-    return metadata.metadata("clla").get(key)
 
 
 def _fits(version: str, wanted: str) -> bool:
