@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 IMPORTED = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")  # tried, not only looked up
 OPTIONAL = {
