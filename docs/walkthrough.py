@@ -37,10 +37,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=Fal
 " """.rstrip()
 PYTHON_API = """python -c "
 import clla, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained('demo-clla')
-tokenizer = AutoTokenizer.from_pretrained('demo-clla')
+model, tokenizer = clla.load('demo-clla')
 cache = model.new_cache()
 ids = tokenizer(open(clla.__file__).read() * 8, return_tensors='pt').input_ids
 with torch.no_grad():
@@ -85,7 +83,10 @@ STEPS = (
     Step(PYTHON_API, why="In Python, with the package:"),
     Step(WITHOUT_CLLA, why="With transformers alone (the code lies in the checkpoint):"),
     Step("clla eval demo-clla --windows 2 --retrieval-trials 2 --retrieval-context 2048", title="Measure"),
-    Step("clla report demo-clla --html report.html", why="The same as a page to look at:"),
+    Step(
+        "clla report demo-clla --html report.html --samples 1 --max-new-tokens 40 --windows 1",
+        why="The same, and more, as a page to look at:",
+    ),
     Step("clla bench demo-clla --contexts 256,512 --new-tokens 8 --repeats 1"),
     Step(
         "clla compare demo --quick --methods stored,clla --budget 6.25% --windows 1 --context 512 --long-context 1024 "
@@ -97,7 +98,8 @@ STEPS = (
         title="Heal",
         why="Far too few tokens to help; it shows what a run looks like.",
     ),
-    Step("clla push demo-clla someone/demo-clla --dry-run", title="Share"),
+    Step("clla card demo-clla", title="Share"),
+    Step("clla push demo-clla someone/demo-clla --dry-run"),
     Step("clla generate nowhere --prompt hello", 1, title="Mistakes"),
     Step("clla convert nowhere", 1),
     Step("clla convert demo --kv-budget 6.25 -o elsewhere", 2),
