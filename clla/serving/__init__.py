@@ -33,7 +33,7 @@ class EngineConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse what cannot be served.
+        """Refuse what cannot be served; cut prompts as transformers does while several requests share a step.
 
         Raises:
             CllaError: with the reason.
@@ -41,7 +41,11 @@ class EngineConfig:
         from clla.serving.checks import check_engine, check_model
 
         check_engine(version_of_vllm(), vllm_config)
-        check_model(vllm_config.model_config.hf_config)
+        model = vllm_config.model_config
+        check_model(model.hf_config)
+        scheduler = vllm_config.scheduler_config
+        if not scheduler.long_prefill_token_threshold:
+            scheduler.long_prefill_token_threshold = min(model.hf_config.clla["prefill_chunk"], model.max_model_len)
 
 
 def version_of_vllm() -> str:

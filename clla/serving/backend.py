@@ -23,11 +23,13 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec, replace_as
 
+from clla.errors import CllaError
 from clla.serving.attention import GroupReader
 from clla.serving.pages import Batch, read_exact, write_exact
 from clla.serving.window_spec import SinkWindowSpec
 
 EXACT_BLOCK = 16  # tokens a page of exact keys and values
+LARGEST_BLOCK = 512  # tokens a page of latents, unless one exact page is larger
 
 
 class BatchBuilder(AttentionMetadataBuilder[Batch]):
@@ -82,6 +84,7 @@ class WindowBackend(PackedBackend):
     """Of the pages of exact keys and values."""
 
     sinks: ClassVar[int] = 0
+    in_flight: ClassVar[int] = 0
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
@@ -90,7 +93,7 @@ class WindowBackend(PackedBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         if type(spec) is SlidingWindowSpec:
-            return replace_as(spec, SinkWindowSpec, sinks=cls.sinks)
+            return replace_as(spec, SinkWindowSpec, sinks=cls.sinks, in_flight=cls.in_flight)
         return spec
 
 
@@ -101,18 +104,33 @@ class LatentStore(nn.Module, AttentionLayerBase):
         name: in the engine's table of layers.
         row_bytes: of a token, all groups together.
         block: tokens a page.
+        alone: blocks that the longest request may need while it is the only one.
         vllm_config: of the engine.
     """
 
-    def __init__(self, name: str, row_bytes: int, block: int, vllm_config: Any) -> None:
+    def __init__(self, name: str, row_bytes: int, block: int, alone: int, vllm_config: Any) -> None:
         super().__init__()
-        self.row_bytes, self.block = row_bytes, block
+        self.row_bytes, self.block, self.alone = row_bytes, block, alone
         self.kv_cache = torch.tensor([])
         self.impl = None  # type: ignore[assignment]
         vllm_config.compilation_config.static_forward_context[name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return LatentBackend
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the pages [P, 1, b, bytes].
+
+        Raises:
+            CllaError: one long prompt would not fit while it is computed.
+        """
+        if len(kv_cache) <= self.alone:
+            raise CllaError(
+                f"the memory for the cache holds {len(kv_cache)} blocks; a single prompt may need {self.alone}",
+                expected=f"more than {self.alone} blocks",
+                remedy="give the cache more memory, or lower --max-num-batched-tokens or --max-model-len",
+            )
+        super().bind_kv_cache(kv_cache)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
         return FullAttentionSpec(
@@ -125,8 +143,8 @@ class LatentStore(nn.Module, AttentionLayerBase):
         )
 
 
-def latent_block(row_bytes: int, page_bytes: int, layers: int, window_blocks: int) -> int:
-    """Tokens a block of latents.
+def latent_block(row_bytes: int, page_bytes: int, layers: int, window_blocks: int) -> tuple[int, int]:
+    """Tokens a block of latents, and in how many groups the layers' exact pages share such blocks.
 
     The engine's blocks all have the bytes of a latents' block; pages of exact tokens share a block by as many layers as
     fit. Larger blocks fit them better but leave more of a sequence's last block empty: the sum is made small.
@@ -138,13 +156,14 @@ def latent_block(row_bytes: int, page_bytes: int, layers: int, window_blocks: in
         window_blocks: exact blocks of a sequence, each `EXACT_BLOCK` tokens.
     """
 
-    def cost(block: int) -> float:
-        fitting = block * row_bytes // page_bytes
-        if not fitting:
-            return float("inf")
-        return block * row_bytes * (window_blocks * -(-layers // fitting) + 0.5)
+    def groups(block: int) -> int:
+        return -(-layers // (block * row_bytes // page_bytes))
 
-    return min(range(EXACT_BLOCK, 513, EXACT_BLOCK), key=cost)
+    # At least as large as one exact page, beyond that not so large that prefixes are hardly ever shared.
+    smallest = -(-page_bytes // (row_bytes * EXACT_BLOCK)) * EXACT_BLOCK
+    sizes = range(smallest, max(smallest, LARGEST_BLOCK) + 1, EXACT_BLOCK)
+    best = min(sizes, key=lambda block: block * row_bytes * (window_blocks * groups(block) + 0.5))
+    return best, groups(best)
 
 
 class PagedAttention(AttentionImpl):  # type: ignore[type-arg]
@@ -206,6 +225,6 @@ def _all_heads(both: Tensor, group: GroupReader) -> Tensor:
 
 
 @cache
-def window_backend(sinks: int) -> type[WindowBackend]:
-    """Backend of layers whose first `sinks` tokens stay."""
-    return type("WindowBackend", (WindowBackend,), {"sinks": sinks})
+def window_backend(sinks: int, in_flight: int) -> type[WindowBackend]:
+    """Backend of layers whose first `sinks` tokens stay; arguments as of `SinkWindowSpec`."""
+    return type("WindowBackend", (WindowBackend,), {"sinks": sinks, "in_flight": in_flight})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model, maybe_prefix
 
 from clla.errors import UnsupportedModelError
@@ -19,6 +20,7 @@ from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Rope
 from clla.serving.attention import GroupReader
 from clla.serving.backend import EXACT_BLOCK, LatentStore, PagedAttention, latent_block, window_backend
+from clla.serving.self_check import check_one_layer
 
 CODEC, SOURCE = "codec.", "source."
 
@@ -51,19 +53,26 @@ class CllaForCausalLM(nn.Module):
         window = settings["window"] + settings["flush_block"]
         page = EXACT_BLOCK * first.num_kv_heads * 2 * first.head_size * first.kv_cache_torch_dtype.itemsize
         window_blocks = -(-window // EXACT_BLOCK) + 1 + -(-settings["sinks"] // EXACT_BLOCK)
-        block = latent_block(sum(rows), page, len(layers), window_blocks)
-        self.latents = LatentStore(store, sum(rows), block, vllm_config)
+        block, shares = latent_block(sum(rows), page, len(layers), window_blocks)
+        longest = vllm_config.model_config.max_model_len
+        computed = min(longest, window + vllm_config.max_in_flight_tokens)
+        alone = -(-longest // block) + shares * (-(-computed // EXACT_BLOCK) + window_blocks - window // EXACT_BLOCK)
+        self.latents = LatentStore(store, sum(rows), block, alone, vllm_config)
+        chunk = vllm_config.scheduler_config.long_prefill_token_threshold
+        backend = window_backend(settings["sinks"], chunk * vllm_config.max_concurrent_batches)
         rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
         heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
+        self.groups: list[GroupReader] = []
         start = 0
         for spec, module, size in zip(settings["groups"], self.codec.groups, rows, strict=True):
             group = GroupReader(spec, settings, start, module, rope, heads)
             start += size
+            self.groups.append(group)
             names = [layers[i].layer_name for i in group.layers]
             for i in group.layers:
                 layer = layers[i]
                 layer.impl = PagedAttention(layer.impl, i, group, names, store)
-                layer.attn_backend, layer.sliding_window = window_backend(settings["sinks"]), window
+                layer.attn_backend, layer.sliding_window = backend, window
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[T, h] of token ids [T]."""
@@ -97,6 +106,9 @@ class CllaForCausalLM(nn.Module):
 
         loaded = {SOURCE + name for name in self.source.load_weights(of_source())}
         self.codec.load_state_dict(codec)
+        settings = self.config.clla
+        rotary = [m for m in self.source.modules() if isinstance(m, RotaryEmbeddingBase)]
+        check_one_layer(self.groups[0], settings["groups"][0], settings, rotary[0] if rotary else None, EXACT_BLOCK)
         return loaded | {CODEC + name for name in codec}
 
 
@@ -147,5 +159,3 @@ def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: 
             expected="ordinary attention in all layers",
             remedy="run it with transformers: clla generate",
         )
-
-

@@ -19,9 +19,15 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 @dataclass(frozen=True, kw_only=True)
 class SinkWindowSpec(SlidingWindowSpec):
-    """Pages of one layer; `sinks` first tokens of a sequence stay."""
+    """Pages of one layer.
+
+    Attributes:
+        sinks: first tokens of a sequence that stay.
+        in_flight: most tokens of one request that are being computed while it is not the only one.
+    """
 
     sinks: int = 0
+    in_flight: int = 0
 
     @property
     def sink_blocks(self) -> int:
@@ -29,8 +35,18 @@ class SinkWindowSpec(SlidingWindowSpec):
         return -(-self.sinks // self.block_size)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Most blocks that one request holds."""
-        return self.sink_blocks + super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        """Most blocks that one request holds beside others, for the engine to admit it."""
+        tokens = min(max_in_flight_tokens, self.in_flight)
+        return self.sink_blocks + super().max_admission_blocks_per_request(tokens, max_model_len)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes that one request keeps between steps, for the engine's statement of what it can hold.
+
+        What a prompt takes while it is computed comes once, not for each request; that it fits is seen when the pages
+        are allocated (`backend.py`).
+        """
+        held = self.max_admission_blocks_per_request(1, vllm_config.model_config.max_model_len)
+        return held * self.page_size_bytes
 
 
 class SinkWindowManager(SlidingWindowManager):
