@@ -97,6 +97,7 @@ def test_preempted_requests_and_an_engine_of_its_own(fine: Checkpoint, run_engin
             "max_num_batched_tokens": 64,
             "max_num_seqs": 6,
             "num_gpu_blocks_override": 48,
+            "scheduler_reserve_full_isl": False,
             "disable_log_stats": False,
         },
         [prompts, prompts[:2]],
