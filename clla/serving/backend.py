@@ -1,0 +1,230 @@
+"""What vLLM sees of the cache: two kinds of pages, and attention that reads both.
+
+A model's own attention layers keep exact keys and values of a bounded window (`window_spec.py`). One more layer, which
+computes nothing, keeps the packed latents of all layer groups side by side, so that a token costs exactly the bytes of
+the plan and the engine shares, evicts and counts them as it does any cache.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec, replace_as
+
+from clla.errors import CllaError
+from clla.serving.attention import GroupReader
+from clla.serving.pages import Batch, read_exact, write_exact
+from clla.serving.window_spec import SinkWindowSpec
+
+EXACT_BLOCK = 16  # tokens a page of exact keys and values
+LARGEST_BLOCK = 512  # tokens a page of latents, unless one exact page is larger
+
+
+class BatchBuilder(AttentionMetadataBuilder[Batch]):
+    """Makes a step's `Batch` for one kind of pages."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Batch:
+        common, count = common_attn_metadata, common_attn_metadata.num_reqs
+        starts = common.query_start_loc_cpu[: count + 1].tolist()
+        lengths = common.seq_lens[:count].tolist()
+        tokens = starts[-1]
+        parts = [
+            torch.arange(length - (stop - start), length)
+            for start, stop, length in zip(starts, starts[1:], lengths, strict=False)
+        ]
+        positions = torch.cat(parts).to(common.slot_mapping.device)
+        return Batch(starts, lengths, common.block_table_tensor, common.slot_mapping[:tokens].long(), positions)
+
+
+class PackedBackend(AttentionBackend):
+    """Pages that lie beside those of other layers in one block, whatever their sizes."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_builder_cls() -> type[BatchBuilder]:
+        return BatchBuilder
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        return PagedAttention
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)
+
+
+class LatentBackend(PackedBackend):
+    """Of the pages of latents."""
+
+
+class WindowBackend(PackedBackend):
+    """Of the pages of exact keys and values."""
+
+    sinks: ClassVar[int] = 0
+    in_flight: ClassVar[int] = 0
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [EXACT_BLOCK]
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        if type(spec) is SlidingWindowSpec:
+            return replace_as(spec, SinkWindowSpec, sinks=cls.sinks, in_flight=cls.in_flight)
+        return spec
+
+
+class LatentStore(nn.Module, AttentionLayerBase):
+    """The layer that owns the latents' pages.
+
+    Args:
+        name: in the engine's table of layers.
+        row_bytes: of a token, all groups together.
+        block: tokens a page.
+        alone: blocks that the longest request may need while it is the only one.
+        vllm_config: of the engine.
+    """
+
+    def __init__(self, name: str, row_bytes: int, block: int, alone: int, vllm_config: Any) -> None:
+        super().__init__()
+        self.row_bytes, self.block, self.alone = row_bytes, block, alone
+        self.kv_cache = torch.tensor([])
+        self.impl = None  # type: ignore[assignment]
+        vllm_config.compilation_config.static_forward_context[name] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return LatentBackend
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the pages [P, 1, b, bytes].
+
+        Raises:
+            CllaError: one long prompt would not fit while it is computed.
+        """
+        if len(kv_cache) <= self.alone:
+            raise CllaError(
+                f"the memory for the cache holds {len(kv_cache)} blocks; a single prompt may need {self.alone}",
+                expected=f"more than {self.alone} blocks",
+                remedy="give the cache more memory, or lower --max-num-batched-tokens or --max-model-len",
+            )
+        super().bind_kv_cache(kv_cache)
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:
+        return FullAttentionSpec(
+            block_size=self.block,
+            num_kv_heads=1,
+            head_size=self.row_bytes,
+            head_size_v=0,
+            dtype=torch.uint8,
+            state_content_bytes=self.row_bytes,
+        )
+
+
+def latent_block(row_bytes: int, page_bytes: int, layers: int, window_blocks: int) -> tuple[int, int]:
+    """Tokens a block of latents, and in how many groups the layers' exact pages share such blocks.
+
+    The engine's blocks all have the bytes of a latents' block; pages of exact tokens share a block by as many layers as
+    fit. Larger blocks fit them better but leave more of a sequence's last block empty: the sum is made small.
+
+    Args:
+        row_bytes: latents of a token.
+        page_bytes: exact page of one layer.
+        layers: of the model.
+        window_blocks: exact blocks of a sequence, each `EXACT_BLOCK` tokens.
+    """
+
+    def groups(block: int) -> int:
+        return -(-layers // (block * row_bytes // page_bytes))
+
+    # At least as large as one exact page, beyond that not so large that prefixes are hardly ever shared.
+    smallest = -(-page_bytes // (row_bytes * EXACT_BLOCK)) * EXACT_BLOCK
+    sizes = range(smallest, max(smallest, LARGEST_BLOCK) + 1, EXACT_BLOCK)
+    best = min(sizes, key=lambda block: block * row_bytes * (window_blocks * groups(block) + 0.5))
+    return best, groups(best)
+
+
+class PagedAttention(AttentionImpl):  # type: ignore[type-arg]
+    """Takes the place of the attention that the engine made for a layer.
+
+    Args:
+        own: the attention made for it.
+        layer: its number in the model.
+        group: its group.
+        names: the engine's names of the group's layers in order, and of the latents' store.
+    """
+
+    def __init__(self, own: Any, layer: int, group: GroupReader, names: list[str], store: str) -> None:
+        self.num_heads, self.head_size, self.scale = own.num_heads, own.head_size, own.scale
+        self.num_kv_heads = own.num_kv_heads
+        self.layer, self.group, self.names, self.store = layer, group, names, store
+
+    def forward(  # type: ignore[override]
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Batch | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As the engine's own: queries [T, H_q, d], keys and values [T, H, d] into `output` [T, H_q, d]."""
+        if attn_metadata is None:  # a trial run for the engine's memory
+            return output.zero_()
+        context = get_forward_context()
+        batch, layers = attn_metadata, context.no_compile_layers
+        latents = context.attn_metadata[self.store], layers[self.store].kv_cache
+        tokens = batch.starts[-1]
+        write_exact(kv_cache, batch.slots, key[:tokens], value[:tokens])
+        for i, (start, stop) in enumerate(zip(batch.starts, batch.starts[1:], strict=False)):
+            if stop > start:
+                found = self.group.attend(self.layer, query[start:stop], i, (batch, kv_cache), latents, self.scale)
+                output[start:stop] = found.to(output.dtype)
+        if self.layer == self.group.layers[-1]:
+            both = {
+                number: _all_heads(read_exact(layers[name].kv_cache, context.attn_metadata[name].slots), self.group)
+                for number, name in zip(self.group.layers, self.names, strict=True)
+            }
+            self.group.write(both, *latents)
+        return output
+
+
+def _all_heads(both: Tensor, group: GroupReader) -> Tensor:
+    """Keys and values [2H, T, d] of all the model's heads, from those of this rank."""
+    ranks = get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        return both
+    heads = tensor_model_parallel_all_gather(both.unflatten(0, (2, -1)).contiguous(), dim=1)  # [2, ranks·H, T, d]
+    copies = heads.shape[1] // group.kv_heads  # ranks with the same heads, where there are more ranks than heads
+    return heads[:, ::copies].flatten(0, 1)
+
+
+@cache
+def window_backend(sinks: int, in_flight: int) -> type[WindowBackend]:
+    """Backend of layers whose first `sinks` tokens stay; arguments as of `SinkWindowSpec`."""
+    return type("WindowBackend", (WindowBackend,), {"sinks": sinks, "in_flight": in_flight})

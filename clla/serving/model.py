@@ -1,0 +1,161 @@
+"""A converted checkpoint in vLLM: the engine's own class for the source's architecture, on the compressed cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model, maybe_prefix
+
+from clla.errors import UnsupportedModelError
+from clla.modeling.hooks_clla import rope_with, rotary_module
+from clla.modeling.modeling_clla import CodecModule
+from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.rotary_clla import Rope
+from clla.serving.attention import GroupReader
+from clla.serving.backend import EXACT_BLOCK, LatentStore, PagedAttention, latent_block, window_backend
+from clla.serving.self_check import check_one_layer
+
+CODEC, SOURCE = "codec.", "source."
+
+
+class CllaForCausalLM(nn.Module):
+    """The source model as vLLM builds it, its attention layers on latents.
+
+    Args:
+        vllm_config: of the engine.
+        prefix: of the engine's names of layers.
+
+    Raises:
+        UnsupportedModelError: vLLM's class for the source computes its attention otherwise.
+    """
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        settings = config.clla
+        self.config = config
+        self.source = init_vllm_registered_model(
+            vllm_config, prefix=maybe_prefix(prefix, "source"), hf_config=config.text_config
+        )
+        self.codec = CodecModule(config).requires_grad_(False)
+        layers = {extract_layer_index(m.layer_name): m for m in self.source.modules() if isinstance(m, Attention)}
+        _check_layers(layers, settings, config.text_config)
+        first = next(iter(layers.values()))
+        store = maybe_prefix(prefix, "latents.0")  # the engine wants a number in each name
+        rows = [RowLayout(tuple(spec["tier_bits"]), settings["tier_size"]).row_bytes for spec in settings["groups"]]
+        window = settings["window"] + settings["flush_block"]
+        page = EXACT_BLOCK * first.num_kv_heads * 2 * first.head_size * first.kv_cache_torch_dtype.itemsize
+        window_blocks = -(-window // EXACT_BLOCK) + 1 + -(-settings["sinks"] // EXACT_BLOCK)
+        block, shares = latent_block(sum(rows), page, len(layers), window_blocks)
+        longest = vllm_config.model_config.max_model_len
+        computed = min(longest, window + vllm_config.max_in_flight_tokens)
+        alone = -(-longest // block) + shares * (-(-computed // EXACT_BLOCK) + window_blocks - window // EXACT_BLOCK)
+        self.latents = LatentStore(store, sum(rows), block, alone, vllm_config)
+        chunk = vllm_config.scheduler_config.long_prefill_token_threshold
+        backend = window_backend(settings["sinks"], chunk * vllm_config.max_concurrent_batches)
+        rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
+        heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
+        self.groups: list[GroupReader] = []
+        start = 0
+        for spec, module, size in zip(settings["groups"], self.codec.groups, rows, strict=True):
+            group = GroupReader(spec, settings, start, module, rope, heads)
+            start += size
+            self.groups.append(group)
+            names = [layers[i].layer_name for i in group.layers]
+            for i in group.layers:
+                layer = layers[i]
+                layer.impl = PagedAttention(layer.impl, i, group, names, store)
+                layer.attn_backend, layer.sliding_window = backend, window
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """[T, h] of token ids [T]."""
+        return self.source.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Hidden states [T, h] of the flat batch."""
+        return self.source(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def compute_logits(self, hidden_states: Tensor) -> Any:
+        """Logits [T, V]."""
+        return self.source.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Hand the source's weights to the engine's class and keep the codec's; names of all that were loaded."""
+        codec: dict[str, Tensor] = {}
+
+        def of_source() -> Iterable[tuple[str, Tensor]]:
+            for name, weight in weights:
+                if name.startswith(CODEC):
+                    codec[name.removeprefix(CODEC)] = weight
+                else:
+                    yield name.removeprefix(SOURCE), weight
+
+        loaded = {SOURCE + name for name in self.source.load_weights(of_source())}
+        self.codec.load_state_dict(codec)
+        settings = self.config.clla
+        rotary = [m for m in self.source.modules() if isinstance(m, RotaryEmbeddingBase)]
+        check_one_layer(self.groups[0], settings["groups"][0], settings, rotary[0] if rotary else None, EXACT_BLOCK)
+        return loaded | {CODEC + name for name in codec}
+
+
+def own_heads(kv_heads: int, per_rank: int) -> list[int]:
+    """Which of the model's key-value heads this tensor-parallel rank has."""
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    if ranks <= kv_heads:
+        return list(range(rank * per_rank, (rank + 1) * per_rank))
+    return [rank * kv_heads // ranks]
+
+
+def rope_of_config(text: Any, settings: dict[str, Any] | None, dtype: torch.dtype) -> Rope | None:
+    """Rotations of a model of which there is only the config, as transformers makes them.
+
+    Args:
+        text: the source's config.
+        settings: `rope` of the config's `clla` block.
+        dtype: in which the model computes.
+    """
+    if settings is None:
+        return None
+    with torch.device("meta"):  # a skeleton without weights tells which module it is
+        skeleton = rotary_module(AutoModelForCausalLM.from_config(text))
+    assert skeleton is not None, "keys are rotated"
+    return rope_with(type(skeleton)(config=text), settings, like=torch.empty(1, dtype=dtype))
+
+
+def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: Any) -> None:
+    """Refuse attention that is more than a softmax over keys."""
+    kind = text.model_type
+    wanted = {i for spec in settings["groups"] for i in spec["layers"]}
+    reasons = {
+        "its layers are not those of the checkpoint": layers.keys() != wanted,
+        "its logits are soft-capped": any(getattr(m.impl, "logits_soft_cap", None) for m in layers.values()),
+        "its attention has position biases (ALiBi)": any(
+            getattr(m.impl, "alibi_slopes", None) is not None for m in layers.values()
+        ),
+        "its softmax has sinks of its own": any(m.has_sink for m in layers.values()),
+        "its layers have sliding windows": any(m.sliding_window is not None for m in layers.values()),
+        "its keys and values have different sizes": any(m.head_size != m.head_size_v for m in layers.values()),
+        "its heads are not those of the checkpoint": any(
+            m.head_size != settings["kv"]["head_dim"] for m in layers.values()
+        ),
+    }
+    for reason in (reason for reason, found in reasons.items() if found):
+        raise UnsupportedModelError(
+            f"vLLM cannot serve this {kind!r} model on a compressed cache: {reason}",
+            expected="ordinary attention in all layers",
+            remedy="run it with transformers: clla generate",
+        )

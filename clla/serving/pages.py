@@ -1,0 +1,64 @@
+"""Read and write the engine's pages: rows of tokens that lie wherever the block table says.
+
+Shape legend: T tokens, H key-value heads, d head dim, b tokens a block, P blocks of the pool, N bytes a latent row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """What a layer is told about the sequences of one step.
+
+    Attributes:
+        starts: first query of each sequence in the flat batch, and the end.
+        lengths: tokens of each sequence, the new ones included.
+        table: [sequences, blocks] int32, the blocks of this layer's pages.
+        slots: [T] int64, where this layer's new tokens go (block · b + place).
+        positions: [T] int64, of the new tokens.
+        memo: what layers of one group keep for each other within a step.
+    """
+
+    starts: list[int]
+    lengths: list[int]
+    table: Tensor
+    slots: Tensor
+    positions: Tensor
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+def write_exact(pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Put keys and values [T, H, d] into pages [P, H, b, 2d]."""
+    block, place = slots // pages.shape[2], slots % pages.shape[2]
+    pages[block, :, place] = torch.cat((keys, values), dim=-1).to(pages.dtype)
+
+
+def read_exact(pages: Tensor, slots: Tensor) -> Tensor:
+    """Keys and values [2H, T, d] of slots [T] of pages [P, H, b, 2d]."""
+    block, place = slots // pages.shape[2], slots % pages.shape[2]
+    both = pages[block, :, place]  # [T, H, 2d]
+    return torch.cat(both.chunk(2, dim=-1), dim=1).transpose(0, 1)
+
+
+def slots_of(table: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """Slots of the tokens [start, stop) of a sequence whose blocks of `size` tokens are `table` [blocks]."""
+    places = torch.arange(start, stop, device=table.device)
+    return table[places // size].long() * size + places % size
+
+
+def write_rows(pages: Tensor, slots: Tensor, rows: Tensor, first: int) -> None:
+    """Put latent rows [T, N] into pages [P, 1, b, bytes] from byte `first` of a token on."""
+    block, place = slots // pages.shape[2], slots % pages.shape[2]
+    pages[block, 0, place, first : first + rows.shape[1]] = rows
+
+
+def read_rows(pages: Tensor, slots: Tensor, first: int, stop: int) -> Tensor:
+    """Latent rows [T, stop - first] of slots [T] of pages [P, 1, b, bytes]."""
+    block, place = slots // pages.shape[2], slots % pages.shape[2]
+    return pages[block, 0, place, first:stop]

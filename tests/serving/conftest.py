@@ -1,0 +1,123 @@
+"""Checkpoints of pico models, engines in processes of their own, and what transformers answers.
+
+These tests need a virtual environment with vLLM (`make test-vllm`); the ordinary run leaves them out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clla.modeling.modeling_clla import CllaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import byte_tokenizer, pico_config, pico_of
+from helpers import converted_of, plan_of, stats_of
+
+Checkpoint = tuple[Path, CllaForCausalLM]
+NEW = 32  # greedy tokens that are compared
+WORKER = Path(__file__).with_name("engine_worker.py")
+
+
+def prompt(length: int, seed: int, shared: int = 0) -> list[int]:
+    """Random token ids; prompts with the same `shared` begin with the same so many."""
+    first = torch.randint(0, 256, (shared,), generator=torch.Generator().manual_seed(1000))
+    rest = torch.randint(0, 256, (length - shared,), generator=torch.Generator().manual_seed(seed))
+    return torch.cat((first, rest)).tolist()
+
+
+def save(folder: Path, kind: str, bits: int, **extra: Any) -> CllaForCausalLM:
+    """Convert a pico model into a folder: W = 16, 4 sinks, blocks of 4."""
+    source = pico_of(pico_config(kind, **extra))
+    stats = stats_of(source)
+    plan = plan_of(stats, source, bits=bits, window=16, sinks=4, flush_block=4)
+    model = converted_of(source, plan, stats, prefill_chunk=1000)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def coarse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Two bits a component: what is read from latents changes the tokens."""
+    folder = tmp_path_factory.mktemp("coarse")
+    return folder, save(folder, "qwen3", 2, head_dim=32)
+
+
+@pytest.fixture(scope="session")
+def fine(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Sixteen bits: tokens are those of the source, however prompts are cut."""
+    folder = tmp_path_factory.mktemp("fine")
+    return folder, save(folder, "llama", 16, head_dim=32)
+
+
+@torch.no_grad()
+def greedy(model: CllaForCausalLM, ids: list[int], cuts: tuple[int, ...] = ()) -> list[int]:
+    """Greedy tokens of transformers, the prompt cut at the given places."""
+    cache, bounds, logits = model.new_cache(), [0, *cuts, len(ids)], torch.empty(0)
+    for start, stop in itertools.pairwise(bounds):
+        logits = model(torch.tensor([ids[start:stop]]), past_key_values=cache, logits_to_keep=1).logits
+    found: list[int] = []
+    while True:
+        found.append(int(logits[0, -1].argmax()))
+        if len(found) == NEW:
+            return found
+        logits = model(torch.tensor([found[-1:]]), past_key_values=cache).logits
+
+
+@torch.no_grad()
+def greedy_of_source(model: CllaForCausalLM, ids: list[int]) -> list[int]:
+    """Greedy tokens of the model on its own cache."""
+    found: Tensor = model.source.generate(
+        torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=258
+    )
+    return found[0, len(ids) :].tolist()
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For engine processes: little memory, one thread, the plugin as installed."""
+    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {
+        **own,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **more,
+    }
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run an engine on rounds of prompts (see `engine_worker.py`); `log` has what it printed."""
+
+    def run(engine: dict[str, Any], rounds: list[list[list[int]]], *, own_process: bool, **more: Any) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("engine")
+        job = {"engine": engine, "rounds": rounds, "tokens": NEW, **more}
+        (folder / "job.json").write_text(json.dumps(job))
+        done = subprocess.run(
+            [sys.executable, WORKER, folder / "job.json", folder / "result.json"],
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(own_process))),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
+        return {**json.loads((folder / "result.json").read_text()), "log": done.stdout}
+
+    return run
