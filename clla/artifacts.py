@@ -5,7 +5,7 @@ nothing that it rests on has changed.
 
 Shape legend: L convertible layers, K band (largest group size), n = 2·H_kv·d values a token and layer,
 q coordinates in which their moments are kept (n, or fewer for wide models), h hidden size, r rank of a layer group's
-latent.
+latent, H_q query heads, F rotary pairs of a head, p components of a layer group's rotary key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clla.errors import CorruptArtifactError
 from clla.modeling.group_clla import exact_slots, leaving_slots
-from clla.modeling.quantize_clla import RowLayout, tensor_digest
+from clla.modeling.quantize_clla import layout_of, tensor_digest
 
 ARTIFACT_VERSION = 1
 EVICT_BYTES = 6  # a row of a group with a capacity: position (int32) and score (half)
@@ -70,6 +70,9 @@ class Stats:
         reading: [L, q, n]: the coordinates are reading·(y - mean). None where they are y itself.
         writing: [L, n, q]: y is mean + writing·coordinates, but for what the coordinates lack.
         dropped: [L] nats a token that this costs, by second order.
+        query_power: [L, H_q, F], E|q|² of rotary pairs; with the next two only for the `decoupled` key.
+        frequencies: [L, F], radians that a token further turns a pair by; 0 in layers that do not rotate.
+        rotary_channels: [F, 2], channels of a head that make up a pair.
         made_from: hash of source, data and settings.
     """
 
@@ -86,6 +89,9 @@ class Stats:
     reading: Tensor | None = None
     writing: Tensor | None = None
     dropped: Tensor | None = None
+    query_power: Tensor | None = None
+    frequencies: Tensor | None = None
+    rotary_channels: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -121,11 +127,13 @@ class LayerGroup:
         layers: model layer indices.
         tier_bits: bits a component of each coded tier, most important tier first.
         predicted_loss: what the group adds to the plan's loss, in the units of its metric.
+        rope_pairs: which rotary pair of a head each pair of the rotary key turns like; empty unless it is decoupled.
     """
 
     layers: tuple[int, ...]
     tier_bits: tuple[int, ...]
     predicted_loss: float = 0.0
+    rope_pairs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ class Plan:
         at_context: context length in tokens at which the budget holds; None counts latents only.
         kv_itemsize: bytes of one exact key or value component.
         made_from: hash of the stats and settings.
+        rope_bits: bits a component of the rotary keys; None where keys are reconstructed whole.
     """
 
     groups: tuple[LayerGroup, ...]
@@ -163,6 +172,12 @@ class Plan:
     kept_layers: tuple[int, ...] = ()
     kept_window: int = 0
     capacity: int | None = None
+    rope_bits: int | None = None
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether keys are a position-free part from the latent and a rotary key beside it."""
+        return self.rope_bits is not None
 
     @property
     def predicted_loss(self) -> float:
@@ -179,8 +194,9 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """Packed latents of one token, scales included, over all groups."""
-        return sum(RowLayout(group.tier_bits, self.tier_size).row_bytes for group in self.groups)
+        """Packed latents of one token and its rotary keys, scales included, over all groups."""
+        settings = {"tier_size": self.tier_size, "rope_bits": self.rope_bits}
+        return sum(layout_of(asdict(group), settings).row_bytes for group in self.groups)
 
     @property
     def exact_bytes(self) -> float:
@@ -225,11 +241,12 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys."""
         names = {f.name for f in fields(cls)}
-        if lacking := names - data.keys() - {"capacity"}:  # checkpoints made before eviction have none
+        if lacking := names - data.keys() - {"capacity", "rope_bits"}:  # older checkpoints have none
             raise KeyError(", ".join(sorted(lacking)))
         data = {k: v for k, v in data.items() if k in names}
         groups = tuple(
-            LayerGroup(tuple(g["layers"]), tuple(g["tier_bits"]), g["predicted_loss"]) for g in data.pop("groups")
+            LayerGroup(tuple(g["layers"]), tuple(g["tier_bits"]), g["predicted_loss"], tuple(g.get("rope_pairs", ())))
+            for g in data.pop("groups")
         )
         data["kept_layers"] = tuple(data["kept_layers"])
         return cls(groups=groups, kv=KVShape(**data.pop("kv")), **data)
@@ -259,12 +276,23 @@ class GroupCodec:
         offset: [n·|G|] or [h], subtracted before encoding.
         decoder: [|G|, n, r].
         mean: [|G|, n], added after decoding.
+        rope_encoder: [p, h], the rotary key from the attention's input; this and the next two only where keys are
+            decoupled. The decoder's keys are then the position-free parts.
+        rope_mean: [p], added to it.
+        rope_query: [|G|, H, p/2, 2], complex factors by which a query's pair answers each pair of the rotary key.
     """
 
     encoder: Tensor
     offset: Tensor
     decoder: Tensor
     mean: Tensor
+    rope_encoder: Tensor | None = None
+    rope_mean: Tensor | None = None
+    rope_query: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return _tensor_fields(self)
 
 
 @dataclass(frozen=True)
@@ -285,7 +313,7 @@ class Codec:
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat names as in the converted model's state dict: `groups.I.encoder` and so on."""
-        return {f"groups.{i}.{k}": v for i, group in enumerate(self.groups) for k, v in _tensor_fields(group).items()}
+        return {f"groups.{i}.{k}": v for i, group in enumerate(self.groups) for k, v in group.tensors().items()}
 
     def save(self, path: Path) -> None:
         meta = {
@@ -301,11 +329,11 @@ class Codec:
         tensors, meta = load_tensors(path, "codec")
         try:
             groups = tuple(
-                GroupCodec(*(tensors[f"groups.{i}.{k}"] for k in ("encoder", "offset", "decoder", "mean")))
+                GroupCodec(**{k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"groups.{i}.")})
                 for i in range(meta.pop("groups"))
             )
-        except KeyError as error:
-            raise _damaged(path, f"tensor {error} is missing") from error
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, f"no whole codec: {error}") from error
         return cls(groups=groups, **meta)
 
 

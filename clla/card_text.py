@@ -207,6 +207,8 @@ def _weights(facts: Facts) -> str:
     if facts.adapter:
         return "This repository holds the codec alone; the weights are the base model's."
     trained = facts.healing["config"]["train"] if facts.healing else "codec"
+    if facts.plan.decoupled and not facts.healing:
+        return "The weights are those of the source. **Keys are decoupled: of no use before `clla heal` trained them.**"
     if trained == "codec":
         return "The model's weights are those of the source."
     return f"The model was trained briefly against the source (`{trained}`: {_trained(trained)})."

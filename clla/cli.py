@@ -14,6 +14,7 @@ from clla.commands import (
     convert,
     doctor,
     evaluate,
+    export,
     generate,
     heal,
     plan,
@@ -39,6 +40,7 @@ app.command()(card.card)
 app.command()(report.report)
 app.command()(push.push)
 app.command()(doctor.doctor)
+app.command()(export.export)
 app.add_typer(recipes_app, name="recipes")
 recipes_app.command()(recipes.ls)
 recipes_app.command()(recipes.show)

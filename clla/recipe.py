@@ -105,6 +105,18 @@ class PlanConfig(_Section):
     source: Literal["group", "first"] = Field(
         "group", description="latent from all layers of the group, or from the first layer's input (CLLA as published)"
     )
+    key: Literal["reconstruct", "decoupled"] = Field(
+        "reconstruct",
+        description="keys decoded whole and then rotated, or in two parts: a short rotary key cached beside the "
+        "latent, and a position-free rest (needs source 'first', no window, no sinks, and healing)",
+    )
+    rope_components: int | None = Field(
+        None, ge=8, description="values of a layer group's rotary key, a multiple of 8; default: the head dim"
+    )
+    rope_bits: int = Field(6, description="bits a value of the rotary key")
+    layout: Literal["free", "deepseek"] = Field(
+        "free", description="'deepseek' keeps decoupled keys within what DeepseekV3 can express (clla export)"
+    )
     max_group_size: int = Field(6, ge=1, le=64, description="most layers that share a latent")
     bits: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6, 8), description="bit widths a component may take")
     tier_size: int = Field(8, description="neighbouring components that share a bit width")
@@ -121,10 +133,17 @@ class PlanConfig(_Section):
             raise ValueError(f"expected some of {sorted(WORD_BITS)}")
         return tuple(sorted(set(value)))
 
-    @field_validator("tier_size")
+    @field_validator("rope_bits")
     @classmethod
-    def _packable(cls, value: int) -> int:
-        if value <= 0 or value % 8:
+    def _known_width(cls, value: int) -> int:
+        if value not in WORD_BITS:
+            raise ValueError(f"expected one of {sorted(WORD_BITS)}")
+        return value
+
+    @field_validator("tier_size", "rope_components")
+    @classmethod
+    def _packable(cls, value: int | None) -> int | None:
+        if value is not None and (value <= 0 or value % 8):
             raise ValueError("expected a multiple of 8")
         return value
 

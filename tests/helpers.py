@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from clla.calibrate.collect import Collector, collect
 from clla.calibrate.positions import rope_settings
 from clla.cli import app
 from clla.convert.assemble import attach, clla_block
+from clla.convert.decouple import DecoupledSpectra, uncentred
 from clla.convert.factor import make_codec
 from clla.convert.surrogates import weigh
 from clla.families import kv_shape, split_layers
@@ -30,7 +32,9 @@ def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def stats_of(model: PreTrainedModel, *, band: int = 4, with_inputs: bool = True, batches: int = 8) -> Stats:
+def stats_of(
+    model: PreTrainedModel, *, band: int = 4, with_inputs: bool = True, with_queries: bool = False, batches: int = 8
+) -> Stats:
     """Moments from random tokens, enough for full-rank covariances."""
     layers, _ = split_layers(model.config)
     collector = Collector(
@@ -40,6 +44,7 @@ def stats_of(model: PreTrainedModel, *, band: int = 4, with_inputs: bool = True,
         band=band,
         rope=rope_settings(model, layers),
         with_inputs=with_inputs,
+        with_queries=with_queries,
     )
     return collect(collector, [tokens(4, 64, seed) for seed in range(batches)], made_from="test")
 
@@ -93,6 +98,42 @@ def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_ch
         prefill_chunk=prefill_chunk,
     )
     return attach(model, codec, block)
+
+
+def strict_of(
+    model: PreTrainedModel,
+    stats: Stats,
+    *,
+    groups: tuple[tuple[int, ...], ...] = (),
+    components: int | None = None,
+    bits: int = 16,
+    rope_bits: int = 16,
+    rank: int | None = None,
+    layout: bool = False,
+) -> tuple[CllaForCausalLM, Plan]:
+    """The pico model with decoupled keys: all components, full rank and 16 bits unless told otherwise.
+
+    `layout` keeps to what DeepseekV3 can express.
+    """
+    assert stats.frequencies is not None
+    groups = groups or tuple((layer,) for layer in stats.layers)
+    every = 2 * stats.kv.num_key_value_heads * stats.frequencies.shape[1]
+    spectra = DecoupledSpectra(
+        uncentred(stats) if layout else stats,
+        source="first",
+        components=components or every,
+        context=64,
+        once=layout,
+    )
+    plan = plan_of(stats, model, bits=bits, groups=groups, source="first", window=0, sinks=0, rank=rank)
+    built = tuple(
+        replace(group, rope_pairs=spectra.split(stats.layers.index(group.layers[0]), len(group.layers)).pairs)
+        for group in plan.groups
+    )
+    plan = replace(plan, groups=built, rope_bits=rope_bits)
+    codec = make_codec(spectra, plan, spectra.stats)
+    block = clla_block(plan, rope=rope_settings(model, stats.layers), kv_dtype=torch.float32, prefill_chunk=24)
+    return attach(model, codec, block), plan
 
 
 def kept_bytes(owner: object) -> int:

@@ -233,7 +233,9 @@ def test_a_header_without_a_field_is_refused(kind: str, key: str, tmp_path: Path
         loader(kind)(path)
 
 
-@pytest.mark.parametrize("key", [f.name for f in fields(Plan) if f.name != "capacity"] + ["version", "sha256"])
+@pytest.mark.parametrize(
+    "key", [f.name for f in fields(Plan) if f.name not in ("capacity", "rope_bits")] + ["version", "sha256"]
+)
 def test_a_plan_without_a_field_is_refused(key: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     make_plan().save(path)

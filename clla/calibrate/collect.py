@@ -24,8 +24,10 @@ from clla.artifacts import KVShape, Stats
 from clla.calibrate.checkpoints import Checkpoints
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments
+from clla.calibrate.queries import QueryPower
 from clla.errors import DatasetError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
+from clla.modeling.observe_clla import listening
 from clla.modeling.rotary_clla import Rotation
 from clla.passing import RecordingCache
 
@@ -40,6 +42,7 @@ class Tap:
         hidden: what the attention got, [B, T, h].
         states: keys after RoPE and values, [B, H, T, d] each.
         gradients: of the loss, with respect to the same.
+        query: [B, H_q, T, d] after RoPE, where queries are listened to.
     """
 
     layer: int
@@ -47,6 +50,7 @@ class Tap:
     hidden: Tensor | None = None
     states: tuple[Tensor, Tensor] | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    query: Tensor | None = None
 
     def watch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Note keys and values, and hand on their like whose gradients, if any are formed, will be noted."""
@@ -108,6 +112,13 @@ class ProbeCache(RecordingCache):
         tap = self.taps.get(layer_idx)
         return (key_states, value_states) if tap is None else tap.watch(key_states, value_states)
 
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
+    ) -> Tensor:
+        if layer_idx in self.taps:
+            self.taps[layer_idx].query = query.detach()
+        return plain()
+
 
 class Collector:
     """Accumulates `Stats` batch by batch.
@@ -120,6 +131,7 @@ class Collector:
         skip_positions: first positions of each sequence left out (attention sinks are outliers).
         rope: from `rope_settings`.
         with_inputs: also collect the attention inputs' moments (for the `first` source).
+        with_queries: also collect the strength of queries (for the `decoupled` key).
         seed: of the sampled labels.
         metric_every: the metric is taken from every so many-th batch, the first among them.
         checkpointing: run layers again in the backward pass: `auto` where their activations would not fit.
@@ -135,6 +147,7 @@ class Collector:
         rope: dict[str, Any] | None,
         skip_positions: int = 8,
         with_inputs: bool = False,
+        with_queries: bool = False,
         seed: int = 0,
         metric_every: int = 1,
         checkpointing: str = "auto",
@@ -148,6 +161,7 @@ class Collector:
         self.metric = BandedMoments(count, n, band=1)
         self.inputs = BandedMoments(count, hidden, band=1) if with_inputs else None
         self.cross = BandedMoments(count, hidden, band=band, right_dim=n) if with_inputs else None
+        self.queries = QueryPower(model, layers, rope) if with_queries else None
         self.seed = seed
         self.attention = attention_modules(model)
         self.checkpoints = Checkpoints(model, checkpointing)
@@ -176,14 +190,17 @@ class Collector:
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            options: dict[str, Any] = {"use_cache": True, CACHE: ProbeCache(self.model.config, taps)}
+            cache = ProbeCache(self.model.config, taps)
+            options: dict[str, Any] = {"use_cache": True, CACHE: cache}
+            listener = cache if self.queries is not None else None
             if with_gradients:
                 with torch.enable_grad(), self.checkpoints.active(input_ids.numel()):
-                    logits = self.model(input_ids=input_ids, **options).logits
+                    with listening(listener):
+                        logits = self.model(input_ids=input_ids, **options).logits
                     self._top = sampled_label_gradient(logits, batch_generator(self.seed, number), out=self._top)
                     logits.backward(self._top)
             else:
-                with torch.no_grad():
+                with torch.no_grad(), listening(listener):
                     self.model(input_ids=input_ids, **options, **fewest_logits(self.model))
         finally:
             for handle in handles:
@@ -203,6 +220,9 @@ class Collector:
             hidden = [self._rows(tap.hidden) for tap in taps]  # [N, h] each
             self.inputs.add(hidden)
             self.cross.add(hidden, values)
+        if self.queries is not None:
+            for number, tap in enumerate(taps):
+                self.queries.add(number, tap.query, self.skip)
 
     def rows(self, taps: list[Tap]) -> list[Tensor]:
         """Keys before RoPE and values of each layer, [N, n]."""
@@ -220,6 +240,8 @@ class Collector:
         for moments in (self.moments, self.metric, self.inputs, self.cross):
             if moments is not None:
                 moments.join(device)
+        if self.queries is not None:
+            self.queries.join(device)
 
     def stats(self, made_from: str) -> Stats:
         """The moments so far.
@@ -229,9 +251,9 @@ class Collector:
         """
         if self.moments.count == 0:
             raise DatasetError("no calibration tokens were read", remedy="pass a longer --dataset")
-        inputs: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {} if self.queries is None else self.queries.tensors()
         if self.inputs is not None and self.cross is not None:
-            inputs = {
+            inputs |= {
                 "input_mean": self.inputs.mean(),
                 "input_covariance": self.inputs.covariance()[:, 0],
                 "input_cross": self.cross.covariance(),

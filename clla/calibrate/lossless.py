@@ -26,7 +26,7 @@ TOKENS, CHUNK, WINDOW = 48, 12, 8
 SAME, ROUNDINGS = 0.01, 3.0
 
 
-class _Raw:
+class RawLayout:
     """Stands for `RowLayout`, but keeps every bit of fp32."""
 
     def __init__(self, values: int) -> None:
@@ -126,7 +126,7 @@ def _through_the_cache(
     codec = SimpleNamespace(encoder=eye, offset=zeros, decoder=eye[None], mean=zeros[None])
     cache = CllaCache(config, SimpleNamespace(groups=[codec] * len(layers)), rope_of(model, rope))
     for group in cache.groups:
-        group.layout = _Raw(kv.values)  # type: ignore[assignment]
+        group.layout = RawLayout(kv.values)
     return converted(ids, past_key_values=cache).logits
 
 

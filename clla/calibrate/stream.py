@@ -27,8 +27,10 @@ from clla.calibrate.checkpoints import replaced
 from clla.calibrate.collect import ProbeCache, Tap, batch_generator, fewest_logits, tap_hook, token_rows
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import folded_product
+from clla.calibrate.queries import QueryPower
 from clla.errors import DatasetError, UnsupportedModelError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
+from clla.modeling.observe_clla import listening
 from clla.passing import RecordingCache
 from clla.placement import decoder_layers
 
@@ -172,6 +174,7 @@ class StreamedCollector:
         rope: from `rope_settings`.
         skip_positions: first positions of each sequence left out.
         with_inputs: also collect the attention inputs' moments (for the `first` source).
+        with_queries: also collect the strength of queries (for the `decoupled` key).
         seed: of the sampled labels.
         metric_every: the metric is taken from every so many-th batch, the first among them.
         basis: q; more values a layer are reduced to so many coordinates.
@@ -188,6 +191,7 @@ class StreamedCollector:
         rope: dict[str, Any] | None,
         skip_positions: int = 8,
         with_inputs: bool = False,
+        with_queries: bool = False,
         seed: int = 0,
         metric_every: int = 1,
         basis: int | None = None,
@@ -198,6 +202,7 @@ class StreamedCollector:
         self.basis = basis if basis is not None and basis < kv.values else None
         self.metric_every = metric_every
         self.rope = rope_of(model, rope)
+        self.queries = QueryPower(model, layers, rope) if with_queries else None
         self.stack, self.spill = LayerStack(model), Spill(folder)
         self.attention = attention_modules(model)
         self.device = model.device
@@ -270,10 +275,13 @@ class StreamedCollector:
                     metric += gradient.mT @ gradient
                     rows += len(gradient)
                 self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.skip).float())
+                if self.queries is not None:
+                    self.queries.add(own, tap.query, self.skip)
                 if self.with_inputs:
                     self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.skip).float())
             if own is not None:
                 count = self._finish(found, own, metric / rows, len(batches))
+        found |= {} if self.queries is None else self.queries.tensors()
         return Stats(layers=self.layers, kv=self.kv, tokens=count, made_from=made_from, **found)
 
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
@@ -286,8 +294,8 @@ class StreamedCollector:
             taps[number] = tap
             handles.append(self.attention[number].register_forward_pre_hook(tap_hook(tap), with_kwargs=True))
         try:
-            with torch.set_grad_enabled(with_gradient):
-                cache = ProbeCache(self.model.config, taps)
+            cache = ProbeCache(self.model.config, taps)
+            with torch.set_grad_enabled(with_gradient), listening(cache if self.queries is not None else None):
                 out = self.stack.run(number, hidden, tuple(ids.shape), cache)
             if with_gradient:
                 out.backward(self.spill.get(f"gradient-{b}").to(out.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -169,6 +170,7 @@ def convert(
                         "predicted_kl": done.predicted_kl,
                         "measured": done.report.to_json() if done.report else None,
                         "healing": done.healing.to_json() if done.healing else None,
+                        "needs_healing": done.needs_healing,
                     }
                 )
             )
@@ -180,6 +182,11 @@ def convert(
             console.say(f"Wrote {plan_file if dry_run else folder}")
             if not dry_run:
                 console.say(f"A page about it: clla report {folder}")
+            if done.needs_healing and not dry_run:
+                console.say(
+                    f"Decoupled keys NEED HEALING before this model is of use: clla heal {shlex.quote(str(folder))}\n"
+                    "(clla convert … --heal does both at once)"
+                )
             pushed, failed = _pushed(folder, target, private=private)
             if pushed is not None:
                 console.say(f"Uploaded to {pushed.url}, commit {pushed.commit[:12]}")

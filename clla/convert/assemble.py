@@ -44,8 +44,8 @@ def attach(model: PreTrainedModel, codec: Codec, block: dict[str, Any]) -> CllaF
         converted = CllaForCausalLM(config)
     converted.source = model
     for module, group in zip(converted.codec.groups, codec.groups, strict=True):
-        for name in ("encoder", "offset", "decoder", "mean"):
-            stored = getattr(group, name).to(getattr(torch, block["kv_dtype"]))  # as the checkpoint will hold it
+        for name, tensor in group.tensors().items():
+            stored = tensor.to(getattr(torch, block["kv_dtype"]))  # as the checkpoint will hold it
             value = stored.to(device=model.device, dtype=model.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
     converted.watch_source()

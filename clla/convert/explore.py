@@ -94,6 +94,12 @@ class Explorer:
     """
 
     def __init__(self, kept: Kept, recipe: Recipe) -> None:
+        if recipe.plan.key == "decoupled":
+            raise UsageError(
+                "plans of decoupled keys from kept statistics",
+                expected="plan.key 'reconstruct'",
+                remedy=f"clla convert MODEL --work-dir {kept.path.parent} --dry-run with this recipe",
+            )
         self.kept, self.recipe = kept, recipe
         if needs_inputs(recipe.plan.metric, recipe.plan.source) and kept.shapes.input_mean is None:
             raise UsageError(

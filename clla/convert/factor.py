@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clla.artifacts import Codec, GroupCodec, Plan, Stats
+from clla.convert.decouple import DecoupledSpectra
 from clla.convert.quantize import ERROR_SHARE
 from clla.convert.spectra import CPU, Spectra, assemble
 
@@ -33,8 +34,14 @@ def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[
         start, size = stats.layers.index(group.layers[0]), len(group.layers)
         codec = factor(spectra, start, size, len(group.tier_bits) * plan.tier_size)  # in the moments' coordinates
         shares = error_shares(group.tier_bits, plan.tier_size)
-        error = error_covariance(codec, stats, start, size, source=spectra.source, shares=shares, device=spectra.device)
+        aims, first = stats, start
+        if isinstance(spectra, DecoupledSpectra):
+            aims, first = spectra.of_group(start, size), 0
+            kl += spectra.turning_kl(start, size)
+        error = error_covariance(codec, aims, first, size, source=spectra.source, shares=shares, device=spectra.device)
         kl += predicted_kl(error, stats.fisher[start : start + size].to(spectra.device))
+        if isinstance(spectra, DecoupledSpectra):
+            codec = spectra.rotary(codec, start, size)
         groups.append(lift(codec, stats, start, size, source=spectra.source))
         on_step()
     if stats.dropped is not None:

@@ -178,6 +178,7 @@ def heal_and_measure(
 def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torch.device) -> HealConfig:
     """Fill in the defaults that depend on budget, device and calibration text."""
     share = plan.row_bytes * (1 - (recipe.budget.evict or 0)) / plan.source_bytes_per_token
+    share = 0.0 if plan.decoupled else share  # these start far from the source, whatever their size
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
     on_cpu = device.type == "cpu"
     batch_tokens = config.batch_tokens or max(BATCH_TOKENS["cpu" if on_cpu else "cuda"], config.sequence_length)

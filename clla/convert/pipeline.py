@@ -79,6 +79,11 @@ class Conversion:
     model: CllaForCausalLM | None
     healing: Healing | None = None
 
+    @property
+    def needs_healing(self) -> bool:
+        """Whether it is not to be used before it is trained: a decoupled key is too far from the source's."""
+        return self.plan.decoupled and self.healing is None
+
 
 def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     """Convert a model from its name to a checkpoint on disk.

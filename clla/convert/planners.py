@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from clla.artifacts import EVICT_BYTES, LayerGroup, Plan, Stats, digest, encoded_slots, exact_bytes_of
+from clla.convert.decouple import DecoupledSpectra
 from clla.convert.outline import Outline, outlined_partition
 from clla.convert.plan import Candidate, Choice, Segment, candidate, every_segment, solve, uniform_segments
 from clla.convert.quantize import SCALE_BITS
 from clla.convert.spectra import Spectra
 from clla.eigen import EXACT
 from clla.errors import UsageError
+from clla.modeling.quantize_clla import ROPE_TIER, RowLayout
 from clla.recipe import PlanConfig, Recipe, parse_budget
 
 WINDOWS = (128, 64, 32, 16)
@@ -196,9 +198,17 @@ def make_plan(
             Room(bits, 8 * EVICT_BYTES),
         )
 
+    if isinstance(spectra, DecoupledSpectra):
+        room = Room(bits, rotary_bits(config, spectra, bits))
+
     def plan_of(choices: Choices) -> Plan:
         groups = tuple(
-            LayerGroup(tuple(stats.layers[start : start + size]), choice.bits, choice.loss)
+            LayerGroup(
+                tuple(stats.layers[start : start + size]),
+                choice.bits,
+                choice.loss,
+                spectra.split(start, size).pairs if isinstance(spectra, DecoupledSpectra) else (),
+            )
             for (start, size), choice in choices.items()
         )
         return Plan(
@@ -216,6 +226,7 @@ def make_plan(
             kept_layers=kept_layers,
             kept_window=kept_window,
             capacity=capacity,
+            rope_bits=config.rope_bits if isinstance(spectra, DecoupledSpectra) else None,
         )
 
     def damage(choices: Choices) -> float:
@@ -226,6 +237,25 @@ def make_plan(
         return measure(plan_of(choices))
 
     return plan_of(PLANNERS[config.planner](spectra, config, room, on_step, damage))
+
+
+def rotary_bits(config: PlanConfig, spectra: DecoupledSpectra, bits: int) -> int:
+    """What every group's rotary key takes, of the `bits` a token that there are for all groups.
+
+    Raises:
+        UsageError: even the fewest groups leave nothing for latents.
+    """
+    tiers = spectra.components // ROPE_TIER
+    own = 8 * RowLayout((config.rope_bits,) * tiers, ROPE_TIER).row_bytes
+    groups = -(-len(spectra.stats.layers) // config.max_group_size)
+    least = groups * (own + min(config.bits) * config.tier_size + SCALE_BITS)
+    if bits < least:
+        raise UsageError(
+            f"{bits // 8} bytes a token do not hold {groups} rotary keys of {own // 8} bytes and their latents",
+            expected=f"at least {-(-least // 8)} bytes",
+            remedy="raise --kv-budget or plan.max_group_size, or lower plan.rope_components or plan.rope_bits",
+        )
+    return own
 
 
 def candidates_of(

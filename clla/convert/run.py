@@ -32,6 +32,7 @@ from clla.calibrate.positions import rope_settings
 from clla.calibrate.stream import StreamedCollector
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
+from clla.convert.decouple import DecoupledSpectra, settle_decoupled
 from clla.convert.factor import make_codec
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS
 from clla.convert.kept_spectra import save_spectra, spectra_file
@@ -61,6 +62,7 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
         UsageError: the budget does not fit the model.
     """
     longest = min(getattr(source.config, "max_position_embeddings", None) or 4096, MAX_DEFAULT_CONTEXT)
+    recipe = settle_decoupled(recipe, head_dim=source.kv.head_dim)
     recipe = settle_budget(recipe, source_bytes=source.bytes_per_token, context=longest, layers=len(source.layers))
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
     batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
@@ -93,9 +95,12 @@ class Run:
         inputs = needs_inputs(plan.metric, plan.source)
         calibration = recipe.calibration.model_dump(mode="json")
         text = fingerprint(recipe.calibration.dataset)
+        self.with_queries = plan.key == "decoupled"
+        queries = ("queries",) if self.with_queries else ()
         self.stats_key = digest(
-            source.revision, calibration, text, hold_out, plan.max_group_size, inputs, recipe.runtime.compute_dtype
-        )
+            source.revision, calibration, text, hold_out, plan.max_group_size, inputs, recipe.runtime.compute_dtype,
+            *queries,
+        )  # fmt: skip
         self.plan_key = plan_digest(self.stats_key, recipe)
 
     def model(self) -> PreTrainedModel:
@@ -151,6 +156,7 @@ class Run:
             "skip_positions": calibration.skip_positions,
             "rope": self.rope,
             "with_inputs": needs_inputs(plan.metric, plan.source),
+            "with_queries": self.with_queries,
             "seed": calibration.seed,
             "metric_every": calibration.metric_every,
         }
@@ -238,7 +244,8 @@ class Run:
             )
         if PartialState().is_main_process:
             plan.save(path)
-            save_spectra(self.work / spectra_file(self.stats_key, config), spectra, self.stats_key)
+            if not isinstance(spectra, DecoupledSpectra):  # of which eigenvalues alone are not enough to plan again
+                save_spectra(self.work / spectra_file(self.stats_key, config), spectra, self.stats_key)
         return plan
 
     def damage(self, stats: Stats, spectra: Spectra) -> Callable[[Plan], float]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clla.artifacts import Stats
+from clla.convert.decouple import NEAR, DecoupledSpectra, uncentred
 from clla.convert.spectra import CPU, RIDGE, Spectra
 from clla.errors import UsageError
 from clla.recipe import Recipe
@@ -88,8 +89,20 @@ def projections(stats: Stats) -> tuple[Tensor, Tensor, Tensor]:
 
 def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
     """Weighted moments as the recipe's metric wants them, to be computed with on a device."""
-    power = recipe.plan.metric_power if recipe.plan.metric == "fisher" else 0.0
-    return Spectra(surrogate_stats(stats, recipe.plan.metric), power=power, source=recipe.plan.source, device=device)
+    plan = recipe.plan
+    power, weighed = plan.metric_power if plan.metric == "fisher" else 0.0, surrogate_stats(stats, plan.metric)
+    if plan.key == "reconstruct":
+        return Spectra(weighed, power=power, source=plan.source, device=device)
+    assert plan.rope_components is not None, "the recipe is not resolved"
+    return DecoupledSpectra(
+        uncentred(weighed) if plan.layout == "deepseek" else weighed,
+        power=power,
+        source=plan.source,
+        device=device,
+        components=plan.rope_components,
+        context=NEAR,
+        once=plan.layout == "deepseek",
+    )
 
 
 def needs_inputs(metric: str, source: str) -> bool:

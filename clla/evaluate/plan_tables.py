@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby
 
 from rich.table import Table
 
 from clla.artifacts import Plan
-from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.quantize_clla import RowLayout, layout_of
 
 
 def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
@@ -19,11 +20,12 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
     for group in plan.groups:
         first, last = group.layers[0], group.layers[-1]
         layout = RowLayout(group.tier_bits, plan.tier_size)
+        packed = layout_of(asdict(group), {"tier_size": plan.tier_size, "rope_bits": plan.rope_bits})
         table.add_row(
             f"{first}–{last}" if first != last else str(first),
             str(layout.rank),
             bit_runs(layout),
-            str(layout.row_bytes),
+            str(packed.row_bytes),
             f"{100 * group.predicted_loss / total:.1f} %",
         )
     at, rows_kept = plan.at_context, plan.capacity
@@ -34,6 +36,9 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
         ("latents", f"{plan.row_bytes:,} bytes a token ({100 * plan.row_bytes / source:.2f} %)"),
         ("exact", f"window {plan.window} (+{plan.flush_block}), {plan.sinks} sinks: {plan.exact_bytes:,.0f} bytes"),
     ]
+    if plan.decoupled:
+        count = 2 * len(plan.groups[0].rope_pairs)
+        rows.append(("rotary keys", f"{count} components a group of {plan.rope_bits} bits, counted with the latents"))
     if rows_kept is not None:
         rows.append(("eviction", f"a group keeps at most {rows_kept:,} latents, the most attended"))
     if at is not None:

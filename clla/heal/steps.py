@@ -16,10 +16,16 @@ from clla.heal.student import Distiller
 
 
 def component_sizes(distiller: Distiller) -> list[tuple[Tensor, Tensor]]:
-    """The codec's encoders [r, m] and decoders [G, n, r], with the root mean square of each component's part."""
+    """The codec's encoders [r, m] and decoders [G, n, r], with the root mean square of each component's part.
+
+    Likewise of rotary keys: their encoders [p, m], and what answers them, [G, H, p/2, 2].
+    """
     found: list[tuple[Tensor, Tensor]] = []
     for group in distiller.groups:
-        for tensor, others in ((group.codec.encoder, (1,)), (group.codec.decoder, (0, 1))):
+        parts = [(group.codec.encoder, (1,)), (group.codec.decoder, (0, 1))]
+        if group.rope_pairs:
+            parts += [(group.codec.rope_encoder, (1,)), (group.codec.rope_query, (0, 1, 3))]
+        for tensor, others in parts:
             size = whole(tensor.detach()).square().mean(others, keepdim=True).sqrt()
             found.append((tensor, cut_like(size, tensor)))
     return found

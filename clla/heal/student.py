@@ -21,12 +21,13 @@ from transformers import Cache, PreTrainedModel
 from clla.errors import UnsupportedModelError
 from clla.heal.attention import View, mixed_attention
 from clla.heal.losses import chunked_kl, kl_of_logits
+from clla.modeling.absorbed_clla import decoded_rows, rotary_key, split_query, with_unread
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.hooks_clla import CACHE, attention_modules, logits_head, rope_of
 from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
 from clla.modeling.observe_clla import is_observed, listen, observed
-from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.quantize_clla import JoinedLayout, RowLayout, layout_of
 from clla.modeling.rotary_clla import Rotation
 from clla.passing import RecordingCache
 
@@ -42,21 +43,26 @@ class GroupOnSequence:
         codec: the group's, trained.
         layout: of its packed rows.
         heads: H.
+        rope_pairs: of the rotary key; empty where keys are decoded whole.
     """
 
     layers: tuple[int, ...]
     codec: GroupCodecModule
-    layout: RowLayout
+    layout: RowLayout | JoinedLayout
     heads: int
+    rope_pairs: tuple[int, ...] = ()
 
     def encode_kv(self, kv: dict[int, tuple[Tensor, Tensor]], rotation: Rotation | None) -> Tensor:
         """Latents of the group's keys after RoPE and values, by layer as `RecordingCache` notes them."""
         layers = {layer: torch.cat(kv[layer], dim=1) for layer in self.layers}
-        return self.encode(before_rope(layers, rotation, self.heads))
+        return self.encode(before_rope(layers, rotation, self.heads), rotation)
 
-    def encode(self, inputs: Tensor) -> Tensor:
-        """Latents [B, T, r] of inputs [B, T, n·G or h], rounded as the cache would hold them."""
+    def encode(self, inputs: Tensor, rotation: Rotation | None) -> Tensor:
+        """Latents [B, T, r] of inputs [B, T, n·G or h], rounded as the cache would hold them; rotary keys behind."""
         latents = encode(inputs, self.codec)
+        if self.rope_pairs:
+            assert rotation is not None
+            latents = torch.cat((latents, rotary_key(inputs, self.codec, self.rope_pairs, rotation)), dim=-1)
         return latents + (self.layout.rounded(latents.detach()) - latents.detach())
 
     def decode(
@@ -66,6 +72,41 @@ class GroupOnSequence:
         index = self.layers.index(layer)
         both = decode(latents, self.codec, index, rotation, self.heads, dtype, layer=layer)
         return both[:, : self.heads], both[:, self.heads :]
+
+    def attend(
+        self,
+        latents: Tensor,
+        layer: int,
+        query: Tensor,
+        exact: tuple[Tensor, Tensor],
+        rotation: Rotation | None,
+        view: View,
+        scaling: float,
+    ) -> Tensor:
+        """Attention [B, T, H_q, d] of one layer.
+
+        Args:
+            latents: from `encode`.
+            layer: of the model.
+            query: [B, H_q, T, d], after RoPE.
+            exact: keys after RoPE and values, [B, H, T, d] each; decoupled keys do without.
+            rotation: to the positions.
+            view: which tokens are seen exactly.
+            scaling: of the logits.
+        """
+        if not self.rope_pairs:
+            decoded = self.decode(latents, layer, rotation, exact[0].dtype)
+            return mixed_attention(query, exact, decoded, view, scaling)
+        assert rotation is not None
+        index, rank = self.layers.index(layer), latents.shape[-1] - 2 * len(self.rope_pairs)
+        turn = None if layer in rotation.plain_layers else rotation
+        parts = split_query(query, self.codec, index, self.rope_pairs, turn, rotation)
+        keys, values = decoded_rows(latents, self.codec, index, self.heads, rank, query.dtype)
+        out = nn.functional.scaled_dot_product_attention(
+            torch.cat(parts, dim=-1), keys, values, is_causal=True, scale=scaling,
+            enable_gqa=keys.shape[1] != query.shape[1],
+        )  # fmt: skip
+        return with_unread(out[..., : query.shape[-1]].transpose(1, 2), *exact)
 
 
 class SequenceCache(RecordingCache):
@@ -95,7 +136,7 @@ class SequenceCache(RecordingCache):
     def observe(self, layer: int, hidden: Tensor) -> None:
         """Take the attention input [B, T, h] of a group's first layer (`first` source)."""
         number = self.group_of[layer]
-        self.latents[number] = self.groups[number].encode(hidden)
+        self.latents[number] = self.groups[number].encode(hidden, self.rotation)
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
@@ -104,8 +145,9 @@ class SequenceCache(RecordingCache):
             return plain()
         self.attended.add(layer_idx)
         number = self.group_of[layer_idx]
-        decoded = self.groups[number].decode(self.latents[number], layer_idx, self.rotation, key.dtype)
-        return mixed_attention(query, (key, value), decoded, self.view, scaling)
+        return self.groups[number].attend(
+            self.latents[number], layer_idx, query, (key, value), self.rotation, self.view, scaling
+        )
 
 
 def trainable_copy(model: PreTrainedModel, train: str) -> PreTrainedModel:
@@ -165,8 +207,9 @@ class Distiller(nn.Module):
             GroupOnSequence(
                 tuple(spec["layers"]),
                 module,  # type: ignore[arg-type]
-                RowLayout(tuple(spec["tier_bits"]), settings["tier_size"]),
+                layout_of(spec, settings),
                 settings["kv"]["num_key_value_heads"],
+                tuple(spec.get("rope_pairs") or ()),
             )
             for spec, module in zip(settings["groups"], student.codec.groups, strict=True)
         ]

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from clla.heal.attention import View, drawn_view, mixed_attention
+from clla.heal.attention import View, drawn_view
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller, GroupOnSequence, hidden_states
 from clla.modeling.observe_clla import listen
@@ -65,13 +65,14 @@ def group_error(
     group: GroupOnSequence, targets: TargetCache, rotation: Rotation | None, view: View, *, first: bool
 ) -> Tensor:
     """Mean squared error of the group's attention outputs relative to their mean square, averaged over its layers."""
-    latents = group.encode(targets.inputs[group.layers[0]]) if first else group.encode_kv(targets.kv, rotation)
+    if first:
+        latents = group.encode(targets.inputs[group.layers[0]], rotation)
+    else:
+        latents = group.encode_kv(targets.kv, rotation)
     errors = []
     for layer in group.layers:
         query, wanted = targets.queries[layer], targets.outputs[layer].float()
-        keys, values = targets.kv[layer]
-        decoded = group.decode(latents, layer, rotation, keys.dtype)
-        found = mixed_attention(query, (keys, values), decoded, view, targets.scaling[layer])
+        found = group.attend(latents, layer, query, targets.kv[layer], rotation, view, targets.scaling[layer])
         errors.append((found.float() - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12))
     return torch.stack(errors).mean()
 

@@ -20,6 +20,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from .decode_clla import Workspace
+from .decoupled_clla import DecoupledGroup
 from .group_clla import LatentGroup, Step, leaving_slots, reading_tokens
 from .observe_clla import Attention
 from .rotary_clla import Rope
@@ -100,7 +101,7 @@ class CllaCache(Cache):
         if max_length is not None:
             room = leaving_slots(max_length, settings["window"], settings["flush_block"])
         self.groups = [
-            LatentGroup(spec, settings, module, self.timeline, room)
+            (DecoupledGroup if spec.get("rope_pairs") else LatentGroup)(spec, settings, module, self.timeline, room)
             for spec, module in zip(settings["groups"], codec.groups, strict=True)
         ]
         kept = DynamicCache(config=config.text_config).layers if settings["kept_layers"] else []
@@ -176,6 +177,11 @@ class CllaCache(Cache):
         if group is None:
             self._lent = self._lent or layer_idx not in self.kept
             return plain()
+        if isinstance(group, DecoupledGroup):
+            if not isinstance(plain, Attention) or not group.handed_out(key, value):
+                raise ValueError("this model changes its keys behind its cache: convert with plan.key 'reconstruct'")
+            most = reading_tokens(group.heads, group.head_dim, query.shape[1])
+            return group.attend_decoupled(layer_idx, query, (key, value), plain, scaling, most)
         if group.reading:
             return group.attend(layer_idx, query, scaling)
         if group.capacity is not None:

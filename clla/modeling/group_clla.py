@@ -19,7 +19,7 @@ from .decode_clla import LatentRows, Workspace
 from .decode_triton_clla import on_gpu
 from .evict_clla import best, observed_weight
 from .pack_triton_clla import pack_rows
-from .quantize_clla import RowLayout
+from .quantize_clla import RowLayout, layout_of
 from .rotary_clla import Rotation
 from .timeline_clla import Timeline
 
@@ -66,7 +66,7 @@ class LatentGroup:
     """Storage of one layer group.
 
     Args:
-        spec: `layers` and `tier_bits` of the group.
+        spec: `layers`, `tier_bits` and `rope_pairs` of the group.
         settings: the config's `clla` block (window, sinks, flush_block, tier_size, source, kv, …).
         codec: module with `encoder`, `offset`, `decoder`, `mean` (see `clla.artifacts.GroupCodec`).
         timeline: shared slots and positions.
@@ -77,7 +77,7 @@ class LatentGroup:
         self, spec: "dict[str, Any]", settings: "dict[str, Any]", codec: Any, timeline: Timeline, room: "Optional[int]"
     ) -> None:
         self.layers = list(spec["layers"])
-        self.layout = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
+        self.layout: Any = layout_of(spec, settings)
         self.window, self.sinks, self.block = settings["window"], settings["sinks"], settings["flush_block"]
         self.first = settings["source"] == "first"
         self.capacity: Optional[int] = settings.get("capacity")
@@ -120,6 +120,10 @@ class LatentGroup:
         """Whether the attention of this forward pass reads latents."""
         return self._step is not None
 
+    def _hand_out(self, keys: Tensor, values: Tensor) -> "tuple[Tensor, Tensor]":
+        self._handed = (_place(keys), _place(values))
+        return keys, values
+
     def handed_out(self, keys: Tensor, values: Tensor) -> bool:
         """Whether these are the tensors that `update` gave last, untouched."""
         return self._handed == (_place(keys), _place(values))
@@ -128,11 +132,15 @@ class LatentGroup:
     def observe(self, hidden: Tensor) -> None:
         """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
         held = self._storage(hidden)
-        rows = self._packed(encode(hidden.to(held.rows.device), self.codec))
+        rows = self._packed(self._encode(hidden.to(held.rows.device)))
         if self.strict:
             self._append(held, rows)
         else:
             self._incoming_rows = rows
+
+    def _encode(self, hidden: Tensor) -> Tensor:
+        """What a row holds, of attention inputs [B, T, h]."""
+        return encode(hidden, self.codec)
 
     # One forward pass: `begin` (where latents are read), `update` and `attend` of every layer, `settle`.
 
@@ -168,9 +176,7 @@ class LatentGroup:
             if not self.strict:
                 self._settle(held, new.shape[2])
         both = both.to(keys.device)
-        keys, values = both[:, : self.heads], both[:, self.heads :]
-        self._handed = (_place(keys), _place(values))
-        return keys, values
+        return self._hand_out(both[:, : self.heads], both[:, self.heads :])
 
     @torch.inference_mode()
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, Callable, Optional
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -24,16 +25,20 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def rope_of(model: Any, settings: "Optional[dict[str, Any]]") -> Optional[Rope]:
+def rope_of(
+    model: Any, settings: "Optional[dict[str, Any]]", *, dtype: "Optional[torch.dtype]" = None
+) -> Optional[Rope]:
     """How the model rotates the keys of its layers with full attention.
 
     Args:
         model: the source.
         settings: `form` and `plain_layers`, as in the config's `clla` block; None where no key is rotated.
+        dtype: of cosines and sines; the model's unless given.
     """
     if settings is None:
         return None
-    return rope_with(rotary_module(model), settings, like=next(model.get_input_embeddings().parameters())[:1])
+    like = next(model.get_input_embeddings().parameters())[:1].to(dtype)
+    return rope_with(rotary_module(model), settings, like=like)
 
 
 def rope_with(rotary: Any, settings: "dict[str, Any]", *, like: Tensor) -> Rope:
@@ -52,11 +57,13 @@ def logits_head(model: Any) -> "Callable[[Tensor], Tensor]":
     """Logits [..., V] of final hidden states [..., h], as the model makes them."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)  # Granite divides
+    factor = getattr(config, "logit_scale", None)  # Cohere multiplies
     cap = getattr(config, "final_logit_softcapping", None)
 
     def logits(hidden: Tensor) -> Tensor:
         found = head(hidden)
         found = found if scaling is None else found / scaling
+        found = found if factor is None else found * factor
         return found if cap is None else (found / cap).tanh() * cap
 
     return logits

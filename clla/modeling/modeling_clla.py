@@ -23,7 +23,7 @@ from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
 from .hooks_clla import CACHE, attention_modules, rope_of
 from .observe_clla import LISTENER, is_observed, listening, observed
-from .quantize_clla import RowLayout, tensor_digest
+from .quantize_clla import tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
 HUB_KEYWORDS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
@@ -31,14 +31,22 @@ SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_h
 
 
 class GroupCodecModule(nn.Module):
-    """Encoder [r, n·G or h] with its offset, decoder [G, n, r] with its mean, of one layer group."""
+    """Encoder [r, n·G or h] with its offset, decoder [G, n, r] with its mean, of one layer group.
 
-    def __init__(self, layers: int, inputs: int, values: int, rank: int) -> None:
+    Where keys are decoupled also the encoder [p, h] and mean [p] of its rotary key, and how each key-value head's
+    queries answer it, [G, H, p/2, 2].
+    """
+
+    def __init__(self, layers: int, inputs: int, values: int, rank: int, heads: int = 0, rotary: int = 0) -> None:
         super().__init__()
         self.encoder = nn.Parameter(torch.zeros(rank, inputs))
         self.offset = nn.Parameter(torch.zeros(inputs))
         self.decoder = nn.Parameter(torch.zeros(layers, values, rank))
         self.mean = nn.Parameter(torch.zeros(layers, values))
+        if rotary:
+            self.rope_encoder = nn.Parameter(torch.zeros(rotary, inputs))
+            self.rope_mean = nn.Parameter(torch.zeros(rotary))
+            self.rope_query = nn.Parameter(torch.zeros(layers, heads, rotary // 2, 2))
 
 
 class CodecModule(nn.Module):
@@ -47,12 +55,13 @@ class CodecModule(nn.Module):
     def __init__(self, config: CllaConfig) -> None:
         super().__init__()
         settings, groups = config.clla, []
-        values = 2 * settings["kv"]["num_key_value_heads"] * settings["kv"]["head_dim"]
+        heads = settings["kv"]["num_key_value_heads"]
+        values = 2 * heads * settings["kv"]["head_dim"]
         for spec in settings["groups"]:
             layers = len(spec["layers"])
             inputs = config.text_config.hidden_size if settings["source"] == "first" else values * layers
-            rank = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"]).rank
-            groups.append(GroupCodecModule(layers, inputs, values, rank))
+            rank, rotary = len(spec["tier_bits"]) * settings["tier_size"], 2 * len(spec.get("rope_pairs") or ())
+            groups.append(GroupCodecModule(layers, inputs, values, rank, heads, rotary))
         self.groups = nn.ModuleList(groups)
 
 
@@ -83,7 +92,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         own = self.source.config._attn_implementation
         if own in AttentionInterface() and not is_observed(own):
             self.source.set_attn_implementation(observed(own))
-        elif not is_observed(own) and self.config.clla.get("capacity") is not None:
+        elif not is_observed(own) and (
+            self.config.clla.get("capacity") is not None or self.config.clla.get("rope_bits") is not None
+        ):
             observed(own)  # says why it cannot
         if self.config.clla["source"] != "first":
             return

@@ -57,7 +57,10 @@ def observed(implementation: str) -> str:
     name = PREFIX + implementation
     if name not in AttentionInterface():
         if implementation not in AttentionInterface():
-            raise ValueError(f"eviction cannot observe attn_implementation={implementation!r}: load with 'sdpa'")
+            raise ValueError(
+                f"attn_implementation={implementation!r} cannot be observed, which eviction and decoupled keys need: "
+                "load with 'sdpa'"
+            )
         own = AttentionInterface()[implementation]
         AttentionInterface.register(name, _observing(own))
         AttentionMaskInterface.register(name, AttentionMaskInterface()[implementation])
@@ -80,10 +83,18 @@ class Attention:
         own, module, tensors, mask, kwargs = self._call
         return own(module, *tensors, mask, **kwargs)[0]
 
-    def over(self, key: Tensor, value: Tensor) -> Tensor:
-        """The same attention over other keys and values of the same shapes."""
-        own, module, (query, *_), mask, kwargs = self._call
-        return own(module, query, key, value, mask, **kwargs)[0]
+    def over(
+        self, key: Tensor, value: Tensor, *, query: "Optional[Tensor]" = None, scaling: "Optional[float]" = None
+    ) -> Tensor:
+        """The same attention over other keys and values; of another width with a query and the scale of its logits."""
+        own, module, (first, *_), mask, kwargs = self._call
+        kwargs = kwargs if scaling is None else {**kwargs, "scaling": scaling}
+        return own(module, first if query is None else query, key, value, mask, **kwargs)[0]
+
+    @property
+    def mask(self) -> Any:
+        """What the model masks; None where it leaves that to the attention function."""
+        return self._call[3]
 
     @property
     def ordinary(self) -> bool:

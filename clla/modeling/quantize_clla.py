@@ -16,7 +16,7 @@ Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
 
 import hashlib
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.104
 # Bits that are read together, by width: whole codes, few enough that a table of all their values is small.
 WORD_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 7: 7, 8: 8, 16: 16}
 WIDE_BITS = 8  # of this width the first components do not share a scale with the rest; 16 bits never clip
+ROPE_TIER = 8  # components of a rotary key come in multiples of it
 SCALE_STEPS_PER_OCTAVE = 8
 SCALE_BIAS = 128
 _TABLES: "dict[tuple[int, torch.dtype, torch.device], Tensor]" = {}
@@ -106,6 +107,52 @@ class RowLayout:
         for bits, first, stop in self.classes:
             parts.append(dequantize(*quantize(latents[..., first:stop], bits), bits).to(latents.dtype))
         return torch.cat(parts, dim=-1)
+
+
+class JoinedLayout:
+    """A row of two parts side by side: a latent, and a rotary key behind it.
+
+    Args:
+        latent: layout of the first part.
+        rotary: of the second.
+    """
+
+    def __init__(self, latent: RowLayout, rotary: RowLayout) -> None:
+        self.parts = (latent, rotary)
+        self.rank, self.row_bytes = latent.rank + rotary.rank, latent.row_bytes + rotary.row_bytes
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """As `RowLayout.pack`."""
+        return torch.cat([part.pack(x) for part, x in zip(self.parts, self._split(latents), strict=True)], dim=-1)
+
+    def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32, *, out: "Optional[Tensor]" = None) -> Tensor:
+        """As `RowLayout.unpack`."""
+        latents = rows.new_empty(*rows.shape[:-1], self.rank, dtype=dtype) if out is None else out
+        found = rows.split([part.row_bytes for part in self.parts], dim=-1)
+        for part, own, place in zip(self.parts, found, self._split(latents), strict=True):
+            part.unpack(own, out=place)
+        return latents
+
+    def rounded(self, latents: Tensor) -> Tensor:
+        """As `RowLayout.rounded`."""
+        return torch.cat([part.rounded(x) for part, x in zip(self.parts, self._split(latents), strict=True)], dim=-1)
+
+    def _split(self, latents: Tensor) -> "tuple[Tensor, ...]":
+        return latents.split([part.rank for part in self.parts], dim=-1)
+
+
+def layout_of(spec: "dict[str, Any]", settings: "dict[str, Any]") -> "RowLayout | JoinedLayout":
+    """Layout of a token's row in one layer group.
+
+    Args:
+        spec: `tier_bits` of the group, and `rope_pairs` where its key is decoupled.
+        settings: `tier_size`, and `rope_bits`.
+    """
+    latent = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
+    width = 2 * len(spec.get("rope_pairs") or ())
+    if not width:
+        return latent
+    return JoinedLayout(latent, RowLayout((settings["rope_bits"],) * (width // ROPE_TIER), ROPE_TIER))
 
 
 def quantize(x: Tensor, bits: int) -> "tuple[Tensor, Tensor]":

@@ -62,6 +62,17 @@ class Rotation(NamedTuple):
         """Of the tokens [start, stop) alone."""
         return self._replace(cos=self.cos[:, start:stop], sin=self.sin[:, start:stop])
 
+    def pairs(self, index: "tuple[int, ...]") -> "tuple[Tensor, Tensor]":
+        """Cosines and sines [B or 1, T, P] of some of the rotary pairs of a head."""
+        places = [2 * i if self.interleaved else i for i in index]
+        return self.cos[..., places], self.sin[..., places]
+
+    def channels(self, x: Tensor, index: "tuple[int, ...]") -> "tuple[Tensor, Tensor]":
+        """Both channels [..., P] of some of the rotary pairs of heads [..., d]."""
+        half = self.cos.shape[-1] // 2
+        places = [2 * i if self.interleaved else i for i in index]
+        return x[..., places], x[..., [i + (1 if self.interleaved else half) for i in places]]
+
     def rotate(self, keys: Tensor, layer: "Optional[int]" = None) -> Tensor:
         """Keys [B, H, T, d] of a layer, rotated."""
         if layer in self.plain_layers:

@@ -1,0 +1,113 @@
+"""What one layer group keeps of its tokens where keys are decoupled: latents and rotary keys in one row, nothing exact.
+
+The model's own keys and values are not looked at. Its attention is replaced by one over the rows (`absorbed_clla.py`),
+so it must run through a function that the cache observes.
+
+Shape legend: B sequences, T tokens, K rows, H_q query heads, d head dim, r rank, p components of the rotary key.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .absorbed_clla import (
+    absorbed_query,
+    absorbed_sums,
+    decoded_rows,
+    decoded_sums,
+    rotary_key,
+    seen_by,
+    split_query,
+    with_unread,
+)
+from .group_clla import LatentGroup
+from .observe_clla import Attention
+from .rotary_clla import Rotation
+
+
+class DecoupledGroup(LatentGroup):
+    """Storage of one layer group with decoupled keys; arguments as of `LatentGroup`."""
+
+    def __init__(self, spec: "dict[str, Any]", settings: "dict[str, Any]", *args: Any) -> None:
+        self.pairs = tuple(spec["rope_pairs"])
+        self.rank = len(spec["tier_bits"]) * settings["tier_size"]
+        super().__init__(spec, settings, *args)
+
+    def reset(self) -> None:
+        super().reset()
+        self._read: Optional[Tensor] = None  # [B, K, r + p], rows as the layers of one forward pass read them
+        self._attended: set[int] = set()  # layers that have
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
+        """Hand the model its keys and values back, only to see whether they reach its attention."""
+        self._storage(keys)
+        return self._hand_out(keys, values)
+
+    def attend_decoupled(
+        self, layer: int, query: Tensor, unread: "tuple[Tensor, Tensor]", plain: Attention, scaling: float, most: int
+    ) -> Tensor:
+        """Attention [B, T, H_q, d] of queries [B, H_q, T, d] after RoPE to all rows.
+
+        Args:
+            layer: of the model.
+            query: its queries.
+            unread: its own keys and values, which nothing is made of.
+            plain: the attention that the model would compute.
+            scaling: of the logits.
+            most: up to so many queries are absorbed, where attention is ordinary and no gradient is wanted.
+        """
+        index, home, tokens = self.layers.index(layer), query.device, query.shape[2]
+        rows, like = self._rows_read(), self._turn(tokens)
+        self._attended.add(layer)
+        turn = None if layer in like.plain_layers else like
+        still, rotary = split_query(query.to(rows.device), self.codec, index, self.pairs, turn, like)
+        if torch.is_grad_enabled() or tokens > most or not plain.ordinary:
+            keys, values = decoded_rows(rows, self.codec, index, self.heads, self.rank, query.dtype)
+            both = torch.cat((still, rotary), dim=-1)
+            out = plain.over(keys.to(home), values.to(home), query=both.to(home), scaling=scaling)
+            out = with_unread(out[..., : self.head_dim], *unread)
+        else:
+            (for_keys, for_values), mean = self.codec.decoder[index].chunk(2), self.codec.mean[index].chunk(2)[1]
+            seen = seen_by(plain.mask, tokens, rows.shape[1], rows.device)
+            sums = absorbed_sums(absorbed_query(still, rotary, for_keys), rows, self.rank, seen, scaling)
+            out = decoded_sums(sums, for_values, mean, self.heads).to(home, query.dtype)
+        if layer == self.layers[-1]:
+            self._read = None
+        return out
+
+    def settle(self) -> None:
+        """After a forward pass.
+
+        Raises:
+            ValueError: the attention that should have read the rows was not seen.
+        """
+        if self._attended != set(self.layers):
+            raise ValueError(
+                "this model computes its attention where it cannot be observed: convert with plan.key 'reconstruct', "
+                "or load with attn_implementation 'sdpa'"
+            )
+        self._attended = set()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._read, self._attended = None, set()
+
+    def _encode(self, hidden: Tensor) -> Tensor:
+        rotation = self._turn(hidden.shape[1])
+        return torch.cat((super()._encode(hidden), rotary_key(hidden, self.codec, self.pairs, rotation)), dim=-1)
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        return self.layout.pack(latents)
+
+    def _rows_read(self) -> Tensor:
+        if self._read is None:
+            assert self.held is not None
+            self._read = self.layout.unpack(self.held.rows[:, : self.kept], self.codec.decoder.dtype)
+        return self._read
+
+    def _turn(self, count: int) -> Rotation:
+        """The rotation to the `count` newest slots."""
+        found = self.timeline.rotation(self.timeline.length, self.timeline.length + count)
+        assert found is not None, "keys are rotated"
+        return found
