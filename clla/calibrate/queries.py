@@ -68,7 +68,8 @@ class QueryPower:
 
     def join(self, device: torch.device) -> None:
         """Add up the sums of all processes; `device` talks to the others."""
-        like = next(total for total in self._sums if total is not None)
+        heads = self.model.config.get_text_config().num_attention_heads
+        like = torch.zeros(heads, len(self.steps), dtype=torch.float64)  # of a process that saw nothing
         for number, total in enumerate(self._sums):
             own = torch.zeros_like(like) if total is None else total
             self._sums[number] = reduce(own.to(device), reduction="sum").cpu()
