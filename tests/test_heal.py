@@ -491,7 +491,7 @@ def test_schedules_measure_at_the_end_and_never_stand_still(steps: int, evaluati
 
 @pytest.mark.parametrize(("share", "trained"), [(0.125, "codec"), (0.0625, "all"), (0.02, "all")])
 def test_defaults_follow_the_budget_and_the_batch(share: float, trained: str) -> None:
-    plan: Any = SimpleNamespace(row_bytes=share * 1000, source_bytes_per_token=1000)
+    plan: Any = SimpleNamespace(row_bytes=share * 1000, source_bytes_per_token=1000, decoupled=False)
     recipe = Recipe().override({"calibration": {"dataset": "a.txt"}})
     found = {d: resolve_healing(HealConfig(), plan, recipe, torch.device(d)) for d in ("cpu", "cuda")}
     for config in found.values():
