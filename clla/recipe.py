@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import WORD_BITS
+from clla.recipes import builtin_recipes
 from clla.revision import COMMIT
 
 RECIPE_VERSION = 1
@@ -303,12 +303,6 @@ def parse_budget(text: str, *, source_bytes: float) -> float:
             remedy="the built-in recipes use 12.5, 6.25, 3 and 2 %",
         )
     return bytes_per_token
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """Names and files of the recipes that ship with the package."""
-    folder = Path(str(resources.files("clla") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(name_or_path: str) -> Recipe:

@@ -21,7 +21,8 @@ from clla.convert.checkpoint import finished_directory, write_checkpoint
 from clla.convert.healing_text import healing_text
 from clla.errors import CllaError, CorruptArtifactError
 from clla.load import Checkpoint, load_checkpoint
-from clla.recipe import HealConfig, builtin_recipes
+from clla.recipe import HealConfig
+from clla.recipes import builtin_recipes
 
 SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "512", "--window", "16",
          "--kv-budget", "25%", "--no-report"]  # fmt: skip

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from clla.errors import UsageError
-from clla.recipe import RECIPE_VERSION, Provenance, Recipe, builtin_recipes, load_recipe, parse_budget
+from clla.recipe import RECIPE_VERSION, Provenance, Recipe, load_recipe, parse_budget
+from clla.recipes import builtin_recipes
 
 SOURCE = 23_040.0
 

@@ -9,7 +9,15 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import OUTPUT, RUN, Device, errors, integers, start
+from clla.commands.shared import (
+    DTYPES,
+    OUTPUT,
+    RUN,
+    Device,
+    errors,
+    integers,
+    start,
+)
 from clla.errors import UsageError
 
 SHAPE = "A shape instead of a checkpoint"
@@ -54,7 +62,9 @@ def bench(
     static: Annotated[bool, typer.Option("--static", help="Tell the converted cache its length beforehand.")] = False,
     seed: Annotated[int, typer.Option(help="Of tokens and random weights.")] = 0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES, rich_help_panel=RUN)
+    ] = "auto",
     plot: Annotated[Optional[Path], typer.Option(help="Draw speed against context.", rich_help_panel=OUTPUT)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
@@ -86,7 +96,7 @@ def bench(
             print(json.dumps(report.to_json()))
             return
         for table in report.tables():
-            console.wide(160).print(table)
+            console.show(table)
         if plot is not None:
             console.say(f"Wrote {plot}")
 

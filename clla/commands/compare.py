@@ -62,7 +62,7 @@ def compare(
             print(json.dumps(result.to_json()))
             return
         for table in result.tables():
-            console.wide(180).print(table)
+            console.show(table)
         console.say(f"Wrote {output}: comparison.json, .csv, .png and .svg")
 
 

@@ -12,14 +12,20 @@ import typer
 from clla import console
 from clla.commands.shared import (
     CALIBRATION,
+    DTYPES,
     HEAL,
     OUTPUT,
+    PLACEMENTS,
     PLAN,
+    PLANNERS,
     RUN,
+    SOURCES,
+    TRAINED,
     Device,
     Tracker,
     as_object,
     errors,
+    recipe_names,
     show_error,
     show_healing,
     start,
@@ -33,7 +39,12 @@ def convert(
         Optional[Path], typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT)
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="Built-in recipe or YAML file; other options override it.", rich_help_panel=PLAN)
+        str,
+        typer.Option(
+            help="Built-in recipe or YAML file; other options override it.",
+            rich_help_panel=PLAN,
+            autocompletion=recipe_names,
+        ),
     ] = "balanced",
     kv_budget: Annotated[
         Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
@@ -52,9 +63,19 @@ def convert(
         Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
     ] = None,
     bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
-    source: Annotated[Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)] = None,
+    source: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Latent source: group or first.",
+            rich_help_panel=PLAN,
+            autocompletion=SOURCES,
+        ),
+    ] = None,
     planner: Annotated[
-        Optional[str], typer.Option(help="dynamic, uniform, cluster, pyramid or kvsharer.", rich_help_panel=PLAN)
+        Optional[str],
+        typer.Option(
+            help="dynamic, uniform, cluster, pyramid or kvsharer.", rich_help_panel=PLAN, autocompletion=PLANNERS
+        ),
     ] = None,
     dataset: Annotated[
         Optional[str],
@@ -74,11 +95,13 @@ def convert(
         Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)
     ] = None,
     heal_train: Annotated[
-        Optional[str], typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL)
+        Optional[str],
+        typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL, autocompletion=TRAINED),
     ] = None,
     tracker: Tracker = None,
     dtype: Annotated[
-        Optional[str], typer.Option(help="Compute dtype: auto, float32, bfloat16.", rich_help_panel=RUN)
+        Optional[str],
+        typer.Option(help="Compute dtype: auto, float32, bfloat16.", rich_help_panel=RUN, autocompletion=DTYPES),
     ] = None,
     device: Device = "auto",
     dry_run: Annotated[
@@ -94,7 +117,11 @@ def convert(
     report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
     placement: Annotated[
         Optional[str],
-        typer.Option(help="device, spread (over GPUs) or stream (layers from disk).", rich_help_panel=RUN),
+        typer.Option(
+            help="device, spread (over GPUs) or stream (layers from disk).",
+            rich_help_panel=RUN,
+            autocompletion=PLACEMENTS,
+        ),
     ] = None,
     max_shard_size: Annotated[
         Optional[str], typer.Option(help="Of the weight files, e.g. '5GB'.", rich_help_panel=OUTPUT)
@@ -176,7 +203,7 @@ def convert(
             )
         else:
             for table in plan_tables(done.plan, done.predicted_kl) + (done.report.tables() if done.report else []):
-                console.results.print(table)
+                console.show(table)
             if done.healing is not None:
                 show_healing(done.healing, done.report)
             console.say(f"Wrote {plan_file if dry_run else folder}")

@@ -8,7 +8,13 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import Device, errors, integers, start
+from clla.commands.shared import (
+    DTYPES,
+    Device,
+    errors,
+    integers,
+    start,
+)
 
 
 def evaluate(
@@ -28,7 +34,7 @@ def evaluate(
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source."""
@@ -55,4 +61,4 @@ def evaluate(
             print(json.dumps(report.to_json()))
             return
         for table in report.tables():
-            console.results.print(table)
+            console.show(table)

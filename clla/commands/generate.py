@@ -8,7 +8,12 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import Device, errors, start
+from clla.commands.shared import (
+    DTYPES,
+    Device,
+    errors,
+    start,
+)
 from clla.errors import UsageError
 
 
@@ -24,7 +29,7 @@ def generate(
         Optional[int], typer.Option(min=1, help="Old tokens that each new one reads in full; default: all.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES)] = "auto",
 ) -> None:
     """Generate text with the compressed cache."""
     with errors():

@@ -9,7 +9,18 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import HEAL, OUTPUT, RUN, Device, Tracker, errors, show_healing, start
+from clla.commands.shared import (
+    DTYPES,
+    HEAL,
+    OUTPUT,
+    RUN,
+    TRAINED,
+    Device,
+    Tracker,
+    errors,
+    show_healing,
+    start,
+)
 
 
 def heal(
@@ -18,7 +29,10 @@ def heal(
         Optional[Path], typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT)
     ] = None,
     tokens: Annotated[Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)] = None,
-    train: Annotated[Optional[str], typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL)] = None,
+    train: Annotated[
+        Optional[str],
+        typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL, autocompletion=TRAINED),
+    ] = None,
     codec_lr: Annotated[Optional[float], typer.Option(help="Learning rate of the codec.", rich_help_panel=HEAL)] = None,
     weight_lr: Annotated[
         Optional[float], typer.Option(help="Learning rate of the weights.", rich_help_panel=HEAL)
@@ -54,7 +68,9 @@ def heal(
     ] = None,
     tracker: Tracker = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES, rich_help_panel=RUN)
+    ] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last saved step.", rich_help_panel=RUN)
     ] = False,

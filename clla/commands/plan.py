@@ -9,7 +9,14 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import OUTPUT, PLAN, errors
+from clla.commands.shared import (
+    OUTPUT,
+    PLAN,
+    SOURCES,
+    errors,
+    one_of,
+    recipe_names,
+)
 from clla.errors import UsageError
 
 SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
@@ -18,7 +25,12 @@ SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
 def plan(
     statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.")],
     recipe: Annotated[
-        str, typer.Option(help="Built-in recipe or YAML file; other options override it.", rich_help_panel=PLAN)
+        str,
+        typer.Option(
+            help="Built-in recipe or YAML file; other options override it.",
+            rich_help_panel=PLAN,
+            autocompletion=recipe_names,
+        ),
     ] = "balanced",
     kv_budget: Annotated[
         Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
@@ -37,9 +49,21 @@ def plan(
         Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
     ] = None,
     bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
-    source: Annotated[Optional[str], typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN)] = None,
+    source: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Latent source: group or first.",
+            rich_help_panel=PLAN,
+            autocompletion=SOURCES,
+        ),
+    ] = None,
     planner: Annotated[
-        Optional[str], typer.Option(help="dynamic, uniform, cluster or pyramid.", rich_help_panel=PLAN)
+        Optional[str],
+        typer.Option(
+            help="dynamic, uniform, cluster or pyramid.",
+            rich_help_panel=PLAN,
+            autocompletion=one_of("dynamic", "uniform", "cluster", "pyramid"),
+        ),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Plan several budgets and compare them.", rich_help_panel=PLAN)
@@ -106,7 +130,7 @@ def _one(explorer: Any, chosen: Any, plot: Path | None, save: Path | None, as_js
         print(json.dumps({**summary(chosen.budget.kv_budget, found), "plan": found.to_json()}))
         return
     for table in plan_tables(found, None):
-        console.results.print(table)
+        console.show(table)
     console.results.print(f"predicted loss {found.predicted_loss:.4g} in the metric's units")
 
 
@@ -137,4 +161,4 @@ def _sweep(explorer: Any, recipes: list[Any], plot: Path | None, as_json: bool) 
             f"{row['mean_bits']:.2f}",
             f"{row['predicted_loss']:.4g}",
         )
-    console.results.print(table)
+    console.show(table)

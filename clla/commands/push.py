@@ -43,7 +43,7 @@ def push(
             print(json.dumps(_as_json(what, outgoing, done)))
             return
         for table in _tables(what, outgoing):
-            console.results.print(table)
+            console.show(table)
         if done is None:
             console.say("Nothing was sent")
             return

@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 
 from clla import console
-from clla.commands.shared import errors
+from clla.commands.shared import (
+    errors,
+    recipe_names,
+)
 from clla.errors import UsageError
 
 
@@ -19,17 +22,18 @@ def ls() -> None:
     with errors():
         from rich.table import Table
 
-        from clla.recipe import builtin_recipes, load_recipe
+        from clla.recipe import load_recipe
+        from clla.recipes import builtin_recipes
 
         table = Table("name", "KV budget", "description")
         for name in builtin_recipes():
             recipe = load_recipe(name)
             table.add_row(name, recipe.budget.kv_budget, recipe.description)
-        console.results.print(table)
+        console.show(table)
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="Recipe name or YAML file.")] = "balanced",
+    name: Annotated[str, typer.Argument(help="Recipe name or YAML file.", autocompletion=recipe_names)] = "balanced",
     schema: Annotated[bool, typer.Option("--schema", help="Print all fields with their meaning.")] = False,
 ) -> None:
     """Print a recipe with every default filled in."""
@@ -40,12 +44,12 @@ def show(
 
 
 def cp(
-    name: Annotated[str, typer.Argument(help="Built-in recipe.")],
+    name: Annotated[str, typer.Argument(help="Built-in recipe.", autocompletion=recipe_names)],
     destination: Annotated[Path, typer.Argument(help="File or directory.")] = Path("."),
 ) -> None:
     """Copy a built-in recipe to start your own from."""
     with errors():
-        from clla.recipe import builtin_recipes
+        from clla.recipes import builtin_recipes
 
         builtin = builtin_recipes()
         if name not in builtin:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Optional
 
@@ -11,9 +11,29 @@ import typer
 
 from clla import console
 from clla.errors import CllaError, UsageError
+from clla.recipes import builtin_recipes
 
 CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …", rich_help_panel=RUN)]
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """Completion of an option that takes one of some words."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Completion of a built-in recipe's name."""
+    return [name for name in builtin_recipes() if name.startswith(incomplete)]
+
+
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, …", rich_help_panel=RUN, autocompletion=one_of("auto", "cpu", "cuda"))
+]
+DTYPES = one_of("auto", "float32", "bfloat16", "float16")
+PLANNERS = one_of("dynamic", "uniform", "cluster", "pyramid", "kvsharer")
+SOURCES = one_of("group", "first")
+TRAINED = one_of("codec", "attention", "all")
+PLACEMENTS = one_of("auto", "device", "spread", "stream")
 Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
 
 
@@ -79,5 +99,5 @@ def integers(text: str, option: str = "--contexts") -> tuple[int, ...]:
 def show_healing(healing: Any, after: Any) -> None:
     """Tables and verdict of a healing run."""
     for table in healing.tables(after):
-        console.results.print(table)
+        console.show(table)
     console.results.print(healing.verdict)
