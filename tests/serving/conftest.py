@@ -36,11 +36,11 @@ def prompt(length: int, seed: int, shared: int = 0) -> list[int]:
     return torch.cat((first, rest)).tolist()
 
 
-def save(folder: Path, kind: str, bits: int, **extra: Any) -> CllaForCausalLM:
+def save(folder: Path, kind: str, bits: int, rank: int | None = None, **extra: Any) -> CllaForCausalLM:
     """Convert a pico model into a folder: W = 16, 4 sinks, blocks of 4."""
     source = pico_of(pico_config(kind, **extra))
     stats = stats_of(source)
-    plan = plan_of(stats, source, bits=bits, window=16, sinks=4, flush_block=4)
+    plan = plan_of(stats, source, bits=bits, rank=rank, window=16, sinks=4, flush_block=4)
     model = converted_of(source, plan, stats, prefill_chunk=1000)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -49,9 +49,12 @@ def save(folder: Path, kind: str, bits: int, **extra: Any) -> CllaForCausalLM:
 
 @pytest.fixture(scope="session")
 def coarse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Two bits a component: what is read from latents changes the tokens."""
+    """Few components of four bits: what is read from latents changes the tokens.
+
+    The least components of a full rank are rounding noise that the encoder makes large: tokens would differ by it.
+    """
     folder = tmp_path_factory.mktemp("coarse")
-    return folder, save(folder, "qwen3", 2, head_dim=32)
+    return folder, save(folder, "qwen3", 4, rank=64, head_dim=32)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def test_options_that_do_not_fit(option: str, changed: dict[str, Any]) -> None:
         ("evicts", {"capacity": 100}),
         ("source: first", {"source": "first"}),
         ("exact window", {"window": 0}),
+        ("decoupled", {"groups": [{"layers": [0], "tier_bits": [4], "rope_pairs": [0, 1, 2, 3]}]}),
     ],
 )
 def test_checkpoints_that_cannot_be_served(coarse: Checkpoint, reason: str, changed: dict[str, Any]) -> None:

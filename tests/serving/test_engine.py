@@ -109,3 +109,10 @@ def test_preempted_requests_and_an_engine_of_its_own(fine: Checkpoint, run_engin
     assert [answer["tokens"] for answer in found["rounds"][0]] == want
     assert [answer["tokens"] for answer in found["rounds"][1]] == want[:2]
     assert all(len(answer["tokens"]) == NEW for answer in found["rounds"][0])
+
+
+def test_two_ranks(coarse: Checkpoint, run_engine: Run) -> None:
+    prompts = [prompt(length, seed) for seed, length in enumerate((40, 133, 300))]
+    engine = {"model": str(coarse[0]), "max_model_len": 512, "tensor_parallel_size": 2, "enable_prefix_caching": False}
+    found = run_engine(engine, [prompts], own_process=True)
+    assert [answer["tokens"] for answer in found["rounds"][0]] == [greedy(coarse[1], ids) for ids in prompts]
