@@ -677,7 +677,8 @@ def test_too_little_device_memory_says_what_helps(
 def test_a_name_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for name in ("nobody/nothing", str(tmp_path / "missing")):
         refused = clla("heal", name, "-o", tmp_path / "out", "--no-report")
-        assert refused.exit_code == 1 and "neither a directory nor" in refused.stderr
+        assert refused.exit_code == 1 and "is no model that can be opened" in refused.stderr
+        assert "a directory or Hub id" in refused.stderr and not (tmp_path / "out").exists()
 
 
 def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_path: Path, text_file: Path) -> None:
