@@ -10,10 +10,9 @@ import typer
 
 from clla import console
 from clla.commands.shared import (
-    DTYPES,
     OUTPUT,
-    RUN,
     Device,
+    Dtype,
     errors,
     integers,
     start,
@@ -62,9 +61,7 @@ def bench(
     static: Annotated[bool, typer.Option("--static", help="Tell the converted cache its length beforehand.")] = False,
     seed: Annotated[int, typer.Option(help="Of tokens and random weights.")] = 0,
     device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES, rich_help_panel=RUN)
-    ] = "auto",
+    dtype: Dtype = "auto",
     plot: Annotated[Optional[Path], typer.Option(help="Draw speed against context.", rich_help_panel=OUTPUT)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:

@@ -19,13 +19,19 @@ from clla.commands.shared import (
     PLAN,
     PLANNERS,
     RUN,
-    SOURCES,
     TRAINED,
+    Bits,
     Device,
+    Evict,
+    KVBudget,
+    LatentSource,
+    MaxGroupSize,
+    RecipeName,
+    Sinks,
     Tracker,
+    Window,
     as_object,
     errors,
-    recipe_names,
     show_error,
     show_healing,
     start,
@@ -38,43 +44,24 @@ def convert(
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT)
     ] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="Built-in recipe or YAML file; other options override it.",
-            rich_help_panel=PLAN,
-            autocompletion=recipe_names,
-        ),
-    ] = "balanced",
-    kv_budget: Annotated[
-        Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
-    ] = None,
+    recipe: RecipeName = "balanced",
+    kv_budget: KVBudget = None,
     at_context: Annotated[
         Optional[int],
         typer.Option(help="Context at which the budget holds; 0 counts latents only.", rich_help_panel=PLAN),
     ] = None,
-    window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
-    sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,
-    evict: Annotated[
-        Optional[float],
-        typer.Option(help="Share of the latents that leaves again, least attended first.", rich_help_panel=PLAN),
-    ] = None,
-    max_group_size: Annotated[
-        Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
-    ] = None,
-    bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
-    source: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Latent source: group or first.",
-            rich_help_panel=PLAN,
-            autocompletion=SOURCES,
-        ),
-    ] = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    evict: Evict = None,
+    max_group_size: MaxGroupSize = None,
+    bits: Bits = None,
+    source: LatentSource = None,
     planner: Annotated[
         Optional[str],
         typer.Option(
-            help="dynamic, uniform, cluster, pyramid or kvsharer.", rich_help_panel=PLAN, autocompletion=PLANNERS
+            help="dynamic, uniform, cluster, pyramid or kvsharer.",
+            rich_help_panel=PLAN,
+            autocompletion=PLANNERS,
         ),
     ] = None,
     dataset: Annotated[

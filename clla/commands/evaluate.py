@@ -9,8 +9,8 @@ import typer
 
 from clla import console
 from clla.commands.shared import (
-    DTYPES,
     Device,
+    Dtype,
     errors,
     integers,
     start,
@@ -34,7 +34,7 @@ def evaluate(
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES)] = "auto",
+    dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source."""

@@ -9,8 +9,8 @@ import typer
 
 from clla import console
 from clla.commands.shared import (
-    DTYPES,
     Device,
+    Dtype,
     errors,
     start,
 )
@@ -29,7 +29,7 @@ def generate(
         Optional[int], typer.Option(min=1, help="Old tokens that each new one reads in full; default: all.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES)] = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Generate text with the compressed cache."""
     with errors():

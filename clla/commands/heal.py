@@ -10,12 +10,12 @@ import typer
 
 from clla import console
 from clla.commands.shared import (
-    DTYPES,
     HEAL,
     OUTPUT,
     RUN,
     TRAINED,
     Device,
+    Dtype,
     Tracker,
     errors,
     show_healing,
@@ -68,9 +68,7 @@ def heal(
     ] = None,
     tracker: Tracker = None,
     device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16.", autocompletion=DTYPES, rich_help_panel=RUN)
-    ] = "auto",
+    dtype: Dtype = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last saved step.", rich_help_panel=RUN)
     ] = False,

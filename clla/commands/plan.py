@@ -12,10 +12,16 @@ from clla import console
 from clla.commands.shared import (
     OUTPUT,
     PLAN,
-    SOURCES,
+    Bits,
+    Evict,
+    KVBudget,
+    LatentSource,
+    MaxGroupSize,
+    RecipeName,
+    Sinks,
+    Window,
     errors,
     one_of,
-    recipe_names,
 )
 from clla.errors import UsageError
 
@@ -24,39 +30,18 @@ SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
 
 def plan(
     statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.")],
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="Built-in recipe or YAML file; other options override it.",
-            rich_help_panel=PLAN,
-            autocompletion=recipe_names,
-        ),
-    ] = "balanced",
-    kv_budget: Annotated[
-        Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)
-    ] = None,
+    recipe: RecipeName = "balanced",
+    kv_budget: KVBudget = None,
     at_context: Annotated[
         Optional[int],
         typer.Option(help="Context at which the budget holds; default: the conversion's.", rich_help_panel=PLAN),
     ] = None,
-    window: Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)] = None,
-    sinks: Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)] = None,
-    evict: Annotated[
-        Optional[float],
-        typer.Option(help="Share of the latents that leaves again, least attended first.", rich_help_panel=PLAN),
-    ] = None,
-    max_group_size: Annotated[
-        Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)
-    ] = None,
-    bits: Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)] = None,
-    source: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Latent source: group or first.",
-            rich_help_panel=PLAN,
-            autocompletion=SOURCES,
-        ),
-    ] = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    evict: Evict = None,
+    max_group_size: MaxGroupSize = None,
+    bits: Bits = None,
+    source: LatentSource = None,
     planner: Annotated[
         Optional[str],
         typer.Option(

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import OUTPUT, RUN, Device, errors, start
+from clla.commands.shared import OUTPUT, Device, Dtype, errors, start
 
 
 def report(
@@ -37,7 +37,7 @@ def report(
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Write one HTML page about a converted model: plan, quality, memory, errors of layers, samples."""

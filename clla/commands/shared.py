@@ -31,9 +31,33 @@ Device = Annotated[
 ]
 DTYPES = one_of("auto", "float32", "bfloat16", "float16")
 PLANNERS = one_of("dynamic", "uniform", "cluster", "pyramid", "kvsharer")
-SOURCES = one_of("group", "first")
 TRAINED = one_of("codec", "attention", "all")
+SOURCES = one_of("group", "first")
 PLACEMENTS = one_of("auto", "device", "spread", "stream")
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN, autocompletion=DTYPES)]
+
+# What a plan is made from; `clla convert` and `clla plan` take the same.
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        help="Built-in recipe or YAML file; other options override it.",
+        rich_help_panel=PLAN,
+        autocompletion=recipe_names,
+    ),
+]
+KVBudget = Annotated[Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)]
+Window = Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)]
+Sinks = Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)]
+Evict = Annotated[
+    Optional[float],
+    typer.Option(help="Share of the latents that leaves again, least attended first.", rich_help_panel=PLAN),
+]
+MaxGroupSize = Annotated[Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)]
+Bits = Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)]
+LatentSource = Annotated[
+    Optional[str],
+    typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN, autocompletion=SOURCES),
+]
 Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
 
 
