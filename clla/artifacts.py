@@ -195,8 +195,11 @@ class Plan:
     @property
     def row_bytes(self) -> int:
         """Packed latents of one token and its rotary keys, scales included, over all groups."""
-        settings = {"tier_size": self.tier_size, "rope_bits": self.rope_bits}
-        return sum(layout_of(asdict(group), settings).row_bytes for group in self.groups)
+        return sum(self.row_bytes_of(group) for group in self.groups)
+
+    def row_bytes_of(self, group: LayerGroup) -> int:
+        """The same of one of its groups."""
+        return layout_of(asdict(group), {"tier_size": self.tier_size, "rope_bits": self.rope_bits}).row_bytes
 
     @property
     def exact_bytes(self) -> float:

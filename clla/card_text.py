@@ -8,9 +8,8 @@ from typing import Any
 from clla.artifacts import Plan
 from clla.calibrate.data import hub_dataset
 from clla.card_facts import Facts
-from clla.evaluate.plan_tables import bit_runs
+from clla.evaluate.plan_tables import bit_runs, span
 from clla.evaluate.report import LABELS
-from clla.modeling.quantize_clla import RowLayout
 from clla.origin import HUB
 
 CONTEXTS = (2048, 8192, 32768)  # at which bytes are planned, and the model's own longest
@@ -128,9 +127,8 @@ def how(facts: Facts) -> str:
     plan, recipe = facts.plan, facts.recipe
     groups = []
     for group in plan.groups:
-        first, last, layout = group.layers[0], group.layers[-1], RowLayout(group.tier_bits, plan.tier_size)
-        layers = f"{first}–{last}" if first != last else str(first)
-        groups.append([layers, f"{layout.rank:,}", bit_runs(layout), f"{layout.row_bytes:,}"])
+        rank, runs = len(group.tier_bits) * plan.tier_size, bit_runs(group, plan.tier_size)
+        groups.append([span(group.layers), f"{rank:,}", runs, f"{plan.row_bytes_of(group):,}"])
     tokens = facts.calibration_tokens or recipe.calibration.tokens or 0
     at = f" at {plan.at_context:,} tokens" if plan.at_context else ", latents alone"
     settings = [

@@ -20,7 +20,7 @@ import pytest
 from conftest import byte_tokenizer
 from helpers import clla
 
-from clla.artifacts import LayerGroup, read_json
+from clla.artifacts import KVShape, LayerGroup, Plan, read_json
 from clla.checksums import CHECKSUMS
 from clla.report import words
 from clla.report.data import PageData, read_checkpoint, what_is_missing
@@ -28,6 +28,7 @@ from clla.report.plan_charts import draw_plan
 from clla.report.render import CONTROL, render, write_page
 from clla.report.samples import Sample, _sample, same_start
 from clla.report.svg import Drawing, Scale
+from clla.report.tables import plan_table
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 ATTACK = "<script>alert(1)</script>&\"'"
@@ -345,6 +346,18 @@ def test_scales() -> None:
     drawing.text("num", 1, 1, ATTACK, tip=ATTACK)
     root = ElementTree.fromstring(str(drawing.markup()))
     assert root.get("aria-label") == ATTACK and "".join(root.itertext()) == 2 * ATTACK
+
+
+def test_bytes_of_groups_hold_their_rotary_keys() -> None:
+    groups = (LayerGroup((0, 1), (8, 4), 1.0, (0, 1, 2, 3)), LayerGroup((2,), (4,), 0.5, (0, 2, 4, 6)))
+    plan = Plan(
+        groups=groups, kv=KVShape(2, 16), kv_itemsize=2, window=0, sinks=0, tier_size=8, source="first",
+        flush_block=16, budget_bytes=1, at_context=512, made_from="test", rope_bits=6,
+    )  # fmt: skip
+    told = [int(row[3]) for row in plan_table(plan).rows]
+    assert told == [plan.row_bytes_of(group) for group in groups] and sum(told) == plan.row_bytes
+    bare = replace(plan, groups=tuple(replace(group, rope_pairs=()) for group in groups))
+    assert all(a - plan.row_bytes_of(b) == 7 for a, b in zip(told, bare.groups, strict=True))  # 8 of 6 bits, a scale
 
 
 def test_words() -> None:

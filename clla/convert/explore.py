@@ -24,7 +24,6 @@ from clla.convert.planners import make_plan, plan_digest, settle_budget
 from clla.convert.spectra import Spectra
 from clla.convert.surrogates import needs_inputs, weigh
 from clla.errors import CorruptArtifactError, UsageError
-from clla.modeling.quantize_clla import RowLayout
 from clla.recipe import Recipe, parse_budget
 
 EXPECTED = "the --work-dir of a conversion, or a stats file in it"
@@ -204,8 +203,7 @@ def summary(budget: str, plan: Plan) -> dict[str, Any]:
         `row_bytes` of the latents; `window`; number of `groups`; total `rank`; `mean_bits` of a component;
         `predicted_loss` in the metric's units.
     """
-    ranks = [RowLayout(group.tier_bits, plan.tier_size).rank for group in plan.groups]
-    bits = sum(b * plan.tier_size for group in plan.groups for b in group.tier_bits)
+    tiers = [bits for group in plan.groups for bits in group.tier_bits]
     total = plan.bytes_at(plan.at_context) / plan.at_context if plan.at_context else float(plan.row_bytes)
     return {
         "budget": budget,
@@ -214,7 +212,7 @@ def summary(budget: str, plan: Plan) -> dict[str, Any]:
         "row_bytes": plan.row_bytes,
         "window": plan.window,
         "groups": len(plan.groups),
-        "rank": sum(ranks),
-        "mean_bits": bits / sum(ranks) if sum(ranks) else 0.0,
+        "rank": len(tiers) * plan.tier_size,
+        "mean_bits": sum(tiers) / len(tiers) if tiers else 0.0,
         "predicted_loss": plan.predicted_loss,
     }

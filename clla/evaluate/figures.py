@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clla.artifacts import Plan
+from clla.evaluate.plan_tables import span
 from clla.modeling.quantize_clla import RowLayout
 
 SOURCE_COLOUR, OWN_COLOUR = "#7a7a7a", "#c8452d"
@@ -33,7 +34,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
             shade = 0.2 + 0.8 * min(bits, 8) / 8
             axes.barh(y, stop - first, left=first, height=0.8, color=OWN_COLOUR, alpha=shade, edgecolor="white")
             axes.text((first + stop) / 2, y, str(bits), ha="center", va="center", fontsize=7)
-    labels = [f"{g.layers[0]}–{g.layers[-1]}" if len(g.layers) > 1 else str(g.layers[0]) for g in plan.groups]
+    labels = [span(group.layers) for group in plan.groups]
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_ylabel("layers")

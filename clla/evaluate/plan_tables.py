@@ -1,14 +1,13 @@
-"""A plan as tables for the terminal."""
+"""A plan as tables for the terminal, and how it is written there, in cards and on pages."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from itertools import groupby
 
 from rich.table import Table
 
-from clla.artifacts import Plan
-from clla.modeling.quantize_clla import RowLayout, layout_of
+from clla.artifacts import LayerGroup, Plan
 
 
 def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
@@ -18,14 +17,11 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
         table.add_column(title, justify="right" if title not in ("layers", "bits:components") else "left")
     total = plan.predicted_loss or 1.0
     for group in plan.groups:
-        first, last = group.layers[0], group.layers[-1]
-        layout = RowLayout(group.tier_bits, plan.tier_size)
-        packed = layout_of(asdict(group), {"tier_size": plan.tier_size, "rope_bits": plan.rope_bits})
         table.add_row(
-            f"{first}–{last}" if first != last else str(first),
-            str(layout.rank),
-            bit_runs(layout),
-            str(packed.row_bytes),
+            span(group.layers),
+            str(len(group.tier_bits) * plan.tier_size),
+            bit_runs(group, plan.tier_size),
+            str(plan.row_bytes_of(group)),
             f"{100 * group.predicted_loss / total:.1f} %",
         )
     at, rows_kept = plan.at_context, plan.capacity
@@ -54,7 +50,27 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
     return [table, summary]
 
 
-def bit_runs(layout: RowLayout) -> str:
+def bit_runs(group: LayerGroup, tier_size: int) -> str:
     """Bits and how many components have them, most important first: `6:16 4:120 2:64`."""
-    runs = [(bits, len(list(run))) for bits, run in groupby(layout.tier_bits)]
-    return " ".join(f"{bits}:{count * layout.tier_size}" for bits, count in runs)
+    return " ".join(f"{bits}:{stop - first}" for bits, first, stop in runs_of(group, tier_size))
+
+
+def runs_of(group: LayerGroup, tier_size: int) -> list[tuple[int, int, int]]:
+    """(bits, first component, last + 1) of each width, most important first."""
+    runs, first = [], 0
+    for bits, tiers in groupby(group.tier_bits):
+        stop = first + len(list(tiers)) * tier_size
+        runs.append((bits, first, stop))
+        first = stop
+    return runs
+
+
+def span(layers: Sequence[int]) -> str:
+    """Layers in a few characters: 4, 1–6, 3, 7–9."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -8,23 +8,13 @@ from typing import Any
 
 from clla.artifacts import LayerGroup, Plan, encoded_slots
 from clla.convert.quantize import ERROR_SHARE
-from clla.modeling.quantize_clla import RowLayout
+from clla.evaluate.plan_tables import runs_of
 from clla.report import words
 from clla.report.svg import Drawing, Point, Scale
 
 ROWS_HEIGHT = 440  # of all layers together, at most, unless rows would become lower than the least
 ROW_HEIGHTS = (9.0, 18.0)
 GAP = 4.0  # between groups
-
-
-def runs_of(group: LayerGroup, tier_size: int) -> list[tuple[int, int, int]]:
-    """(bits, first component, last + 1) of each width, most important first."""
-    runs, first = [], 0
-    for bits, tiers in groupby(group.tier_bits):
-        stop = first + len(list(tiers)) * tier_size
-        runs.append((bits, first, stop))
-        first = stop
-    return runs
 
 
 def draw_plan(plan: Plan, width: int) -> Drawing:
@@ -55,8 +45,8 @@ def draw_plan(plan: Plan, width: int) -> Drawing:
         else:
             _bar(drawing, x, y, (len(layers), height), plan, group)
             if id(group) not in middles:
-                layout = RowLayout(group.tier_bits, plan.tier_size)
-                text = f"{layout.rank:,} · {layout.row_bytes:,} B" if wide else f"{layout.row_bytes:,} B"
+                nbytes = f"{plan.row_bytes_of(group):,} B"
+                text = f"{len(group.tier_bits) * plan.tier_size:,} · {nbytes}" if wide else nbytes
                 drawing.text("num", width - 2, y + tall / 2 + 4, text, "end")
             middles.setdefault(id(group), []).append(y + tall / 2)
         y += tall + GAP

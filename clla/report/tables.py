@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clla.artifacts import LayerGroup, Plan
+from clla.artifacts import Plan
+from clla.evaluate.plan_tables import bit_runs
 from clla.evaluate.report import LABELS, Report
-from clla.modeling.quantize_clla import RowLayout
 from clla.report import words
 from clla.report.charts import Measured
 from clla.report.data import PageData
-from clla.report.plan_charts import runs_of
 from clla.report.samples import Sample
 
 SIZES = (1e9, 8e9, 24e9, 80e9)
@@ -179,12 +178,14 @@ def plan_table(plan: Plan) -> TableRows:
     """Groups as the command line prints them."""
     total, rows = plan.predicted_loss or 1.0, []
     for group in plan.groups:
-        runs = runs_of(group, plan.tier_size)
-        coded = " ".join(f"{bits}:{stop - first}" for bits, first, stop in runs)
-        nbytes = _row_bytes(plan, group)
-        rank = len(group.tier_bits) * plan.tier_size
         rows.append(
-            (words.span(group.layers), f"{rank:,}", coded, f"{nbytes:,}", words.percent(group.predicted_loss / total))
+            (
+                words.span(group.layers),
+                f"{len(group.tier_bits) * plan.tier_size:,}",
+                bit_runs(group, plan.tier_size),
+                f"{plan.row_bytes_of(group):,}",
+                words.percent(group.predicted_loss / total),
+            )
         )
     return TableRows(("layers", "rank", "bits:components", "bytes a token", "of loss"), tuple(rows))
 
@@ -242,10 +243,6 @@ def settings(data: PageData) -> list[tuple[str, str]]:
         found.append(("made with", ", ".join(f"{k} {v}" for k, v in recipe.provenance.versions.items())))
     found.append(("this page", f"clla {data.version}, {data.made}"))
     return found
-
-
-def _row_bytes(plan: Plan, group: LayerGroup) -> int:
-    return RowLayout(group.tier_bits, plan.tier_size).row_bytes
 
 
 def _brief(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clla.evaluate.plan_tables import span as span
+
 UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1.0, " B"))
 THOUSANDS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -34,19 +36,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %" if share < 9.995 else f"{100 * share:,.0f} %"
 
 
-def span(layers: Sequence[int]) -> str:
-    """Layers in a few characters: 4, 1–6, 3, 7–9."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def layers(indices: Sequence[int]) -> str:
-    """The same with its noun."""
+    """`span` with its noun."""
     return ("layer " if len(indices) == 1 else "layers ") + span(indices)
 
 
