@@ -166,6 +166,7 @@ def test_nothing_of_a_step_is_kept() -> None:
     converted = lossy(sinks=4)
     _, cache = logits_of(converted, tokens(2, 61), parts(61, 1))
     assert kept_bytes([cache.groups, cache.timeline]) == cache.nbytes
+    assert cache._workspace._held and cache._workspace.owner is None  # memory for the next step, but no rows
 
 
 def test_rows_are_unpacked_in_blocks_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,7 @@ class CllaCache(Cache):
                     layer.seen += self.timeline.incoming
         for group in self.groups:
             group.settle()
+        self._workspace.release()
         self.timeline.end()
         for group in self.groups:
             group.evict()

@@ -15,7 +15,8 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor, nn
 
-from .decode_triton_clla import on_gpu, packed_logits, packed_sums
+from .decode_triton_clla import packed_logits, packed_sums
+from .pack_triton_clla import on_gpu
 from .quantize_clla import RowLayout
 from .rotary_clla import Turns
 
@@ -27,21 +28,25 @@ HELD_BYTES = 1 << 26  # unpacked latents up to this size stay for the other laye
 class Workspace:
     """Memory that every forward pass writes anew: taken afresh, it would cost as much as what is computed in it.
 
-    Nothing is read from it after its pass. It grows to unpacked latents of one group (at most `HELD_BYTES`) and the
-    keys of one block.
+    Nothing is read from it after its pass, at whose end it is released. It grows to unpacked latents of one group (at
+    most `HELD_BYTES`) and the keys of one block.
     """
 
     def __init__(self) -> None:
         self._held: "dict[str, Tensor]" = {}
         self.owner: Any = None  # whose latents are in it
 
-    def take(self, name: str, shape: "tuple[int, ...]", like: Tensor) -> Tensor:
-        """A tensor of this shape, with the dtype and device of another; what it holds is left from the last use."""
-        size = math.prod(shape) * like.dtype.itemsize
+    def take(self, name: str, shape: "tuple[int, ...]", dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor; what it holds is left from the last use."""
+        size = math.prod(shape) * dtype.itemsize
         held = self._held.get(name)
-        if held is None or len(held) < size or held.device != like.device:
-            held = self._held[name] = torch.empty(size + size // 8, dtype=torch.uint8, device=like.device)
-        return held[:size].view(like.dtype).view(shape)
+        if held is None or len(held) < size or held.device != device:
+            held = self._held[name] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
+        return held[:size].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Let go of the rows that were unpacked; the memory stays."""
+        self.owner = None
 
 
 class LatentRows:
@@ -140,6 +145,41 @@ class LatentRows:
             self._unseen = self._unseen_rows(out.device)[:, None, None]
         out[..., : self._unseen.shape[-1]].masked_fill_(self._unseen, float("-inf"))
 
+    def weights(
+        self,
+        query: Tensor,
+        near: Tensor,
+        layer: int,
+        *,
+        scaling: float,
+        turned: bool,
+        rank: "Optional[int]" = None,
+    ) -> Tensor:
+        """What queries give these rows and exact tokens in one softmax, [B, H, M, K + E].
+
+        Args:
+            near: [B, H, M, E] fp32, logits of the exact tokens, -inf where they may not be seen.
+            query, layer, scaling, turned, rank: as of `logits`.
+        """
+        logits = near.new_empty(*near.shape[:3], self.count + near.shape[3])
+        logits[..., self.count :] = near
+        if self.count:
+            self.logits(query, layer, logits[..., : self.count], scaling=scaling, turned=turned, rank=rank)
+        return logits.softmax(-1)
+
+    def summed(self, weights: Tensor, exact: Tensor, layer: int) -> Tensor:
+        """Σ p·v [B, H, M, d] over these rows and exact tokens, fp32.
+
+        Args:
+            weights: [B, H, M, K + E] from `weights`.
+            exact: [B, H, E, d] fp32, values of the exact tokens.
+            layer: its number in the group.
+        """
+        out = weights[..., self.count :] @ exact
+        if self.count:
+            out += self.values(weights[..., : self.count], layer)
+        return out
+
     def values(self, weights: Tensor, layer: int) -> Tensor:
         """Σ p·v [B, H, M, d] of decoded values and weights [B, H, M, K] fp32; in fp32."""
         heads = weights.shape[1]
@@ -163,10 +203,10 @@ class LatentRows:
         if torch.compiler.is_compiling():
             return nn.functional.linear(latents, decoder, mean).float()
         rows = latents.flatten(0, 1)
-        keys = self.workspace.take("keys", (len(rows), len(decoder)), latents)
+        keys = self.workspace.take("keys", (len(rows), len(decoder)), latents.dtype, latents.device)
         torch.addmm(mean, rows, decoder.mT, out=keys)
         if keys.dtype != torch.float32:
-            keys = self.workspace.take("keys in fp32", keys.shape, mean.new_empty(0, dtype=torch.float32)).copy_(keys)
+            keys = self.workspace.take("keys in fp32", keys.shape, torch.float32, keys.device).copy_(keys)
         return keys.unflatten(0, latents.shape[:2])
 
     def _key_decoders(self, heads: int, turns: "Optional[Turns]") -> "tuple[Tensor, Tensor]":
@@ -208,7 +248,7 @@ class LatentRows:
         if torch.compiler.is_compiling():
             self._unpacked = self.layout.unpack(self.data, self.dtype)
             return self._unpacked
-        latents = self.workspace.take("latents", shape, self.codec.decoder)
+        latents = self.workspace.take("latents", shape, self.dtype, self.data.device)
         if self.workspace.owner is not self:
             self.layout.unpack(self.data, out=latents)
             self.workspace.owner = self

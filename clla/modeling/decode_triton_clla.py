@@ -45,11 +45,6 @@ LEAST = 16  # rows and columns of the smallest product of the matrix units
 QUERY_ROWS = 128  # that one program of `packed_sums` takes
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels can read this."""
-    return x.is_cuda and triton is not None
-
-
 def packed_logits(
     rows: "LatentRows", query: Tensor, layer: int, turns: "Optional[Turns]", scaling: float, out: Tensor, rank: int
 ) -> None:

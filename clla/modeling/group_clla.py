@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from .codec_clla import before_rope, decode, encode
 from .decode_clla import LatentRows, Workspace
-from .decode_triton_clla import on_gpu
 from .evict_clla import best, observed_weight
-from .pack_triton_clla import pack_rows
+from .pack_triton_clla import packed
 from .quantize_clla import RowLayout, layout_of
 from .rotary_clla import Rotation
 from .timeline_clla import Timeline
@@ -189,24 +188,13 @@ class LatentGroup:
         exact = held.exact[index].float()  # [B, 2H, S + C, d]
         near = (query.float() * scaling @ exact[:, : self.heads].mT).unflatten(2, (-1, tokens))
         near = (near + step.bias.to(near.device)).flatten(2, 3)  # [B, H, M, S + C]
-
-        def weights(rows: LatentRows, rank: Optional[int] = None) -> Tensor:
-            """[B, H, M, K + S + C] that the queries give old and exact tokens."""
-            logits = near.new_empty(*near.shape[:3], rows.count + near.shape[3])
-            logits[..., rows.count :] = near
-            if rows.count:
-                old = logits[..., : rows.count]
-                rows.logits(query, index, old, scaling=scaling, turned=turned, rank=rank)
-            return logits.softmax(-1)
-
         if self._select is not None and rows.count > self._select:
-            judged = weights(rows, judging_rank(self.layout))[..., : rows.count].sum((1, 2))
-            best_rows = judged.topk(self._select, sorted=False).indices
+            rank = judging_rank(self.layout)
+            judged = rows.weights(query, near, index, scaling=scaling, turned=turned, rank=rank)
+            best_rows = judged[..., : rows.count].sum((1, 2)).topk(self._select, sorted=False).indices
             rows = rows.chosen(best_rows.sort().values)
-        found = weights(rows)
-        out = found[..., rows.count :] @ exact[:, self.heads :]
-        if rows.count:
-            out += rows.values(found[..., : rows.count], index)
+        found = rows.weights(query, near, index, scaling=scaling, turned=turned)
+        out = rows.summed(found, exact[:, self.heads :], index)
         return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).to(home, dtype)
 
     @torch.no_grad()
@@ -288,11 +276,7 @@ class LatentGroup:
 
     def _packed(self, latents: Tensor) -> Tensor:
         """Rows [B, T, N] of latents [B, T, r]."""
-        if not on_gpu(latents):
-            return self.layout.pack(latents)
-        rows = latents.new_empty(*latents.shape[:2], self.layout.row_bytes, dtype=torch.uint8)
-        pack_rows(latents, self.layout, rows, 0)
-        return rows
+        return packed(latents, self.layout)
 
     def _append(self, held: _Storage, rows: Tensor) -> None:
         """Rows [B, T, N] of the next slots join the others."""

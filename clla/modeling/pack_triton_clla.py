@@ -41,6 +41,20 @@ MANY_TOKENS = 1024  # from here on there are programs enough when each takes sev
 FEW, MANY = Block(1, 256), Block(4, 64)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can read this."""
+    return x.is_cuda and triton is not None
+
+
+def packed(latents: Tensor, layout: RowLayout) -> Tensor:
+    """Rows [B, T, N] of latents [B, T, r], where they are."""
+    if not on_gpu(latents):
+        return layout.pack(latents)
+    rows = latents.new_empty(*latents.shape[:2], layout.row_bytes, dtype=torch.uint8)
+    pack_rows(latents, layout, rows, 0)
+    return rows
+
+
 def pack_rows(latents: Tensor, layout: RowLayout, out: Tensor, first_row: Union[int, Tensor]) -> None:
     """Write `layout.pack(latents)` to `out[:, first_row : first_row + T]`.
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.decode_clla import LatentRows
-from clla.modeling.decode_triton_clla import on_gpu
 from clla.modeling.group_clla import leaving_slots, reading_tokens
-from clla.modeling.pack_triton_clla import pack_rows
+from clla.modeling.pack_triton_clla import packed
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Rope, Rotation, Turns
 from clla.serving.pages import Batch, read_exact, read_rows, slots_of, write_rows
@@ -89,12 +88,7 @@ class GroupReader:
         """
         rotation = self._rotation(latents.positions[None])
         inputs = before_rope({layer: x[None] for layer, x in both.items()}, rotation, self.kv_heads)
-        found = encode(inputs, self.codec)
-        if on_gpu(found):
-            rows = found.new_empty(*found.shape[:2], self.layout.row_bytes, dtype=torch.uint8)
-            pack_rows(found, self.layout, rows, 0)
-        else:
-            rows = self.layout.pack(found)
+        rows = packed(encode(inputs, self.codec), self.layout)
         write_rows(pages, latents.slots, rows[0], self.first)
 
     def attend(
@@ -165,16 +159,13 @@ class GroupReader:
     ) -> Tensor:
         """Few queries: logits of decoded keys, values summed in latent space, one softmax."""
         rows, heads, tokens = old[0], len(self.heads), query.shape[0]
-        exact = torch.cat((sinks, near), dim=1).float()  # [2H, S + t, d]
-        q = query.transpose(0, 1).unflatten(0, (heads, -1)).flatten(1, 2)  # [H, M, d]
-        close = (q.float() * scaling @ exact[:heads].mT).unflatten(1, (-1, tokens))  # [H, M/T, T, S + t]
+        exact = torch.cat((sinks, near), dim=1)[None].float()  # [1, 2H, S + t, d]
+        q = query.transpose(0, 1).unflatten(0, (heads, -1)).flatten(1, 2)[None]  # [1, H, M, d]
+        close = (q.float() * scaling @ exact[:, :heads].mT).unflatten(2, (-1, tokens))  # [1, H, M/T, T, S + t]
         ahead = torch.ones(tokens, near.shape[1], dtype=torch.bool, device=q.device).triu(near.shape[1] - tokens + 1)
-        close = close.masked_fill(nn.functional.pad(ahead, (sinks.shape[1], 0)), float("-inf")).flatten(1, 2)
-        logits = close.new_empty(1, *close.shape[:2], rows.count + close.shape[2])
-        logits[0, ..., rows.count :] = close
-        rows.logits(q[None], index, logits[..., : rows.count], scaling=scaling, turned=self._turned(index))
-        weights = logits.softmax(-1)
-        out = weights[0, ..., rows.count :] @ exact[heads:] + rows.values(weights[..., : rows.count], index)[0]
+        close = close.masked_fill(nn.functional.pad(ahead, (sinks.shape[1], 0)), float("-inf")).flatten(2, 3)
+        weights = rows.weights(q, close, index, scaling=scaling, turned=self._turned(index))
+        out = rows.summed(weights, exact[:, heads:], index)[0]
         return out.unflatten(1, (-1, tokens)).flatten(0, 1).transpose(0, 1)
 
     def _attend_decoded(
