@@ -21,7 +21,7 @@ from clla.evaluate.report import Report, before_and_after
 from clla.load import load_checkpoint, recipe_of, teacher_of
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe, load_recipe, plan_changes
-from clla.revision import plain_name
+from clla.revision import beside, plain_name
 from clla.source import pick_device
 
 __all__ = ["Conversion", "Healed", "Healing", "Report", "convert", "evaluate", "heal", "load"]
@@ -197,8 +197,7 @@ def heal(
         "gradient_checkpointing": gradient_checkpointing or None,
         "seed": seed,
     }
-    beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(plain_name(str(checkpoint)))  # of a Hub id: here
-    folder = Path(output or f"{beside.resolve()}-healed").resolve()
+    folder = Path(output or beside(str(checkpoint), "-healed")).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     options = CheckpointOptions(
         output=folder,

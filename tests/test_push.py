@@ -25,7 +25,7 @@ from clla.checksums import check_files, write_checksums
 from clla.errors import CllaError, UsageError
 from clla.load import load_checkpoint
 from clla.outgoing import TEXT, gather
-from clla.revision import plain_name, split_revision
+from clla.revision import beside, plain_name, split_revision
 from clla.source import open_source
 
 TINY = ("--calibration-tokens", 512, "--sequence-length", 64, "--window", 8, "--kv-budget", "3%", "--at-context", 0)
@@ -474,4 +474,6 @@ def test_names_with_an_at(tmp_path: Path, pico_dir: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert split_revision("user/repo@main") == ("user/repo@main", None)
     assert plain_name("user/repo@main") == "repo@main" and plain_name("other/repo@main") == "repo"
+    assert beside("other/repo@main", "-healed") == Path("repo-healed").resolve()
+    assert beside("user", "-report.html") == Path("user-report.html").resolve()
     assert open_source("user/repo@main").commit is None

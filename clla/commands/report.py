@@ -44,9 +44,9 @@ def report(
     with errors(as_json):
         start()
         from clla.report import Options, make_page
+        from clla.revision import beside
 
-        beside = Path(checkpoint) if Path(checkpoint).is_dir() else Path(Path(checkpoint).name)  # of a Hub id: here
-        path = (html or Path(f"{beside.resolve()}-report.html")).resolve()
+        path = (html or beside(checkpoint, "-report.html")).resolve()
         options = Options(
             html=path,
             samples=samples if samples is not None else 0 if prompt else 3,

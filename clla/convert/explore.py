@@ -22,7 +22,7 @@ from clla.convert.kept_spectra import (
 from clla.convert.plan import every_segment
 from clla.convert.planners import make_plan, plan_digest, settle_budget
 from clla.convert.spectra import Spectra
-from clla.convert.surrogates import needs_inputs, weigh
+from clla.convert.surrogates import metric_power, needs_inputs, weigh
 from clla.errors import CorruptArtifactError, UsageError
 from clla.recipe import Recipe, parse_budget
 
@@ -112,9 +112,9 @@ class Explorer:
     @cached_property
     def spectra(self) -> Spectra:
         """Those kept, or, where there are none, those of the stats."""
-        power = self.recipe.plan.metric_power if self.recipe.plan.metric == "fisher" else 0.0
+        plan = self.recipe.plan
         try:
-            found = load_spectra(self.path, self.kept.shapes, power, self.recipe.plan.source, self._read)
+            found = load_spectra(self.path, self.kept.shapes, metric_power(plan), plan.source, self._read)
         except CorruptArtifactError as error:
             if self.path.exists():
                 console.say(f"Computed again: {error.got}")

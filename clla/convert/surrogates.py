@@ -20,7 +20,7 @@ from clla.artifacts import Stats
 from clla.convert.decouple import NEAR, DecoupledSpectra, uncentred
 from clla.convert.spectra import CPU, RIDGE, Spectra
 from clla.errors import UsageError
-from clla.recipe import Recipe
+from clla.recipe import PlanConfig, Recipe
 
 
 def surrogate_stats(stats: Stats, metric: str) -> Stats:
@@ -90,7 +90,7 @@ def projections(stats: Stats) -> tuple[Tensor, Tensor, Tensor]:
 def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
     """Weighted moments as the recipe's metric wants them, to be computed with on a device."""
     plan = recipe.plan
-    power, weighed = plan.metric_power if plan.metric == "fisher" else 0.0, surrogate_stats(stats, plan.metric)
+    power, weighed = metric_power(plan), surrogate_stats(stats, plan.metric)
     if plan.key == "reconstruct":
         return Spectra(weighed, power=power, source=plan.source, device=device)
     assert plan.rope_components is not None, "the recipe is not resolved"
@@ -103,6 +103,11 @@ def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
         context=NEAR,
         once=plan.layout == "deepseek",
     )
+
+
+def metric_power(plan: PlanConfig) -> float:
+    """Exponent that the metric is taken to; a baseline's counts every error alike."""
+    return plan.metric_power if plan.metric == "fisher" else 0.0
 
 
 def needs_inputs(metric: str, source: str) -> bool:
