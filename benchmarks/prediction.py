@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from latents import plan_latents
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from transformers.utils import logging
@@ -24,13 +25,12 @@ from clla import console
 from clla.calibrate.data import load_documents, whole_windows
 from clla.convert.assemble import attach
 from clla.convert.factor import make_codec
-from clla.convert.planners import make_plan
 from clla.convert.run import Run, resolve
 from clla.convert.surrogates import weigh
 from clla.evaluate.figures import OWN_COLOUR, SOURCE_COLOUR, axes_of
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import subjects
-from clla.recipe import Recipe, parse_budget
+from clla.recipe import Recipe
 from clla.source import open_source, pick_device
 
 EQUAL: dict[str, dict[str, Any]] = {
@@ -68,19 +68,8 @@ def measure(run: Run, texts: dict[str, Tensor], cases: list[tuple[str, float, di
     window = run.recipe.budget.window
     base: dict[str, float] = {}
     for name, budget, changes in cases:
-        plan = make_plan(
-            stats,
-            run.recipe.override({"plan": changes}).plan,
-            budget=parse_budget(f"{budget}%", source_bytes=run.source.bytes_per_token),
-            context=None,
-            window=window,
-            sinks=4,
-            kv_itemsize=run.source.dtype.itemsize,
-            kept_layers=run.source.kept_layers,
-            kept_window=run.source.kept_window,
-            made_from="",
-            spectra=spectra,
-        )
+        settings = run.recipe.override({"plan": changes}).plan
+        plan = plan_latents(run, spectra, stats, settings, percent=budget, window=window)
         codec = make_codec(spectra, plan, stats)
         converted = attach(model, codec, run.block(plan))
         models = {"source": subjects(converted, run.source.dtype)["source"]}

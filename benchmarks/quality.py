@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import torch
+from latents import plan_latents
 from transformers.utils import logging
 
 from clla import console
@@ -21,13 +22,12 @@ from clla.artifacts import Stats
 from clla.calibrate.data import load_documents, whole_windows
 from clla.convert.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.planners import make_plan
 from clla.convert.run import Run, resolve
 from clla.convert.surrogates import weigh
 from clla.evaluate.figures import draw_quality
 from clla.evaluate.perplexity import Quality, Subject, compare
 from clla.evaluate.report import subjects
-from clla.recipe import Recipe, parse_budget
+from clla.recipe import Recipe
 from clla.source import open_source, pick_device
 
 # name: (latent source, window, largest group size)
@@ -90,19 +90,7 @@ def _variant(
     models: dict[str, Subject] = {}
     planned: dict[str, float] = {}
     for budget in args.budgets.split(","):
-        plan = make_plan(
-            stats,
-            recipe.plan,
-            budget=parse_budget(f"{budget}%", source_bytes=run.source.bytes_per_token),
-            context=None,
-            window=window,
-            sinks=4,
-            kv_itemsize=run.source.dtype.itemsize,
-            kept_layers=run.source.kept_layers,
-            kept_window=run.source.kept_window,
-            made_from="",
-            spectra=spectra,
-        )
+        plan = plan_latents(run, spectra, stats, recipe.plan, percent=float(budget), window=window)
         block = clla_block(
             plan,
             rope=run.rope,
