@@ -1,10 +1,11 @@
 """Attention of one layer over the engine's pages: packed latents of everything old, exact sinks, window and new tokens.
 
 What is read from where follows `modeling/group_clla.py`: with c tokens before this step's, latents stand for the
-tokens before E(c), the multiple of `flush_block` that leaves at least the window exact; sinks stay exact. A group's
-latents of the new tokens are written when its last layer has run.
+tokens before E(c), the multiple of `flush_block` that leaves at least the window exact; sinks stay exact. Without a
+window latents stand for all tokens, the new ones too. A group's latents of the new tokens are written when its last
+layer has run or, where they come from the first layer's input, before any has.
 
-Shape legend: T tokens, H key-value heads of this rank, d head dim, n = 2·H·d, E old tokens, S sinks, r rank.
+Shape legend: T tokens, S sequences, H key-value heads of this rank, d head dim, n = 2·H·d, r rank, K rows.
 """
 
 from __future__ import annotations
@@ -15,13 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clla.modeling.absorbed_clla import (
+    absorbed_query,
+    absorbed_sums,
+    decoded_rows,
+    decoded_sums,
+    rotary_key,
+    split_query,
+)
 from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.decode_clla import LatentRows
 from clla.modeling.group_clla import leaving_slots, reading_tokens
 from clla.modeling.pack_triton_clla import packed
-from clla.modeling.quantize_clla import RowLayout
-from clla.modeling.rotary_clla import Rope, Rotation, Turns
+from clla.modeling.quantize_clla import layout_of
+from clla.modeling.rotary_clla import Rope
 from clla.serving.pages import Batch, read_exact, read_rows, slots_of, write_rows
+from clla.serving.sides import Side, sides
+
+Pages = tuple[Batch, Tensor]
 
 
 @dataclass
@@ -30,18 +42,21 @@ class Decoder:
 
     decoder: Tensor  # [G, n, r]
     mean: Tensor  # [G, n]
+    rope_query: Tensor | None  # [G, H, P, 2], where keys are decoupled
 
 
 class GroupReader:
     """One layer group: its codec, its place in a token's latent row, and what its layers do with both.
 
     Args:
-        spec: `layers` and `tier_bits` of the group.
+        spec: `layers`, `tier_bits` and `rope_pairs` of the group.
         settings: the config's `clla` block.
         first: byte of a token's row where the group's part begins.
         codec: the group's codec module.
         rope: rotation of keys; None without.
         heads: key-value heads of the model that this rank has, as indices.
+        query_heads: of this rank.
+        most_rows: of several sequences side by side, at most so many are read at once.
     """
 
     def __init__(
@@ -52,13 +67,19 @@ class GroupReader:
         codec: Any,
         rope: Rope | None,
         heads: list[int],
+        query_heads: int,
+        most_rows: int,
     ) -> None:
         self.layers = list(spec["layers"])
-        self.layout = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
+        self.layout: Any = layout_of(spec, settings)
         self.first, self.stop = first, first + self.layout.row_bytes
         self.window, self.block, self.sinks = settings["window"], settings["flush_block"], settings["sinks"]
         self.kv_heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
-        self.codec, self.rope, self.heads = codec, rope, heads
+        self.from_input = settings["source"] == "first"
+        self.codec, self.rope, self.heads, self.most_rows = codec, rope, heads, most_rows
+        # Up to so many new tokens of a sequence read latents; more decode them once.
+        few = reading_tokens(self.kv_heads, self.head_dim, self.kv_heads * query_heads // len(heads))
+        self.few = few if self.window or spec.get("rope_pairs") else 0
         self._decoder: Decoder | None = None
 
     @property
@@ -66,144 +87,199 @@ class GroupReader:
         """Made at first use, when the weights are loaded."""
         if self._decoder is None:
             decoder, mean = self.codec.decoder.detach(), self.codec.mean.detach()
+            query = getattr(self.codec, "rope_query", None)
+            query = None if query is None else query.detach()
             if len(self.heads) < self.kv_heads:
                 chosen = torch.tensor(self.heads, device=decoder.device)
                 rows = torch.arange(2 * self.kv_heads * self.head_dim, device=decoder.device)
                 rows = rows.unflatten(0, (2, self.kv_heads, self.head_dim))[:, chosen].flatten()
                 decoder, mean = decoder[:, rows].contiguous(), mean[:, rows].contiguous()
-            self._decoder = Decoder(decoder, mean)
+                query = None if query is None else query[:, chosen]
+            self._decoder = Decoder(decoder, mean, query)
         return self._decoder
 
-    def old(self, before: int) -> int:
-        """E(c): of `before` tokens, so many are read from their latents."""
-        return leaving_slots(before, self.window, self.block)
+    @property
+    def reads_exact(self) -> bool:
+        """Whether any token is read exactly."""
+        return bool(self.window or self.sinks)
 
-    def write(self, both: dict[int, Tensor], latents: Batch, pages: Tensor) -> None:
+    def old(self, total: int, count: int) -> int:
+        """Of `total` tokens, the last `count` of them new, so many are read from their latents."""
+        return leaving_slots(total - count, self.window, self.block) if self.window else total
+
+    def write(self, both: dict[int, Tensor], latents: Pages) -> None:
         """Encode the step's tokens and put their rows into the pages.
 
         Args:
             both: layer -> keys after RoPE and values [2H, T, d] of all the model's heads.
-            latents: where the rows go.
-            pages: [P, 1, b, bytes].
+            latents: batch of the latents, and pages [P, 1, b, bytes].
         """
-        rotation = self._rotation(latents.positions[None])
+        rotation = None if self.rope is None else self.rope(latents[0].positions[None])
         inputs = before_rope({layer: x[None] for layer, x in both.items()}, rotation, self.kv_heads)
-        rows = packed(encode(inputs, self.codec), self.layout)
-        write_rows(pages, latents.slots, rows[0], self.first)
+        self._put(encode(inputs, self.codec), latents)
+
+    def write_inputs(self, hidden: Tensor, latents: Pages) -> None:
+        """The same from the attention inputs [T, h] of the group's first layer."""
+        self._put(encode(hidden[None], self.codec), latents)
+
+    def _put(self, found: Tensor, latents: Pages) -> None:
+        write_rows(latents[1], latents[0].slots, packed(found, self.layout)[0], self.first)
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        sequence: int,
-        exact: tuple[Batch, Tensor],
-        latents: tuple[Batch, Tensor],
-        scaling: float,
-    ) -> Tensor:
-        """Attention of one sequence's new tokens.
+        self, layer: int, query: Tensor, exact: Pages | None, latents: Pages, scaling: float, output: Tensor
+    ) -> None:
+        """Attention of a step's new tokens.
 
         Args:
             layer: of the model.
             query: [T, H_q, d] after RoPE.
-            sequence: its number in the batch.
-            exact: this layer's batch and pages [P, H, b, 2d].
+            exact: this layer's batch and pages [P, H, b, 2d]; None where nothing is read exactly.
             latents: the latents' batch and pages [P, 1, b, bytes].
             scaling: of the logits.
-
-        Returns:
-            [T, H_q, d] in fp32 or the model's dtype.
+            output: [T, H_q, d] that is written.
         """
-        batch, pages = exact
-        total, count = batch.lengths[sequence], query.shape[0]
-        old, table, size = self.old(total - count), batch.table[sequence], pages.shape[2]
-        near = read_exact(pages, slots_of(table, old, total, size))
-        if not old:
-            return _plain(query, near, scaling)
-        sinks = read_exact(pages, slots_of(table, 0, min(self.sinks, old), size))
-        few = count <= reading_tokens(self.kv_heads, self.head_dim, self.kv_heads * query.shape[1] // len(self.heads))
-        rows = self._rows(latents, sequence, old)
-        attend = self._attend_latents if few else self._attend_decoded
-        found: Tensor = attend(self.layers.index(layer), query, rows, sinks, near, scaling)
+        batch, index = latents[0], self.layers.index(layer)
+        for side in self._sides(batch):
+            attend = self._attend_latents if side.count <= self.few else self._attend_decoded
+            output[side.queries] = attend(index, query[side.queries], side, exact, latents, scaling).to(output.dtype)
         if layer == self.layers[-1]:
-            latents[0].memo.pop((self.first, sequence), None)
+            for key in [key for key in batch.memo if key[0] == self.first]:
+                del batch.memo[key]
+
+    def _sides(self, batch: Batch) -> list[Side]:
+        """Which sequences are read together; the same for all groups."""
+        key = ("sides", self.few, self.most_rows)
+        if key not in batch.memo:
+            old = [self.old(total, count) for total, count in zip(batch.lengths, batch.counts, strict=False)]
+            batch.memo[key] = sides(old, batch, self.few, self.most_rows, self.rope)
+        found: list[Side] = batch.memo[key]
         return found
 
-    def _rotation(self, positions: Tensor) -> Rotation | None:
-        return None if self.rope is None else self.rope(positions)
+    def _data(self, side: Side, latents: Pages) -> Tensor:
+        """Packed rows [S, K, N]."""
+        pages = latents[1]
+        return read_rows(pages, side.slots(pages.shape[2]), self.first, self.stop).contiguous()
 
-    def _rows(self, latents: tuple[Batch, Tensor], sequence: int, old: int) -> tuple[LatentRows, Rotation | None]:
-        """The old tokens of a sequence, gathered and unpacked once for all layers of the group."""
-        batch, pages = latents
-        key = (self.first, sequence)
-        if key not in batch.memo:
-            slots = slots_of(batch.table[sequence], 0, old, pages.shape[2])
-            data = read_rows(pages, slots, self.first, self.stop)[None].contiguous()
-            rotation = self._rotation(torch.arange(old, device=data.device)[None])
-            hidden = torch.tensor([min(self.sinks, old)], dtype=torch.int32, device=data.device)
-            turns = None if rotation is None else Turns.of(rotation)
-            batch.memo[key] = (LatentRows(data, self.layout, self.decoder, hidden, self.sinks, turns), rotation)
-        found: tuple[LatentRows, Rotation | None] = batch.memo[key]
+    def _rows(self, side: Side, latents: Pages) -> LatentRows:
+        """The old tokens of some sequences, gathered and unpacked once for all layers of the group."""
+        memo, key = latents[0].memo, (self.first, side.sequences[0])
+        if key not in memo:
+            hidden = side.hidden(self.sinks)
+            memo[key] = LatentRows(
+                self._data(side, latents), self.layout, self.decoder, hidden, int(hidden.max()), side.turns
+            )
+        found: LatentRows = memo[key]
         return found
 
     def _turned(self, index: int) -> bool:
         return self.rope is not None and self.layers[index] not in self.rope.plain_layers
 
     def _attend_latents(
-        self,
-        index: int,
-        query: Tensor,
-        old: tuple[LatentRows, Rotation | None],
-        sinks: Tensor,
-        near: Tensor,
-        scaling: float,
+        self, index: int, query: Tensor, side: Side, exact: Pages | None, latents: Pages, scaling: float
     ) -> Tensor:
-        """Few queries: logits of decoded keys, values summed in latent space, one softmax."""
-        rows, heads, tokens = old[0], len(self.heads), query.shape[0]
-        exact = torch.cat((sinks, near), dim=1)[None].float()  # [1, 2H, S + t, d]
-        q = query.transpose(0, 1).unflatten(0, (heads, -1)).flatten(1, 2)[None]  # [1, H, M, d]
-        close = (q.float() * scaling @ exact[:, :heads].mT).unflatten(2, (-1, tokens))  # [1, H, M/T, T, S + t]
-        ahead = torch.ones(tokens, near.shape[1], dtype=torch.bool, device=q.device).triu(near.shape[1] - tokens + 1)
-        close = close.masked_fill(nn.functional.pad(ahead, (sinks.shape[1], 0)), float("-inf")).flatten(2, 3)
-        weights = rows.weights(q, close, index, scaling=scaling, turned=self._turned(index))
-        out = rows.summed(weights, exact[:, heads:], index)[0]
-        return out.unflatten(1, (-1, tokens)).flatten(0, 1).transpose(0, 1)
+        """Few queries [S, T, H_q, d]: logits of decoded keys, values summed in latent space, one softmax."""
+        assert exact is not None, "without exact tokens keys and values are decoded"
+        rows, heads, tokens = self._rows(side, latents), len(self.heads), query.shape[1]
+        slots, seen = side.exact(exact[0], self.sinks, exact[1].shape[2])
+        both = read_exact(exact[1], slots).float()  # [S, 2H, E, d]
+        q = query.transpose(1, 2).unflatten(1, (heads, -1)).flatten(2, 3)  # [S, H, M, d]
+        near = (q.float() * scaling @ both[:, :heads].mT).unflatten(2, (-1, tokens))
+        near = near.masked_fill(~seen[:, None, None], float("-inf")).flatten(2, 3)  # [S, H, M, E]
+        weights = rows.weights(q, near, index, scaling=scaling, turned=self._turned(index))
+        out = rows.summed(weights, both[:, heads:], index)
+        return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2)
 
     def _attend_decoded(
-        self,
-        index: int,
-        query: Tensor,
-        old: tuple[LatentRows, Rotation | None],
-        sinks: Tensor,
-        near: Tensor,
-        scaling: float,
+        self, index: int, query: Tensor, side: Side, exact: Pages | None, latents: Pages, scaling: float
     ) -> Tensor:
-        """Many queries: keys and values of the old tokens, decoded once."""
-        rows, rotation = old
-        heads, dtype, layer = len(self.heads), near.dtype, self.layers[index]
-        both = near.new_empty(near.shape[0], rows.count + near.shape[1], near.shape[2])
-        both[:, rows.count :] = near
-        for start, latents in rows.blocks():
-            stop = start + latents.shape[1]
-            turn = None if rotation is None else rotation.part(start, stop)
-            both[:, start:stop] = decode(latents, self.decoder, index, turn, heads, dtype, layer=layer)[0]
-        both[:, : sinks.shape[1]] = sinks
-        return _plain(query, both, scaling)
+        """Many queries [1, T, H_q, d] of one sequence: keys and values of the old tokens, decoded once."""
+        heads, dtype, old = len(self.heads), query.dtype, side.rows
+        near = sinks = query.new_empty(2 * heads, 0, self.head_dim)
+        if exact is not None:
+            (batch, pages), sequence = exact, side.sequences[0]
+            table, size = batch.table[sequence], exact[1].shape[2]
+            near = read_exact(pages, slots_of(table, old, batch.lengths[sequence], size)).to(dtype)
+            sinks = read_exact(pages, slots_of(table, 0, min(self.sinks, old), size)).to(dtype)
+        both = near
+        if old:
+            both = near.new_empty(len(near), old + near.shape[1], near.shape[2])
+            both[:, old:] = near
+            for start, found in self._rows(side, latents).blocks():
+                stop = start + found.shape[1]
+                turn = None if side.rotation is None else side.rotation.part(start, stop)
+                both[:, start:stop] = decode(found, self.decoder, index, turn, heads, dtype, layer=self.layers[index])[
+                    0
+                ]
+            both[:, : sinks.shape[1]] = sinks
+        keys, values = both.chunk(2)
+        return _plain(query[0], keys, values, scaling)[None]
 
 
-def _plain(query: Tensor, both: Tensor, scaling: float) -> Tensor:
-    """Attention [T, H_q, d] of the last T tokens to keys and values [2H, K, d]."""
-    tokens, total = query.shape[0], both.shape[1]
-    keys, values = both.to(query.dtype).chunk(2)
+class DecoupledReader(GroupReader):
+    """A group with keys in two parts: one without position, decoded from latents, and a rotary key beside them."""
+
+    def __init__(self, spec: dict[str, Any], settings: dict[str, Any], *args: Any) -> None:
+        super().__init__(spec, settings, *args)
+        self.pairs = tuple(spec["rope_pairs"])
+        self.rank = len(spec["tier_bits"]) * settings["tier_size"]
+
+    def write_inputs(self, hidden: Tensor, latents: Pages) -> None:
+        """Latents and rotary keys of attention inputs [T, h]."""
+        assert self.rope is not None, "keys are rotated"
+        rotation = self.rope(latents[0].positions[None])
+        found = encode(hidden[None], self.codec), rotary_key(hidden[None], self.codec, self.pairs, rotation)
+        rows = self.layout.pack(torch.cat(found, dim=-1))
+        write_rows(latents[1], latents[0].slots, rows[0], self.first)
+
+    def _unpacked(self, side: Side, latents: Pages) -> Tensor:
+        """Rows [S, K, r + p] of some sequences, unpacked once for all layers of the group."""
+        memo, key = latents[0].memo, (self.first, side.sequences[0])
+        if key not in memo:
+            memo[key] = self.layout.unpack(self._data(side, latents), self.decoder.decoder.dtype)
+        found: Tensor = memo[key]
+        return found
+
+    def _split(self, index: int, query: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+        """Position-free and rotary part of queries [S, T, H_q, d], tokens behind heads."""
+        like = side.asking
+        assert like is not None, "keys are rotated"
+        turn = like if self._turned(index) else None
+        return split_query(query.transpose(1, 2), self.decoder, index, self.pairs, turn, like)
+
+    def _attend_latents(
+        self, index: int, query: Tensor, side: Side, exact: Pages | None, latents: Pages, scaling: float
+    ) -> Tensor:
+        rows, tokens = self._unpacked(side, latents), query.shape[1]
+        (for_keys, for_values), mean = self.decoder.decoder[index].chunk(2), self.decoder.mean[index].chunk(2)[1]
+        places = torch.arange(side.rows, device=rows.device)
+        seen = (places >= side.hidden(self.sinks)[:, None])[:, None] & (
+            places <= side.rows - tokens + torch.arange(tokens, device=rows.device)[:, None]
+        )
+        asking = absorbed_query(*self._split(index, query, side), for_keys)
+        sums = absorbed_sums(asking, rows, self.rank, seen[:, None], scaling)
+        return decoded_sums(sums, for_values, mean, len(self.heads))
+
+    def _attend_decoded(
+        self, index: int, query: Tensor, side: Side, exact: Pages | None, latents: Pages, scaling: float
+    ) -> Tensor:
+        rows, heads = self._unpacked(side, latents), len(self.heads)
+        keys, values = decoded_rows(rows, self.decoder, index, heads, self.rank, query.dtype)
+        asking = torch.cat(self._split(index, query, side), dim=-1)[0].transpose(0, 1)
+        return _plain(asking, keys[0], values[0], scaling)[None, ..., : self.head_dim]
+
+
+def _plain(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention [T, H_q, d] of the last T tokens to keys and values [H, K, d]."""
+    tokens, total = query.shape[0], keys.shape[1]
     seen = None
     if tokens > 1:
         seen = torch.ones(tokens, total, dtype=torch.bool, device=query.device).tril(total - tokens)
-    grouped = query.shape[1] != keys.shape[0]
     out: Tensor = nn.functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys[None],
         values[None],
         attn_mask=seen,
         scale=scaling,
-        enable_gqa=grouped,
+        enable_gqa=query.shape[1] != keys.shape[0],
     )
     return out[0].transpose(0, 1)

@@ -7,28 +7,30 @@ the plan and the engine shares, evicts and counts them as it does any cache.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
     AttentionMetadataBuilder,
+    AttentionType,
     CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec, replace_as
 
 from clla.errors import CllaError
-from clla.serving.attention import GroupReader
+from clla.serving.attention import GroupReader, Pages
 from clla.serving.pages import Batch, read_exact, write_exact
 from clla.serving.window_spec import SinkWindowSpec
 
 EXACT_BLOCK = 16  # tokens a page of exact keys and values
+WRITE_LATENTS = "clla::write_latents"  # operation of the same name below
 LARGEST_BLOCK = 512  # tokens a page of latents, unless one exact page is larger
 
 
@@ -69,7 +71,7 @@ class PackedBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        return PagedAttention
+        return PackedAttention
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -102,16 +104,17 @@ class LatentStore(nn.Module, AttentionLayerBase):
 
     Args:
         name: in the engine's table of layers.
-        row_bytes: of a token, all groups together.
+        groups: the model's layer groups.
         block: tokens a page.
         alone: blocks that the longest request may need while it is the only one.
         vllm_config: of the engine.
     """
 
-    def __init__(self, name: str, row_bytes: int, block: int, alone: int, vllm_config: Any) -> None:
+    def __init__(self, name: str, groups: list[GroupReader], block: int, alone: int, vllm_config: Any) -> None:
         super().__init__()
-        self.row_bytes, self.block, self.alone = row_bytes, block, alone
+        self.name, self.groups, self.block, self.alone = name, groups, block, alone
         self.kv_cache = torch.tensor([])
+        self.attn_type = AttentionType.DECODER  # layers that share its pages are asked whether theirs is the same
         self.impl = None  # type: ignore[assignment]
         vllm_config.compilation_config.static_forward_context[name] = self
 
@@ -136,10 +139,10 @@ class LatentStore(nn.Module, AttentionLayerBase):
         return FullAttentionSpec(
             block_size=self.block,
             num_kv_heads=1,
-            head_size=self.row_bytes,
+            head_size=self.groups[-1].stop,
             head_size_v=0,
             dtype=torch.uint8,
-            state_content_bytes=self.row_bytes,
+            state_content_bytes=self.groups[-1].stop,
         )
 
 
@@ -166,8 +169,47 @@ def latent_block(row_bytes: int, page_bytes: int, layers: int, window_blocks: in
     return best, groups(best)
 
 
-class PagedAttention(AttentionImpl):  # type: ignore[type-arg]
-    """Takes the place of the attention that the engine made for a layer.
+class WindowPages(NamedTuple):
+    """Pages of exact tokens beside those of latents.
+
+    Attributes:
+        backend: of the layers that have them.
+        tokens: of a layer's window, those that wait for their block to leave it included.
+        block: tokens a block of latents.
+        alone: blocks that the longest request may need while it is the only one.
+    """
+
+    backend: type[WindowBackend]
+    tokens: int
+    block: int
+    alone: int
+
+
+def window_pages(
+    settings: dict[str, Any], row_bytes: int, layer: Attention, layers: int, vllm_config: Any
+) -> WindowPages:
+    """How exact tokens are kept.
+
+    Args:
+        settings: the config's `clla` block.
+        row_bytes: latents of a token.
+        layer: any of the model.
+        layers: how many there are.
+        vllm_config: of the engine.
+    """
+    tokens = settings["window"] + settings["flush_block"] if settings["window"] else 1
+    page = EXACT_BLOCK * layer.num_kv_heads * 2 * layer.head_size * layer.kv_cache_torch_dtype.itemsize
+    sink_blocks, longest = -(-settings["sinks"] // EXACT_BLOCK), vllm_config.model_config.max_model_len
+    block, shares = latent_block(row_bytes, page, layers, -(-tokens // EXACT_BLOCK) + 1 + sink_blocks)
+    computed = min(longest, tokens + vllm_config.max_in_flight_tokens)
+    alone = -(-longest // block) + shares * (-(-computed // EXACT_BLOCK) + 1 + sink_blocks)
+    chunk = vllm_config.scheduler_config.long_prefill_token_threshold
+    more = {"sinks": settings["sinks"], "in_flight": chunk * vllm_config.max_concurrent_batches}
+    return WindowPages(type("WindowBackend", (WindowBackend,), more), tokens, block, alone)
+
+
+class PackedAttention(AttentionImpl):  # type: ignore[type-arg]
+    """Takes the place of the attention that the engine made for a layer, where nothing is read exactly.
 
     Args:
         own: the attention made for it.
@@ -196,22 +238,67 @@ class PagedAttention(AttentionImpl):  # type: ignore[type-arg]
         """As the engine's own: queries [T, H_q, d], keys and values [T, H, d] into `output` [T, H_q, d]."""
         if attn_metadata is None:  # a trial run for the engine's memory
             return output.zero_()
-        context = get_forward_context()
-        batch, layers = attn_metadata, context.no_compile_layers
+        self._attend(query, key, value, (attn_metadata, kv_cache), output)
+        return output
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, own: Pages, output: Tensor) -> None:
+        self.group.attend(self.layer, query, None, own, self.scale, output)  # its pages are those of the latents
+
+
+class WindowAttention(PackedAttention):
+    """The same where the layer has pages of its own for exact tokens."""
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, own: Pages, output: Tensor) -> None:
+        context, (batch, pages) = get_forward_context(), own
+        layers = context.no_compile_layers
         latents = context.attn_metadata[self.store], layers[self.store].kv_cache
         tokens = batch.starts[-1]
-        write_exact(kv_cache, batch.slots, key[:tokens], value[:tokens])
-        for i, (start, stop) in enumerate(zip(batch.starts, batch.starts[1:], strict=False)):
-            if stop > start:
-                found = self.group.attend(self.layer, query[start:stop], i, (batch, kv_cache), latents, self.scale)
-                output[start:stop] = found.to(output.dtype)
-        if self.layer == self.group.layers[-1]:
+        write_exact(pages, batch.slots, key[:tokens], value[:tokens])
+        self.group.attend(self.layer, query, own, latents, self.scale, output)
+        if self.layer == self.group.layers[-1] and not self.group.from_input:
             both = {
                 number: _all_heads(read_exact(layers[name].kv_cache, context.attn_metadata[name].slots), self.group)
                 for number, name in zip(self.group.layers, self.names, strict=True)
             }
-            self.group.write(both, *latents)
-        return output
+            self.group.write(both, latents)
+
+
+@torch.library.custom_op(WRITE_LATENTS, mutates_args=())
+def write_latents(hidden: Tensor, store: str, group: int) -> Tensor:
+    """Write the latents of attention inputs [T, h] of a group's first layer, and hand the inputs on.
+
+    Opaque to the engine's compiler, as its own attention is. What it returns is used, so it cannot be left out.
+
+    Args:
+        hidden: [T, h].
+        store: the engine's name of the layer that owns the pages.
+        group: number of the layer group.
+    """
+    context = get_forward_context()
+    if context.attn_metadata is not None:  # else a trial run for the engine's memory
+        batch, layer = context.attn_metadata[store], context.no_compile_layers[store]
+        layer.groups[group].write_inputs(hidden[: batch.starts[-1]], (batch, layer.kv_cache))
+    return hidden.clone()
+
+
+@write_latents.register_fake
+def _(hidden: Tensor, store: str, group: int) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+def watch_inputs(projection: nn.Module, store: LatentStore, group: int) -> None:
+    """Have a group's latents written from what its first layer's attention gets, before that layer attends.
+
+    Args:
+        projection: of the layer's queries, keys and values.
+        store: owns the pages.
+        group: number of the layer group.
+    """
+
+    def hand_on(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return write_latents(inputs[0], store.name, group), *inputs[1:]
+
+    projection.register_forward_pre_hook(hand_on)
 
 
 def _all_heads(both: Tensor, group: GroupReader) -> Tensor:
@@ -222,9 +309,3 @@ def _all_heads(both: Tensor, group: GroupReader) -> Tensor:
     heads = tensor_model_parallel_all_gather(both.unflatten(0, (2, -1)).contiguous(), dim=1)  # [2, ranks·H, T, d]
     copies = heads.shape[1] // group.kv_heads  # ranks with the same heads, where there are more ranks than heads
     return heads[:, ::copies].flatten(0, 1)
-
-
-@cache
-def window_backend(sinks: int, in_flight: int) -> type[WindowBackend]:
-    """Backend of layers whose first `sinks` tokens stay; arguments as of `SinkWindowSpec`."""
-    return type("WindowBackend", (WindowBackend,), {"sinks": sinks, "in_flight": in_flight})

@@ -56,9 +56,6 @@ def check_model(config: Any) -> None:
         "it is a codec without its model (--adapter-only)": config.base_model is not None,
         "some of its layers keep a cache of their own (sliding window or state)": bool(settings["kept_layers"]),
         "it evicts tokens (budget.evict)": settings.get("capacity") is not None,
-        "its keys are decoupled (plan.key: decoupled)": any(spec.get("rope_pairs") for spec in settings["groups"]),
-        "its latents come from the layer's input (plan.source: first)": settings["source"] != "group",
-        "it has no exact window (budget.window: 0)": not settings["window"],
         f"model type {config.text_config.model_type!r} has no causal language model": (
             config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         ),
@@ -66,6 +63,6 @@ def check_model(config: Any) -> None:
     for reason in (reason for reason, found in reasons.items() if found):
         raise UnsupportedModelError(
             f"vLLM cannot serve this checkpoint: {reason}",
-            expected="a checkpoint with its weights, an exact window and latents of whole layer groups",
+            expected="a checkpoint with its weights, all of whose layers are on the compressed cache",
             remedy="convert it so, or run it with transformers: clla generate",
         )

@@ -10,19 +10,31 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model, maybe_prefix
 
 from clla.errors import UnsupportedModelError
+from clla.modeling.decode_clla import HELD_BYTES
 from clla.modeling.hooks_clla import rope_with, rotary_module
 from clla.modeling.modeling_clla import CodecModule
-from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.quantize_clla import layout_of
 from clla.modeling.rotary_clla import Rope
-from clla.serving.attention import GroupReader
-from clla.serving.backend import EXACT_BLOCK, LatentStore, PagedAttention, latent_block, window_backend
+from clla.serving.attention import DecoupledReader, GroupReader
+from clla.serving.backend import (
+    EXACT_BLOCK,
+    WRITE_LATENTS,
+    LatentBackend,
+    LatentStore,
+    PackedAttention,
+    WindowAttention,
+    watch_inputs,
+    window_pages,
+)
 from clla.serving.self_check import check_one_layer
 
 CODEC, SOURCE = "codec.", "source."
+GPU_ROWS = 1 << 20  # rows that are read at once on a GPU, where they are not unpacked
 
 
 class CllaForCausalLM(nn.Module):
@@ -47,32 +59,34 @@ class CllaForCausalLM(nn.Module):
         self.codec = CodecModule(config).requires_grad_(False)
         layers = {extract_layer_index(m.layer_name): m for m in self.source.modules() if isinstance(m, Attention)}
         _check_layers(layers, settings, config.text_config)
-        first = next(iter(layers.values()))
-        store = maybe_prefix(prefix, "latents.0")  # the engine wants a number in each name
-        rows = [RowLayout(tuple(spec["tier_bits"]), settings["tier_size"]).row_bytes for spec in settings["groups"]]
-        window = settings["window"] + settings["flush_block"]
-        page = EXACT_BLOCK * first.num_kv_heads * 2 * first.head_size * first.kv_cache_torch_dtype.itemsize
-        window_blocks = -(-window // EXACT_BLOCK) + 1 + -(-settings["sinks"] // EXACT_BLOCK)
-        block, shares = latent_block(sum(rows), page, len(layers), window_blocks)
-        longest = vllm_config.model_config.max_model_len
-        computed = min(longest, window + vllm_config.max_in_flight_tokens)
-        alone = -(-longest // block) + shares * (-(-computed // EXACT_BLOCK) + window_blocks - window // EXACT_BLOCK)
-        self.latents = LatentStore(store, sum(rows), block, alone, vllm_config)
-        chunk = vllm_config.scheduler_config.long_prefill_token_threshold
-        backend = window_backend(settings["sinks"], chunk * vllm_config.max_concurrent_batches)
+        first, store = layers[min(layers)], maybe_prefix(prefix, "latents.0")  # the engine wants a number in each name
         rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
         heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
-        self.groups: list[GroupReader] = []
-        start = 0
-        for spec, module, size in zip(settings["groups"], self.codec.groups, rows, strict=True):
-            group = GroupReader(spec, settings, start, module, rope, heads)
-            start += size
-            self.groups.append(group)
-            names = [layers[i].layer_name for i in group.layers]
+        self.groups = _groups(settings, self.codec, rope, heads, first.num_heads)
+        longest = vllm_config.model_config.max_model_len
+        if self.groups[0].reads_exact:
+            window = window_pages(settings, self.groups[-1].stop, first, len(layers), vllm_config)
+            block, alone = window.block, window.alone
+        else:
+            window, block, alone = None, EXACT_BLOCK, -(-longest // EXACT_BLOCK)
+        self.latents = LatentStore(store, self.groups, block, alone, vllm_config)
+        for group in self.groups:
             for i in group.layers:
-                layer = layers[i]
-                layer.impl = PagedAttention(layer.impl, i, group, names, store)
-                layer.attn_backend, layer.sliding_window = backend, window
+                layer, names = layers[i], [layers[j].layer_name for j in group.layers]
+                if window is None:
+                    layer.impl = PackedAttention(layer.impl, i, group, names, store)
+                    layer.attn_backend, layer.kv_sharing_target_layer_name = LatentBackend, store
+                else:
+                    layer.impl = WindowAttention(layer.impl, i, group, names, store)
+                    layer.attn_backend, layer.sliding_window = window.backend, window.tokens
+        if self.groups[0].from_input:
+            splits = vllm_config.compilation_config.splitting_ops
+            if splits:  # graphs are recorded between these operations
+                splits.append(WRITE_LATENTS)
+            for number, group in enumerate(self.groups):
+                watch_inputs(
+                    _projection(self.source, layers[group.layers[0]], config.text_config), self.latents, number
+                )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[T, h] of token ids [T]."""
@@ -110,6 +124,38 @@ class CllaForCausalLM(nn.Module):
         rotary = [m for m in self.source.modules() if isinstance(m, RotaryEmbeddingBase)]
         check_one_layer(self.groups[0], settings["groups"][0], settings, rotary[0] if rotary else None, EXACT_BLOCK)
         return loaded | {CODEC + name for name in codec}
+
+
+def _groups(
+    settings: dict[str, Any], codec: CodecModule, rope: Rope | None, heads: list[int], query_heads: int
+) -> list[GroupReader]:
+    """Readers of all layer groups, their rows side by side; arguments as of `GroupReader`."""
+    weight = next(codec.parameters())
+    rank = max(layout_of(spec, settings).rank for spec in settings["groups"])
+    most_rows = GPU_ROWS if weight.is_cuda else HELD_BYTES // (rank * weight.itemsize)
+    found: list[GroupReader] = []
+    for spec, module in zip(settings["groups"], codec.groups, strict=True):
+        kind = DecoupledReader if spec.get("rope_pairs") else GroupReader
+        start = found[-1].stop if found else 0
+        found.append(kind(spec, settings, start, module, rope, heads, query_heads, most_rows))
+    return found
+
+
+def _projection(source: nn.Module, attention: Attention, text: Any) -> nn.Module:
+    """The projection to queries, keys and values of an attention layer: what it gets is the attention's input.
+
+    Raises:
+        UnsupportedModelError: there is not just one.
+    """
+    parents = [m for m in source.modules() if any(child is attention for child in m.children())]
+    found = [child for m in parents for child in m.children() if isinstance(child, QKVParallelLinear)]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"vLLM computes queries, keys and values of {text.model_type!r} models by {len(found)} projections",
+            expected="one, whose input is what latents are made of (plan.source: first)",
+            remedy="convert with plan.source group, or run it with transformers: clla generate",
+        )
+    return found[0]
 
 
 def own_heads(kv_heads: int, per_rank: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Read and write the engine's pages: rows of tokens that lie wherever the block table says.
 
-Shape legend: T tokens, H key-value heads, d head dim, b tokens a block, P blocks of the pool, N bytes a latent row.
+Shape legend: T tokens, S sequences, H key-value heads, d head dim, b tokens a block, P blocks of the pool, N bytes a
+latent row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Batch:
         table: [sequences, blocks] int32, the blocks of this layer's pages.
         slots: [T] int64, where this layer's new tokens go (block · b + place).
         positions: [T] int64, of the new tokens.
-        memo: what layers of one group keep for each other within a step.
+        memo: what layers keep for each other within a step.
     """
 
     starts: list[int]
@@ -32,6 +33,11 @@ class Batch:
     positions: Tensor
     memo: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def counts(self) -> list[int]:
+        """New tokens of each sequence."""
+        return [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]
+
 
 def write_exact(pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Put keys and values [T, H, d] into pages [P, H, b, 2d]."""
@@ -40,16 +46,20 @@ def write_exact(pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> N
 
 
 def read_exact(pages: Tensor, slots: Tensor) -> Tensor:
-    """Keys and values [2H, T, d] of slots [T] of pages [P, H, b, 2d]."""
+    """Keys and values [..., 2H, T, d] of slots [..., T] of pages [P, H, b, 2d]."""
     block, place = slots // pages.shape[2], slots % pages.shape[2]
-    both = pages[block, :, place]  # [T, H, 2d]
-    return torch.cat(both.chunk(2, dim=-1), dim=1).transpose(0, 1)
+    both = pages[block, :, place]  # [..., T, H, 2d]
+    return torch.cat(both.chunk(2, dim=-1), dim=-2).transpose(-3, -2)
+
+
+def slots_at(table: Tensor, places: Tensor, size: int) -> Tensor:
+    """Slots [S, T] of the tokens `places` [S, T] of sequences whose blocks of `size` tokens are `table` [S, blocks]."""
+    return table.gather(1, places // size).long() * size + places % size
 
 
 def slots_of(table: Tensor, start: int, stop: int, size: int) -> Tensor:
-    """Slots of the tokens [start, stop) of a sequence whose blocks of `size` tokens are `table` [blocks]."""
-    places = torch.arange(start, stop, device=table.device)
-    return table[places // size].long() * size + places % size
+    """Slots of the tokens [start, stop) of one sequence whose blocks of `size` tokens are `table` [blocks]."""
+    return slots_at(table[None], torch.arange(start, stop, device=table.device)[None], size)[0]
 
 
 def write_rows(pages: Tensor, slots: Tensor, rows: Tensor, first: int) -> None:
@@ -59,6 +69,6 @@ def write_rows(pages: Tensor, slots: Tensor, rows: Tensor, first: int) -> None:
 
 
 def read_rows(pages: Tensor, slots: Tensor, first: int, stop: int) -> Tensor:
-    """Latent rows [T, stop - first] of slots [T] of pages [P, 1, b, bytes]."""
+    """Latent rows [..., T, stop - first] of slots [..., T] of pages [P, 1, b, bytes]."""
     block, place = slots // pages.shape[2], slots % pages.shape[2]
     return pages[block, 0, place, first:stop]

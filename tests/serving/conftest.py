@@ -22,7 +22,7 @@ from clla.modeling.modeling_clla import CllaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import byte_tokenizer, pico_config, pico_of
-from helpers import converted_of, plan_of, stats_of
+from helpers import converted_of, plan_of, stats_of, strict_of
 
 Checkpoint = tuple[Path, CllaForCausalLM]
 NEW = 32  # greedy tokens that are compared
@@ -41,7 +41,11 @@ def save(folder: Path, kind: str, bits: int, rank: int | None = None, **extra: A
     source = pico_of(pico_config(kind, **extra))
     stats = stats_of(source)
     plan = plan_of(stats, source, bits=bits, rank=rank, window=16, sinks=4, flush_block=4)
-    model = converted_of(source, plan, stats, prefill_chunk=1000)
+    return saved(folder, converted_of(source, plan, stats, prefill_chunk=1000))
+
+
+def saved(folder: Path, model: CllaForCausalLM) -> CllaForCausalLM:
+    """The model, saved with a tokenizer."""
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return model
@@ -55,6 +59,23 @@ def coarse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """
     folder = tmp_path_factory.mktemp("coarse")
     return folder, save(folder, "qwen3", 4, rank=64, head_dim=32)
+
+
+def save_first(folder: Path, *, window: int, sinks: int) -> CllaForCausalLM:
+    """The same with latents from the input of a group's first layer."""
+    source = pico_of(pico_config("llama", head_dim=32))
+    stats = stats_of(source)
+    plan = plan_of(stats, source, bits=4, rank=64, source="first", window=window, sinks=sinks, flush_block=4)
+    return saved(folder, converted_of(source, plan, stats, prefill_chunk=1000))
+
+
+def save_strict(folder: Path) -> CllaForCausalLM:
+    """The same with decoupled keys: nothing exact, eight components of six bits for rotary keys."""
+    source = pico_of(pico_config("qwen3", head_dim=32))
+    stats = stats_of(source, with_queries=True)
+    groups = stats.layers[:2], stats.layers[2:]
+    model, _ = strict_of(source, stats, groups=groups, components=8, bits=4, rope_bits=6, rank=64)
+    return saved(folder, model)
 
 
 @pytest.fixture(scope="session")
