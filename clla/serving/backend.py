@@ -197,7 +197,8 @@ def window_pages(
         layers: how many there are.
         vllm_config: of the engine.
     """
-    tokens = settings["window"] + settings["flush_block"] if settings["window"] else 1
+    # For sinks alone the window is the least with which the engine finds prefixes again.
+    tokens = settings["window"] + settings["flush_block"] if settings["window"] else 2
     page = EXACT_BLOCK * layer.num_kv_heads * 2 * layer.head_size * layer.kv_cache_torch_dtype.itemsize
     sink_blocks, longest = -(-settings["sinks"] // EXACT_BLOCK), vllm_config.model_config.max_model_len
     block, shares = latent_block(row_bytes, page, layers, -(-tokens // EXACT_BLOCK) + 1 + sink_blocks)

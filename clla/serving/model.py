@@ -62,7 +62,7 @@ class CllaForCausalLM(nn.Module):
         first, store = layers[min(layers)], maybe_prefix(prefix, "latents.0")  # the engine wants a number in each name
         rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
         heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
-        self.groups = _groups(settings, self.codec, rope, heads, first.num_heads)
+        self.groups = readers(settings, self.codec, rope, heads, first.num_heads)
         longest = vllm_config.model_config.max_model_len
         if self.groups[0].reads_exact:
             window = window_pages(settings, self.groups[-1].stop, first, len(layers), vllm_config)
@@ -126,7 +126,7 @@ class CllaForCausalLM(nn.Module):
         return loaded | {CODEC + name for name in codec}
 
 
-def _groups(
+def readers(
     settings: dict[str, Any], codec: CodecModule, rope: Rope | None, heads: list[int], query_heads: int
 ) -> list[GroupReader]:
     """Readers of all layer groups, their rows side by side; arguments as of `GroupReader`."""

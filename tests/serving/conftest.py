@@ -36,12 +36,39 @@ def prompt(length: int, seed: int, shared: int = 0) -> list[int]:
     return torch.cat((first, rest)).tolist()
 
 
-def save(folder: Path, kind: str, bits: int, rank: int | None = None, **extra: Any) -> CllaForCausalLM:
-    """Convert a pico model into a folder: W = 16, 4 sinks, blocks of 4."""
-    source = pico_of(pico_config(kind, **extra))
+def of_group(kind: str, bits: int, rank: int | None = None) -> CllaForCausalLM:
+    """A converted pico model: W = 16, 4 sinks, blocks of 4."""
+    source = pico_of(pico_config(kind, head_dim=32))
     stats = stats_of(source)
     plan = plan_of(stats, source, bits=bits, rank=rank, window=16, sinks=4, flush_block=4)
-    return saved(folder, converted_of(source, plan, stats, prefill_chunk=1000))
+    return converted_of(source, plan, stats, prefill_chunk=1000)
+
+
+def of_input(window: int, sinks: int) -> CllaForCausalLM:
+    """The same with latents from the input of a group's first layer."""
+    source = pico_of(pico_config("llama", head_dim=32))
+    stats = stats_of(source)
+    plan = plan_of(stats, source, bits=4, rank=64, source="first", window=window, sinks=sinks, flush_block=4)
+    return converted_of(source, plan, stats, prefill_chunk=1000)
+
+
+def decoupled() -> CllaForCausalLM:
+    """The same with decoupled keys: nothing exact, rotary keys of eight components of six bits."""
+    source = pico_of(pico_config("qwen3", head_dim=32))
+    stats = stats_of(source, with_queries=True)
+    groups = stats.layers[:2], stats.layers[2:]
+    return strict_of(source, stats, groups=groups, components=8, bits=4, rope_bits=6, rank=64)[0]
+
+
+# Few components of four bits: what is read from latents changes the tokens. The least components of a full rank are
+# rounding noise that the encoder makes large: tokens would differ by it.
+FORMS: dict[str, Callable[[], CllaForCausalLM]] = {
+    "group": lambda: of_group("qwen3", 4, rank=64),
+    "first, with a window": lambda: of_input(window=16, sinks=4),
+    "first, sinks alone": lambda: of_input(window=0, sinks=4),
+    "first, nothing exact": lambda: of_input(window=0, sinks=0),
+    "decoupled": decoupled,
+}
 
 
 def saved(folder: Path, model: CllaForCausalLM) -> CllaForCausalLM:
@@ -53,36 +80,16 @@ def saved(folder: Path, model: CllaForCausalLM) -> CllaForCausalLM:
 
 @pytest.fixture(scope="session")
 def coarse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Few components of four bits: what is read from latents changes the tokens.
-
-    The least components of a full rank are rounding noise that the encoder makes large: tokens would differ by it.
-    """
+    """The default form."""
     folder = tmp_path_factory.mktemp("coarse")
-    return folder, save(folder, "qwen3", 4, rank=64, head_dim=32)
-
-
-def save_first(folder: Path, *, window: int, sinks: int) -> CllaForCausalLM:
-    """The same with latents from the input of a group's first layer."""
-    source = pico_of(pico_config("llama", head_dim=32))
-    stats = stats_of(source)
-    plan = plan_of(stats, source, bits=4, rank=64, source="first", window=window, sinks=sinks, flush_block=4)
-    return saved(folder, converted_of(source, plan, stats, prefill_chunk=1000))
-
-
-def save_strict(folder: Path) -> CllaForCausalLM:
-    """The same with decoupled keys: nothing exact, eight components of six bits for rotary keys."""
-    source = pico_of(pico_config("qwen3", head_dim=32))
-    stats = stats_of(source, with_queries=True)
-    groups = stats.layers[:2], stats.layers[2:]
-    model, _ = strict_of(source, stats, groups=groups, components=8, bits=4, rope_bits=6, rank=64)
-    return saved(folder, model)
+    return folder, saved(folder, FORMS["group"]())
 
 
 @pytest.fixture(scope="session")
 def fine(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Sixteen bits: tokens are those of the source, however prompts are cut."""
     folder = tmp_path_factory.mktemp("fine")
-    return folder, save(folder, "llama", 16, head_dim=32)
+    return folder, saved(folder, of_group("llama", 16))
 
 
 @torch.no_grad()

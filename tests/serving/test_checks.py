@@ -10,12 +10,13 @@ import torch
 from transformers import AutoConfig
 
 from clla.errors import CllaError, UnsupportedModelError
+from clla.modeling.hooks_clla import rope_of
 from clla.serving import EngineConfig, register
-from clla.serving.attention import GroupReader
 from clla.serving.checks import check_engine, check_model
+from clla.serving.model import readers
 from clla.serving.self_check import check_one_layer
 
-from .conftest import Checkpoint
+from .conftest import FORMS, Checkpoint
 
 
 def engine(**changed: Any) -> Any:
@@ -64,9 +65,6 @@ def test_options_that_do_not_fit(option: str, changed: dict[str, Any]) -> None:
     [
         ("cache of their own", {"kept_layers": [1]}),
         ("evicts", {"capacity": 100}),
-        ("source: first", {"source": "first"}),
-        ("exact window", {"window": 0}),
-        ("decoupled", {"groups": [{"layers": [0], "tier_bits": [4], "rope_pairs": [0, 1, 2, 3]}]}),
     ],
 )
 def test_checkpoints_that_cannot_be_served(coarse: Checkpoint, reason: str, changed: dict[str, Any]) -> None:
@@ -97,19 +95,19 @@ def test_the_plugin_registers_twice(coarse: Checkpoint) -> None:
     assert config.scheduler_config.long_prefill_token_threshold == 512  # prompts are cut at 1000, or at the end
 
 
-def test_a_wrong_rotation_is_noticed(coarse: Checkpoint) -> None:
-    from clla.modeling.hooks_clla import rope_of
-
-    model = coarse[1]
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wrong_rotation_is_noticed(form: str) -> None:
+    model = FORMS[form]()
     settings = model.config.clla
     rope = rope_of(model.source, settings["rope"])
     assert rope is not None
 
-    def rotary(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, shift: int = 0) -> Any:
+    def rotary(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, step: int = 1) -> Any:
         keys = key.unflatten(1, (2, -1)).transpose(0, 1)[None]
-        return query, rope((positions + shift)[None]).rotate(keys)[0].transpose(0, 1).flatten(1)
+        return query, rope((positions * step)[None]).rotate(keys)[0].transpose(0, 1).flatten(1)
 
-    group = GroupReader(settings["groups"][0], settings, 0, model.codec.groups[0], rope, [0, 1])
+    heads = model.config.text_config.num_attention_heads
+    (group, *_) = readers(settings, model.codec, rope, [0, 1], heads)
     check_one_layer(group, settings["groups"][0], settings, rotary, 16)
     with pytest.raises(CllaError, match="differs from the reference"):
-        check_one_layer(group, settings["groups"][0], settings, lambda p, q, k: rotary(p, q, k, shift=1), 16)
+        check_one_layer(group, settings["groups"][0], settings, lambda p, q, k: rotary(p, q, k, step=2), 16)
