@@ -164,10 +164,9 @@ class GroupReader:
         """The old tokens of some sequences, gathered and unpacked once for all layers of the group."""
         memo, key = latents[0].memo, (self.first, side.sequences[0])
         if key not in memo:
-            hidden = side.hidden(self.sinks)
-            memo[key] = LatentRows(
-                self._data(side, latents), self.layout, self.decoder, hidden, int(hidden.max()), side.turns
-            )
+            data, hidden = self._data(side, latents), side.hidden(self.sinks)
+            reach = max(side.hidden_rows(self.sinks))
+            memo[key] = LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns)
         found: LatentRows = memo[key]
         return found
 
@@ -180,7 +179,10 @@ class GroupReader:
         """Few queries [S, T, H_q, d]: logits of decoded keys, values summed in latent space, one softmax."""
         assert exact is not None, "without exact tokens keys and values are decoded"
         rows, heads, tokens = self._rows(side, latents), len(self.heads), query.shape[1]
-        slots, seen = side.exact(exact[0], self.sinks, exact[1].shape[2])
+        memo, key = exact[0].memo, ("exact", side.sequences[0])
+        if key not in memo:  # layers whose pages are in the same blocks
+            memo[key] = side.exact(exact[0], self.sinks, exact[1].shape[2])
+        slots, seen = memo[key]
         both = read_exact(exact[1], slots).float()  # [S, 2H, E, d]
         q = query.transpose(1, 2).unflatten(1, (heads, -1)).flatten(2, 3)  # [S, H, M, d]
         near = (q.float() * scaling @ both[:, :heads].mT).unflatten(2, (-1, tokens))
@@ -207,9 +209,8 @@ class GroupReader:
             for start, found in self._rows(side, latents).blocks():
                 stop = start + found.shape[1]
                 turn = None if side.rotation is None else side.rotation.part(start, stop)
-                both[:, start:stop] = decode(found, self.decoder, index, turn, heads, dtype, layer=self.layers[index])[
-                    0
-                ]
+                decoded = decode(found, self.decoder, index, turn, heads, dtype, layer=self.layers[index])
+                both[:, start:stop] = decoded[0]
             both[:, : sinks.shape[1]] = sinks
         keys, values = both.chunk(2)
         return _plain(query[0], keys, values, scaling)[None]

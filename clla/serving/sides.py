@@ -77,10 +77,13 @@ class Side:
         """[S, K] of the rows, in pages of `size` tokens."""
         return slots_at(self.table(self.batch), self.places, size)
 
+    def hidden_rows(self, sinks: int) -> list[int]:
+        """Of each sequence's rows, so many are padding, or sinks, which are read exactly."""
+        return [self.rows - old + min(sinks, old) for old in self.old]
+
     def hidden(self, sinks: int) -> Tensor:
-        """[S] int32: of the rows, so many are padding, or sinks, which are read exactly."""
-        found = [self.rows - old + min(sinks, old) for old in self.old]
-        return torch.tensor(found, dtype=torch.int32, device=self.batch.table.device)
+        """The same, [S] int32."""
+        return torch.tensor(self.hidden_rows(sinks), dtype=torch.int32, device=self.batch.table.device)
 
     def exact(self, batch: Batch, sinks: int, size: int) -> tuple[Tensor, Tensor]:
         """Slots [S, sinks + E] of the exact tokens, and what new tokens may see of them, [S, T, sinks + E].
@@ -92,9 +95,10 @@ class Side:
         """
         device = batch.table.device
         old = torch.tensor(self.old, device=device)[:, None]
-        total = torch.tensor([batch.lengths[i] for i in self.sequences], device=device)[:, None]
+        lengths = [batch.lengths[i] for i in self.sequences]
+        width = max(total - old for total, old in zip(lengths, self.old, strict=True))
+        total = torch.tensor(lengths, device=device)[:, None]
         first = torch.arange(sinks, device=device).expand(len(old), -1)
-        width = int((total - old).max())
         near = total - width + torch.arange(width, device=device)  # [S, E]
         seen = torch.cat(
             (
