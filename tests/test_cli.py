@@ -344,6 +344,7 @@ def test_datasets_that_do_not_serve(pico_dir: Path, tmp_path: Path) -> None:
     columns.write_text('{"number": 1}\n')
     for dataset, word in ((tmp_path / "no.txt", "exist"), (empty, "no text"), (short, "shorter"), (columns, "number")):
         assert word in mistake(1, "convert", pico_dir, "-o", out, "--dataset", dataset, *CALIBRATION, output=out)
+    assert not list(tmp_path.glob("*.work"))  # nothing that could be taken up again
 
 
 @pytest.mark.parametrize("budget", ["0.1%", "150%", "7", "lots", "0"])

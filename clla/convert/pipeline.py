@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from clla import console
@@ -124,7 +127,14 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
         check_output(options.output, Path(source.path), overwrite=options.overwrite or ours)
         check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
     check_memory(moment_bytes(source, recipe, streamed=True))
-    work = _work_dir(options, processes)
+    with _work_dir(options, processes) as work:
+        return _convert(source, recipe, options, processes, device, work)
+
+
+def _convert(
+    source: Source, recipe: Recipe, options: Options, processes: PartialState, device: torch.device, work: Path
+) -> Conversion:
+    """`convert` once all is checked that can be before anything is read; what can be taken up again stays in `work`."""
     run = Run(source, recipe, device, work)
     if run.placement == "stream" and recipe.heal is not None:
         raise UsageError(
@@ -193,10 +203,13 @@ def _work_path(options: Options) -> Path:
     return options.work_dir or options.output.with_name(options.output.name + ".work")
 
 
-def _work_dir(options: Options, processes: PartialState) -> Path:
+@contextmanager
+def _work_dir(options: Options, processes: PartialState) -> Iterator[Path]:
+    """Where an unfinished run keeps its parts; gone afterwards if it has none."""
     work = _work_path(options)
     if not processes.is_main_process:
-        return work
+        yield work
+        return
     if work.exists() and options.work_dir is None:
         if options.resume:
             console.say(f"Resuming from {work}")
@@ -204,7 +217,11 @@ def _work_dir(options: Options, processes: PartialState) -> Path:
             console.say(f"Starting afresh; --resume would have taken up the unfinished run in {work}")
             shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    return work
+    try:
+        yield work
+    finally:
+        if options.work_dir is None and work.exists() and not any(work.iterdir()):
+            work.rmdir()
 
 
 def _is_result(output: Path, recipe: Recipe) -> bool:
