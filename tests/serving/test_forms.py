@@ -43,6 +43,8 @@ def test_tokens_and_pages(form: str, tmp_path: Path, run_engine: Run) -> None:
     assert found["pages"]["bytes"] == found["pages"]["blocks"] * latents["page"]
     exact = model.config.text_config.num_hidden_layers if settings["window"] or settings["sinks"] else 0
     assert sum(group["layers"] for group in windows) == exact
+    if not exact:  # a token costs its latents and nothing else, and the engine says so
+        assert f"KV cache size: {found['pages']['bytes'] // row:,} tokens" in found["log"]
 
 
 def test_decoupled_keys_on_two_ranks(tmp_path: Path, run_engine: Run) -> None:
