@@ -48,3 +48,4 @@ quality: install
 
 clean:
 	rm -rf demo-clla demo-clla.work build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache scratch
+	rm -rf tests/serving/vllm-name/build tests/serving/vllm-name/*.egg-info
