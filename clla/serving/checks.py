@@ -7,7 +7,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clla.errors import CllaError, UnsupportedModelError
-from clla.serving import SUPPORTED
+from clla.serving import SUPPORTED, is_supported
 
 
 def check_engine(version: str, config: Any) -> None:
@@ -20,7 +20,7 @@ def check_engine(version: str, config: Any) -> None:
     Raises:
         CllaError: with what to change.
     """
-    if not version.startswith(tuple(f"{prefix}." for prefix in SUPPORTED)):
+    if not is_supported(version):
         raise CllaError(
             f"vLLM {version} is installed; its interfaces were not tested with this version of clla",
             expected=" or ".join(f"vLLM {prefix}.x" for prefix in SUPPORTED),

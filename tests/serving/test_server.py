@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,8 +44,7 @@ def server(coarse: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iter
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     options = ["--max-model-len", "512", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"]
-    # What `vllm serve` runs; the command itself does not start in the CPU build, whose package has another name.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", coarse[0]]
+    command = [Path(sys.executable).with_name("vllm"), "serve", coarse[0]]
     options += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen([*command, *options], env=environment(), stdout=out, stderr=subprocess.STDOUT)
