@@ -30,10 +30,8 @@ from clla.modeling.group_clla import leaving_slots, reading_tokens
 from clla.modeling.pack_triton_clla import packed
 from clla.modeling.quantize_clla import layout_of
 from clla.modeling.rotary_clla import Rope
-from clla.serving.pages import Batch, read_exact, read_rows, slots_of, write_rows
+from clla.serving.pages import Batch, Pages, read_exact, read_rows, slots_of, write_rows
 from clla.serving.sides import Side, sides
-
-Pages = tuple[Batch, Tensor]
 
 
 @dataclass

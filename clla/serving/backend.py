@@ -25,8 +25,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec, replace_as
 
 from clla.errors import CllaError
-from clla.serving.attention import GroupReader, Pages
-from clla.serving.pages import Batch, read_exact, write_exact
+from clla.serving.attention import GroupReader
+from clla.serving.pages import Batch, Pages, read_exact, write_exact
 from clla.serving.window_spec import SinkWindowSpec
 
 EXACT_BLOCK = 16  # tokens a page of exact keys and values

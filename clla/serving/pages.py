@@ -39,6 +39,9 @@ class Batch:
         return [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]
 
 
+Pages = tuple[Batch, Tensor]  # a step's batch, and the pages that it is in
+
+
 def write_exact(pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Put keys and values [T, H, d] into pages [P, H, b, 2d]."""
     block, place = slots // pages.shape[2], slots % pages.shape[2]

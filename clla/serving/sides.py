@@ -117,7 +117,9 @@ class Side:
         return batch.table[torch.tensor(self.sequences, device=batch.table.device)]
 
 
-def sides(old: list[int], batch: Batch, few: int, most_rows: int, rope: Rope | None) -> list[Side]:
+def sides(
+    old: list[int], batch: Batch, few: int, most_rows: int, rope: Rope | None, read: list[int] | None = None
+) -> list[Side]:
     """All sequences of a step, those of at most `few` new tokens side by side.
 
     Args:
@@ -126,14 +128,16 @@ def sides(old: list[int], batch: Batch, few: int, most_rows: int, rope: Rope | N
         few: sequences with more new tokens stay alone.
         most_rows: no more rows, padding included, of several sequences at once.
         rope: of the model.
+        read: rows that each takes to read; by default the old ones.
     """
-    counts, found = batch.counts, list[Side]()
+    counts, found, rows = batch.counts, list[Side](), old if read is None else read
     # The longest first, so that each sequence is compared with the longest of its side.
-    for i in sorted((i for i, count in enumerate(counts) if count), key=lambda i: (counts[i], -old[i])):
+    for i in sorted((i for i, count in enumerate(counts) if count), key=lambda i: (counts[i], -rows[i])):
         last = found[-1] if found else None
         if last is not None and last.count == counts[i] <= few:
-            padding, size = last.rows - old[i], last.rows * (len(last.sequences) + 1)
-            if padding <= max(NEAR, last.rows // PADDING) and size <= most_rows:
+            longest = rows[last.sequences[0]]
+            fits = longest * (len(last.sequences) + 1) <= most_rows
+            if fits and longest - rows[i] <= max(NEAR, longest // PADDING):
                 last.sequences.append(i)
                 last.old.append(old[i])
                 continue
