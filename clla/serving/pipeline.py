@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from clla.errors import CllaError, UnsupportedModelError, UsageError
 from clla.modeling.quantize_clla import layout_of
 
@@ -155,9 +157,10 @@ def _check_engine_stages(config: Any, text: Any) -> None:
     from vllm.platforms import current_platform
 
     model = config.model_config
-    if not ModelRegistry.is_pp_supported_model(text.architectures, model):
+    names = text.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]  # as the engine chooses it
+    if not ModelRegistry.is_pp_supported_model(names, model):
         raise UnsupportedModelError(
-            f"vLLM: pipeline parallelism is not supported for {' or '.join(text.architectures)}",
+            f"vLLM: pipeline parallelism is not supported for {names[0]}",
             expected="a source whose class in vLLM implements the `SupportsPP` interface",
             remedy="leave --pipeline-parallel-size out, or use --tensor-parallel-size",
         )
