@@ -170,5 +170,5 @@ def _check_engine_stages(config: Any, text: Any) -> None:
         raise CllaError(
             "on a CPU this version of vLLM computes nothing with --pipeline-parallel-size and without compilation",
             expected="compilation of some kind",
-            remedy="replace --enforce-eager by --compilation-config '{\"backend\": \"eager\"}'",
+            remedy='replace --enforce-eager by --compilation-config \'{"backend": "eager"}\'',
         )

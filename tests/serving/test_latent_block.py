@@ -17,7 +17,7 @@ MEMORY = 1 << 26
 
 
 def stages(seed: int) -> tuple[list[int], int, int, int]:
-    """Layers of each rank, bytes of a row, heads, blocks of a window."""
+    """Layers of each rank, bytes of a row, heads, blocks of a window, drawn at random."""
     draw = random.Random(seed)
     layers = [draw.randint(1, 24) for _ in range(draw.randint(1, 4))]
     return layers, draw.randint(9, 700), draw.randint(1, 8), draw.randint(2, 12)
@@ -33,7 +33,7 @@ def test_blocks_over_ranks(seed: int) -> None:
     context = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     workers: list[dict[str, KVCacheSpec]] = []
     for rank, count in enumerate(layers):
-        store = LatentStore(f"latents.{rank}", row, block, 0, context)
+        store = LatentStore(f"latents.{rank}", [], row, block, 0, context)
         own: dict[str, KVCacheSpec] = {f"layers.{sum(layers[:rank]) + i}.attn": window for i in range(count)}
         workers.append({**own, f"latents.{rank}": store.get_kv_cache_spec(context)})
     config = SimpleNamespace(

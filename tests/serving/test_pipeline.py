@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import EngineArgs
 
 from clla.errors import CllaError, UnsupportedModelError, UsageError
-from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.quantize_clla import layout_of
 from clla.serving.pipeline import VARIABLE, check_stages
 
-from .conftest import Checkpoint, Run, greedy, prompt
+from .conftest import FORMS, Checkpoint, Run, greedy, prompt, saved
 
 COMPILED = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}  # on a CPU vLLM needs some compilation
 
@@ -29,7 +30,7 @@ def two_ranks(three_groups: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_refusal_names_a_partition_that_works(three_groups: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="3,3 layers split a layer group .layers 2 to 3.") as caught:
+    with pytest.raises(UsageError, match=r"3,3 layers split a layer group \(layers 2 to 3\)") as caught:
         engine_config(three_groups[0], pipeline_parallel_size=2)
     name, _, value = caught.value.remedy.removeprefix("set ").partition("=")
     monkeypatch.setenv(name, value)
@@ -43,7 +44,7 @@ def test_an_even_cut_between_groups_needs_no_partition(three_groups: Checkpoint)
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("1,5", "1,5 layers split a layer group .layers 0 to 1."),
+        ("1,5", "1,5 layers split a layer group"),
         ("6,0", "leaves a rank without layers"),
         ("2,2,2", "does not match pp_size=2"),
         ("3,2", "does not match num_hidden_layers=6"),
@@ -93,12 +94,22 @@ def test_two_ranks(three_groups: Checkpoint, run_engine: Run) -> None:
     assert one["tokens"] == greedy(model, first) and other["tokens"] == greedy(model, second, cuts=(other["cached"],))
 
     settings, pages, ranks = model.config.clla, found["pages"], found["pages"]["ranks"]
-    rows = [RowLayout(tuple(g["tier_bits"]), settings["tier_size"]).row_bytes for g in settings["groups"]]
+    rows = [layout_of(spec, settings).row_bytes for spec in settings["groups"]]
     latents = pages["groups"][-1]
     assert latents["page"] == latents["block"] * (rows[0] + rows[1])  # both ranks have pages of the larger one
     assert [rank["bytes"] for rank in ranks] == [pages["blocks"] * latents["page"]] * 2
-    numbers = [sorted(int(name.split(".")[3]) for name in sum(rank["layers"][:-1], [])) for rank in ranks]
-    assert numbers == [[0, 1, 2, 3], [4, 5]]
+    names = [[name for window in rank["layers"][:-1] for name in window] for rank in ranks]
+    assert [sorted(int(name.split(".")[3]) for name in own) for own in names] == [[0, 1, 2, 3], [4, 5]]
     assert [rank["layers"][-1] for rank in ranks] == [["latents.0"], ["latents.1"]]
     sizes = [sum(p.numel() for p in group.parameters()) for group in model.codec.groups]
     assert [rank["codec"] for rank in ranks] == [sizes[0] + sizes[1], sizes[2]]
+
+
+@pytest.mark.parametrize(("form", "partition"), [("decoupled", "2,2"), ("first, with a window", "3,1")])
+def test_two_ranks_of_other_forms(form: str, partition: str, tmp_path: Path, run_engine: Run) -> None:
+    """Without pages of exact tokens, and with latents that are written before a layer attends."""
+    model = saved(tmp_path, FORMS[form]())
+    prompts = [prompt(length, seed) for seed, length in enumerate((40, 133, 300))]
+    engine = {"model": str(tmp_path), "max_model_len": 512, "pipeline_parallel_size": 2, **COMPILED}
+    found = run_engine(engine, [prompts], own_process=True, variables={VARIABLE: partition})
+    assert [answer["tokens"] for answer in found["rounds"][0]] == [greedy(model, ids) for ids in prompts]
