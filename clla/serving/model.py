@@ -63,7 +63,7 @@ class CllaForCausalLM(nn.Module, SupportsPP):
         self.codec = CodecModule(config).requires_grad_(False)
         layers = {extract_layer_index(m.layer_name): m for m in self.source.modules() if isinstance(m, Attention)}
         _check_layers(layers, settings, config.text_config)
-        first, store = layers[min(layers)], maybe_prefix(prefix, f"latents.{stage.rank}")  # another name on each rank
+        first, store = layers[min(layers)], maybe_prefix(prefix, f"latents.{stage.rank}")  # the engine wants a number
         rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
         heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
         self.groups = readers(settings, self.codec, rope, heads, first.num_heads)

@@ -42,8 +42,8 @@ class Stage:
     def of(config: Any, rank: int, ranks: int) -> Stage:
         """Stage of a rank.
 
-        The engine gives all ranks the same number of blocks, as many as fit where they are largest, and lets stores of
-        one size share a block table with the fewest groups of exact pages: so rows are padded to the longest.
+        Rows are as long on each rank as on the one with most. It costs no block: the engine gives all ranks as many as
+        fit where they are largest. Of stores that differ it would take each layer's exact pages for a kind of its own.
         """
         specs = config.clla["groups"]
         layers = engine_partition(config.text_config.num_hidden_layers, ranks)
@@ -121,19 +121,7 @@ def check_stages(config: Any) -> None:
         return
     text, groups = model.hf_config.text_config, [spec["layers"] for spec in model.hf_config.clla["groups"]]
     _check_engine_stages(config, text)
-    try:
-        partition = engine_partition(text.num_hidden_layers, ranks)
-        problem = None
-    except ValueError as error:
-        partition, problem = [], f"{VARIABLE}: {error}"
-    if partition and min(partition) < 1:
-        problem = f"{VARIABLE} leaves a rank without layers"
-    elif partition:
-        owned = {i for own in groups_of_ranks(groups, partition) for i in own}
-        cut = [f"{min(g)} to {max(g)}" for i, g in enumerate(groups) if i not in owned]
-        if cut:
-            given = ",".join(map(str, partition))
-            problem = f"{ranks} pipeline ranks with {given} layers split a layer group (layers {', '.join(cut)})"
+    problem = _problem(groups, text.num_hidden_layers, ranks)
     if problem is None:
         return
     even = even_partition(groups, ranks)
@@ -148,6 +136,20 @@ def check_stages(config: Any) -> None:
         expected="cuts between layer groups, whose layers share latents",
         remedy=f"set {VARIABLE}={','.join(map(str, even))}",
     )
+
+
+def _problem(groups: Sequence[Sequence[int]], layers: int, ranks: int) -> str | None:
+    """What is wrong with the layers that the engine gives to each rank."""
+    try:
+        partition = engine_partition(layers, ranks)
+    except ValueError as error:
+        return f"{VARIABLE}: {error}"
+    given = ",".join(map(str, partition))
+    if min(partition) < 1:
+        return f"{VARIABLE}={given} leaves a rank without layers"
+    owned = {i for own in groups_of_ranks(groups, partition) for i in own}
+    cut = [f"{min(group)} to {max(group)}" for i, group in enumerate(groups) if i not in owned]
+    return f"{ranks} pipeline ranks with {given} layers split a layer group (layers {', '.join(cut)})" if cut else None
 
 
 def _check_engine_stages(config: Any, text: Any) -> None:

@@ -45,7 +45,7 @@ def test_an_even_cut_between_groups_needs_no_partition(three_groups: Checkpoint)
     ("given", "reason"),
     [
         ("1,5", "1,5 layers split a layer group"),
-        ("6,0", "leaves a rank without layers"),
+        ("6,0", "6,0 leaves a rank without layers"),
         ("2,2,2", "does not match pp_size=2"),
         ("3,2", "does not match num_hidden_layers=6"),
         ("half", "Invalid partition"),
