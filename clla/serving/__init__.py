@@ -39,10 +39,12 @@ class EngineConfig:
             CllaError: with the reason.
         """
         from clla.serving.checks import check_engine, check_model
+        from clla.serving.pipeline import check_stages
 
         check_engine(version_of_vllm(), vllm_config)
         model = vllm_config.model_config
         check_model(model.hf_config)
+        check_stages(vllm_config)
         scheduler = vllm_config.scheduler_config
         if not scheduler.long_prefill_token_threshold:
             scheduler.long_prefill_token_threshold = min(model.hf_config.clla["prefill_chunk"], model.max_model_len)

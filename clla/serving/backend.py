@@ -7,6 +7,7 @@ the plan and the engine shares, evicts and counts them as it does any cache.
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -104,15 +105,18 @@ class LatentStore(nn.Module, AttentionLayerBase):
 
     Args:
         name: in the engine's table of layers.
-        groups: the model's layer groups.
+        groups: layer groups of this pipeline rank.
+        row_bytes: of a token, all these groups together, or those of a rank that has more.
         block: tokens a page.
         alone: blocks that the longest request may need while it is the only one.
         vllm_config: of the engine.
     """
 
-    def __init__(self, name: str, groups: list[GroupReader], block: int, alone: int, vllm_config: Any) -> None:
+    def __init__(
+        self, name: str, groups: list[GroupReader], row_bytes: int, block: int, alone: int, vllm_config: Any
+    ) -> None:
         super().__init__()
-        self.name, self.groups, self.block, self.alone = name, groups, block, alone
+        self.name, self.groups, self.row_bytes, self.block, self.alone = name, groups, row_bytes, block, alone
         self.kv_cache = torch.tensor([])
         self.attn_type = AttentionType.DECODER  # layers that share its pages are asked whether theirs is the same
         self.impl = None  # type: ignore[assignment]
@@ -139,14 +143,14 @@ class LatentStore(nn.Module, AttentionLayerBase):
         return FullAttentionSpec(
             block_size=self.block,
             num_kv_heads=1,
-            head_size=self.groups[-1].stop,
+            head_size=self.row_bytes,
             head_size_v=0,
             dtype=torch.uint8,
-            state_content_bytes=self.groups[-1].stop,
+            state_content_bytes=self.row_bytes,
         )
 
 
-def latent_block(row_bytes: int, page_bytes: int, layers: int, window_blocks: int) -> tuple[int, int]:
+def latent_block(row_bytes: int, page_bytes: int, layers: list[int], window_blocks: int) -> tuple[int, int]:
     """Tokens a block of latents, and in how many groups the layers' exact pages share such blocks.
 
     The engine's blocks all have the bytes of a latents' block; pages of exact tokens share a block by as many layers as
@@ -155,17 +159,21 @@ def latent_block(row_bytes: int, page_bytes: int, layers: int, window_blocks: in
     Args:
         row_bytes: latents of a token.
         page_bytes: exact page of one layer.
-        layers: of the model.
+        layers: how many each pipeline rank has.
         window_blocks: exact blocks of a sequence, each `EXACT_BLOCK` tokens.
     """
 
-    def groups(block: int) -> int:
-        return -(-layers // (block * row_bytes // page_bytes))
+    def groups(block: int) -> int:  # the engine looks at all ranks' layers and stores together
+        return -(-sum(layers) // (len(layers) * block * row_bytes // page_bytes))
+
+    def fits(block: int) -> bool:  # each rank's exact pages have room in a block, and each rank has some of each group
+        return groups(block) <= min(layers) and -(-max(layers) // groups(block)) * page_bytes <= block * row_bytes
 
     # At least as large as one exact page, beyond that not so large that prefixes are hardly ever shared.
     smallest = -(-page_bytes // (row_bytes * EXACT_BLOCK)) * EXACT_BLOCK
     sizes = range(smallest, max(smallest, LARGEST_BLOCK) + 1, EXACT_BLOCK)
-    best = min(sizes, key=lambda block: block * row_bytes * (window_blocks * groups(block) + 0.5))
+    fitting = [block for block in sizes if fits(block)] or [next(filter(fits, count(sizes[-1], EXACT_BLOCK)))]
+    best = min(fitting, key=lambda block: block * row_bytes * (window_blocks * groups(block) + 0.5))
     return best, groups(best)
 
 
@@ -186,7 +194,7 @@ class WindowPages(NamedTuple):
 
 
 def window_pages(
-    settings: dict[str, Any], row_bytes: int, layer: Attention, layers: int, vllm_config: Any
+    settings: dict[str, Any], row_bytes: int, layer: Attention, layers: list[int], vllm_config: Any
 ) -> WindowPages:
     """How exact tokens are kept.
 
@@ -194,7 +202,7 @@ def window_pages(
         settings: the config's `clla` block.
         row_bytes: latents of a token.
         layer: any of the model.
-        layers: how many there are.
+        layers: how many each pipeline rank has.
         vllm_config: of the engine.
     """
     # For sinks alone the window is the least with which the engine finds prefixes again.

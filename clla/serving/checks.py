@@ -34,7 +34,6 @@ def check_engine(version: str, config: Any) -> None:
         "--kv-transfer-config": config.kv_transfer_config is not None,
         "--enable-lora": config.lora_config is not None,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
     }
     for option in (option for option, given in unfit.items() if given):
         raise CllaError(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model, maybe_prefix
 
 from clla.errors import UnsupportedModelError
@@ -31,14 +32,15 @@ from clla.serving.backend import (
     watch_inputs,
     window_pages,
 )
+from clla.serving.pipeline import Stage
 from clla.serving.self_check import check_one_layer
 
 CODEC, SOURCE = "codec.", "source."
 GPU_ROWS = 1 << 20  # rows that are read at once on a GPU, where they are not unpacked
 
 
-class CllaForCausalLM(nn.Module):
-    """The source model as vLLM builds it, its attention layers on latents.
+class CllaForCausalLM(nn.Module, SupportsPP):
+    """The source model as vLLM builds it, its attention layers on latents; of a pipeline rank, its layers and groups.
 
     Args:
         vllm_config: of the engine.
@@ -50,26 +52,28 @@ class CllaForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
+        pipeline = get_pp_group()
+        stage = Stage.of(vllm_config.model_config.hf_config, pipeline.rank_in_group, pipeline.world_size)
+        config = stage.config
         settings = config.clla
-        self.config = config
+        self.config, self.stage = config, stage
         self.source = init_vllm_registered_model(
             vllm_config, prefix=maybe_prefix(prefix, "source"), hf_config=config.text_config
         )
         self.codec = CodecModule(config).requires_grad_(False)
         layers = {extract_layer_index(m.layer_name): m for m in self.source.modules() if isinstance(m, Attention)}
         _check_layers(layers, settings, config.text_config)
-        first, store = layers[min(layers)], maybe_prefix(prefix, "latents.0")  # the engine wants a number in each name
+        first, store = layers[min(layers)], maybe_prefix(prefix, f"latents.{stage.rank}")  # the engine wants a number
         rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
         heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
         self.groups = readers(settings, self.codec, rope, heads, first.num_heads)
         longest = vllm_config.model_config.max_model_len
         if self.groups[0].reads_exact:
-            window = window_pages(settings, self.groups[-1].stop, first, len(layers), vllm_config)
+            window = window_pages(settings, stage.row_bytes, first, stage.layers, vllm_config)
             block, alone = window.block, window.alone
         else:
             window, block, alone = None, EXACT_BLOCK, -(-longest // EXACT_BLOCK)
-        self.latents = LatentStore(store, self.groups, block, alone, vllm_config)
+        self.latents = LatentStore(store, self.groups, stage.row_bytes, block, alone, vllm_config)
         for group in self.groups:
             for i in group.layers:
                 layer, names = layers[i], [layers[j].layer_name for j in group.layers]
@@ -100,8 +104,12 @@ class CllaForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Hidden states [T, h] of the flat batch."""
+        """Hidden states [T, h] of the flat batch; what the next pipeline rank needs where this is not the last."""
         return self.source(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def make_empty_intermediate_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Buffers for what comes from the pipeline rank before."""
+        return self.source.make_empty_intermediate_tensors(*args, **kwargs)
 
     def compute_logits(self, hidden_states: Tensor) -> Any:
         """Logits [T, V]."""
@@ -114,7 +122,8 @@ class CllaForCausalLM(nn.Module):
         def of_source() -> Iterable[tuple[str, Tensor]]:
             for name, weight in weights:
                 if name.startswith(CODEC):
-                    codec[name.removeprefix(CODEC)] = weight
+                    if own := self.stage.own_weight(name.removeprefix(CODEC)):
+                        codec[own] = weight
                 else:
                     yield name.removeprefix(SOURCE), weight
 

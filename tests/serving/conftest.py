@@ -36,11 +36,13 @@ def prompt(length: int, seed: int, shared: int = 0) -> list[int]:
     return torch.cat((first, rest)).tolist()
 
 
-def of_group(kind: str, bits: int, rank: int | None = None) -> CllaForCausalLM:
+def of_group(
+    kind: str, bits: int, rank: int | None = None, groups: tuple[tuple[int, ...], ...] = (), **extra: Any
+) -> CllaForCausalLM:
     """A converted pico model: W = 16, 4 sinks, blocks of 4."""
-    source = pico_of(pico_config(kind, head_dim=32))
+    source = pico_of(pico_config(kind, head_dim=32, **extra))
     stats = stats_of(source)
-    plan = plan_of(stats, source, bits=bits, rank=rank, window=16, sinks=4, flush_block=4)
+    plan = plan_of(stats, source, bits=bits, rank=rank, groups=groups, window=16, sinks=4, flush_block=4)
     return converted_of(source, plan, stats, prefill_chunk=1000)
 
 
@@ -92,6 +94,13 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return folder, saved(folder, of_group("llama", 16))
 
 
+@pytest.fixture(scope="session")
+def three_groups(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Six layers, so that the engine's own cut in halves goes through the middle group."""
+    folder, groups = tmp_path_factory.mktemp("three-groups"), ((0, 1), (2, 3), (4, 5))
+    return folder, saved(folder, of_group("qwen3", 4, rank=64, groups=groups, num_hidden_layers=6))
+
+
 @torch.no_grad()
 def greedy(model: CllaForCausalLM, ids: list[int], cuts: tuple[int, ...] = ()) -> list[int]:
     """Greedy tokens of transformers, the prompt cut at the given places."""
@@ -136,13 +145,20 @@ Run = Callable[..., dict[str, Any]]
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run an engine on rounds of prompts (see `engine_worker.py`); `log` has what it printed."""
 
-    def run(engine: dict[str, Any], rounds: list[list[list[int]]], *, own_process: bool, **more: Any) -> dict[str, Any]:
+    def run(
+        engine: dict[str, Any],
+        rounds: list[list[list[int]]],
+        *,
+        own_process: bool,
+        variables: dict[str, str] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("engine")
         job = {"engine": engine, "rounds": rounds, "tokens": NEW, **more}
         (folder / "job.json").write_text(json.dumps(job))
         done = subprocess.run(
             [sys.executable, WORKER, folder / "job.json", folder / "result.json"],
-            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(own_process))),
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(own_process)), **(variables or {})),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

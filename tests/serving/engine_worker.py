@@ -12,10 +12,23 @@ from pathlib import Path
 from typing import Any
 
 
+def allocated_pages(worker: Any) -> dict[str, Any]:
+    """What a worker has: bytes of its blocks, its layers, and elements of the codec."""
+    own = worker.worker.model_runner
+    return {
+        "bytes": own.kv_cache_config.kv_cache_tensors[0].size,
+        "layers": [list(group.layer_names) for group in own.kv_cache_config.kv_cache_groups],
+        "codec": sum(p.numel() for p in own.model.codec.parameters()),
+    }
+
+
 def pages(llm: Any) -> dict[str, Any]:
     """Block counts and sizes of the engine's groups of layers; only where it runs in this process."""
-    found = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    core = llm.llm_engine.engine_core.engine_core
+    found = core.scheduler.kv_cache_config
+    allocated = core.model_executor.collective_rpc(allocated_pages)
     return {
+        "ranks": allocated,
         "blocks": found.num_blocks,
         "bytes": found.kv_cache_tensors[0].size,
         "groups": [
@@ -34,7 +47,7 @@ def main() -> None:
     job, result = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     from vllm import LLM, SamplingParams
 
-    llm = LLM(dtype="float32", enforce_eager=True, **job["engine"])
+    llm = LLM(**{"dtype": "float32", "enforce_eager": True, **job["engine"]})
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True)
     rounds = [
         [

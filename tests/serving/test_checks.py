@@ -49,10 +49,7 @@ def test_supported_versions(version: str) -> None:
         ("--kv-cache-dtype", {"cache_config": SimpleNamespace(cache_dtype="fp8")}),
         ("--speculative-config", {"speculative_config": object()}),
         ("--enable-lora", {"lora_config": object()}),
-        (
-            "--pipeline-parallel-size",
-            {"parallel_config": SimpleNamespace(decode_context_parallel_size=1, pipeline_parallel_size=2)},
-        ),
+        ("--decode-context-parallel-size", {"parallel_config": SimpleNamespace(decode_context_parallel_size=2)}),
     ],
 )
 def test_options_that_do_not_fit(option: str, changed: dict[str, Any]) -> None:
