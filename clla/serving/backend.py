@@ -7,14 +7,12 @@ the plan and the engine shares, evicts and counts them as it does any cache.
 
 from __future__ import annotations
 
-from itertools import count
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -27,12 +25,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, Sliding
 
 from clla.errors import CllaError
 from clla.serving.attention import GroupReader
+from clla.serving.blocks import EXACT_BLOCK
 from clla.serving.pages import Batch, Pages, read_exact, write_exact
+from clla.serving.sliding import attend_sliding
 from clla.serving.window_spec import SinkWindowSpec
 
-EXACT_BLOCK = 16  # tokens a page of exact keys and values
 WRITE_LATENTS = "clla::write_latents"  # operation of the same name below
-LARGEST_BLOCK = 512  # tokens a page of latents, unless one exact page is larger
 
 
 class BatchBuilder(AttentionMetadataBuilder[Batch]):
@@ -150,71 +148,11 @@ class LatentStore(nn.Module, AttentionLayerBase):
         )
 
 
-def latent_block(row_bytes: int, page_bytes: int, layers: list[int], window_blocks: int) -> tuple[int, int]:
-    """Tokens a block of latents, and in how many groups the layers' exact pages share such blocks.
-
-    The engine's blocks all have the bytes of a latents' block; pages of exact tokens share a block by as many layers as
-    fit. Larger blocks fit them better but leave more of a sequence's last block empty: the sum is made small.
-
-    Args:
-        row_bytes: latents of a token.
-        page_bytes: exact page of one layer.
-        layers: how many each pipeline rank has.
-        window_blocks: exact blocks of a sequence, each `EXACT_BLOCK` tokens.
-    """
-
-    def groups(block: int) -> int:  # the engine looks at all ranks' layers and stores together
-        return -(-sum(layers) // (len(layers) * block * row_bytes // page_bytes))
-
-    def fits(block: int) -> bool:  # each rank's exact pages have room in a block, and each rank has some of each group
-        return groups(block) <= min(layers) and -(-max(layers) // groups(block)) * page_bytes <= block * row_bytes
-
-    # At least as large as one exact page, beyond that not so large that prefixes are hardly ever shared.
-    smallest = -(-page_bytes // (row_bytes * EXACT_BLOCK)) * EXACT_BLOCK
-    sizes = range(smallest, max(smallest, LARGEST_BLOCK) + 1, EXACT_BLOCK)
-    fitting = [block for block in sizes if fits(block)] or [next(filter(fits, count(sizes[-1], EXACT_BLOCK)))]
-    best = min(fitting, key=lambda block: block * row_bytes * (window_blocks * groups(block) + 0.5))
-    return best, groups(best)
-
-
-class WindowPages(NamedTuple):
-    """Pages of exact tokens beside those of latents.
-
-    Attributes:
-        backend: of the layers that have them.
-        tokens: of a layer's window, those that wait for their block to leave it included.
-        block: tokens a block of latents.
-        alone: blocks that the longest request may need while it is the only one.
-    """
-
-    backend: type[WindowBackend]
-    tokens: int
-    block: int
-    alone: int
-
-
-def window_pages(
-    settings: dict[str, Any], row_bytes: int, layer: Attention, layers: list[int], vllm_config: Any
-) -> WindowPages:
-    """How exact tokens are kept.
-
-    Args:
-        settings: the config's `clla` block.
-        row_bytes: latents of a token.
-        layer: any of the model.
-        layers: how many each pipeline rank has.
-        vllm_config: of the engine.
-    """
-    # For sinks alone the window is the least with which the engine finds prefixes again.
-    tokens = settings["window"] + settings["flush_block"] if settings["window"] else 2
-    page = EXACT_BLOCK * layer.num_kv_heads * 2 * layer.head_size * layer.kv_cache_torch_dtype.itemsize
-    sink_blocks, longest = -(-settings["sinks"] // EXACT_BLOCK), vllm_config.model_config.max_model_len
-    block, shares = latent_block(row_bytes, page, layers, -(-tokens // EXACT_BLOCK) + 1 + sink_blocks)
-    computed = min(longest, tokens + vllm_config.max_in_flight_tokens)
-    alone = -(-longest // block) + shares * (-(-computed // EXACT_BLOCK) + 1 + sink_blocks)
+def window_backend(sinks: int, vllm_config: Any) -> type[WindowBackend]:
+    """Backend of layers with exact tokens, the first `sinks` of which stay."""
     chunk = vllm_config.scheduler_config.long_prefill_token_threshold
-    more = {"sinks": settings["sinks"], "in_flight": chunk * vllm_config.max_concurrent_batches}
-    return WindowPages(type("WindowBackend", (WindowBackend,), more), tokens, block, alone)
+    more = {"sinks": sinks, "in_flight": chunk * vllm_config.max_concurrent_batches}
+    return type("WindowBackend", (WindowBackend,), more)
 
 
 class PackedAttention(AttentionImpl):  # type: ignore[type-arg]
@@ -270,6 +208,24 @@ class WindowAttention(PackedAttention):
                 for number, name in zip(self.group.layers, self.names, strict=True)
             }
             self.group.write(both, latents)
+
+
+class SlidingAttention(PackedAttention):
+    """Of a layer with a sliding window of its own, which is on no latents.
+
+    Args:
+        own: the attention that the engine made for it.
+        window: tokens that a token sees, itself among them.
+    """
+
+    def __init__(self, own: Any, window: int) -> None:
+        self.num_heads, self.head_size, self.scale = own.num_heads, own.head_size, own.scale
+        self.num_kv_heads, self.window = own.num_kv_heads, window
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, own: Pages, output: Tensor) -> None:
+        tokens = own[0].starts[-1]
+        write_exact(own[1], own[0].slots, key[:tokens], value[:tokens])
+        attend_sliding(query, own, self.window, self.scale, output)
 
 
 @torch.library.custom_op(WRITE_LATENTS, mutates_args=())

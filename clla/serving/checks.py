@@ -53,7 +53,8 @@ def check_model(config: Any) -> None:
     settings = config.clla
     reasons = {
         "it is a codec without its model (--adapter-only)": config.base_model is not None,
-        "some of its layers keep a cache of their own (sliding window or state)": bool(settings["kept_layers"]),
+        "layers with a window of their own stand beside layers that keep nothing exact": bool(settings["kept_layers"])
+        and not (settings["window"] or settings["sinks"]),
         "it evicts tokens (budget.evict)": settings.get("capacity") is not None,
         f"model type {config.text_config.model_type!r} has no causal language model": (
             config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -23,15 +23,16 @@ from clla.modeling.quantize_clla import layout_of
 from clla.modeling.rotary_clla import Rope
 from clla.serving.attention import DecoupledReader, GroupReader
 from clla.serving.backend import (
-    EXACT_BLOCK,
     WRITE_LATENTS,
     LatentBackend,
     LatentStore,
     PackedAttention,
+    SlidingAttention,
     WindowAttention,
     watch_inputs,
-    window_pages,
+    window_backend,
 )
+from clla.serving.blocks import EXACT_BLOCK, Window, blocks_alone, latent_block
 from clla.serving.pipeline import Stage
 from clla.serving.self_check import check_one_layer
 
@@ -63,26 +64,34 @@ class CllaForCausalLM(nn.Module, SupportsPP):
         self.codec = CodecModule(config).requires_grad_(False)
         layers = {extract_layer_index(m.layer_name): m for m in self.source.modules() if isinstance(m, Attention)}
         _check_layers(layers, settings, config.text_config)
+        kept = {i: layers.pop(i) for i in settings["kept_layers"] if i in layers}
         first, store = layers[min(layers)], maybe_prefix(prefix, f"latents.{stage.rank}")  # the engine wants a number
         rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
         heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
         self.groups = readers(settings, self.codec, rope, heads, first.num_heads)
-        longest = vllm_config.model_config.max_model_len
-        if self.groups[0].reads_exact:
-            window = window_pages(settings, stage.row_bytes, first, stage.layers, vllm_config)
-            block, alone = window.block, window.alone
-        else:
-            window, block, alone = None, EXACT_BLOCK, -(-longest // EXACT_BLOCK)
+        exact = self.groups[0].reads_exact
+        windows = [Window.of(first, stage.layers, exact_tokens(settings), settings["sinks"])] if exact else []
+        for tokens in sorted({layer.sliding_window for layer in kept.values()}):
+            alike = [layer for layer in kept.values() if layer.sliding_window == tokens]
+            windows.append(Window.of(alike[0], [len(alike)], tokens))
+        block, shares = latent_block(stage.row_bytes, windows)
+        in_flight, longest = vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+        alone = blocks_alone(windows, shares, block, longest, in_flight)
+        self._rotary = _rotary(self.source, first)
         self.latents = LatentStore(store, self.groups, stage.row_bytes, block, alone, vllm_config)
+        backend = window_backend(settings["sinks"], vllm_config)
         for group in self.groups:
             for i in group.layers:
                 layer, names = layers[i], [layers[j].layer_name for j in group.layers]
-                if window is None:
+                if exact:
+                    layer.impl = WindowAttention(layer.impl, i, group, names, store)
+                    layer.attn_backend, layer.sliding_window = backend, windows[0].tokens
+                else:
                     layer.impl = PackedAttention(layer.impl, i, group, names, store)
                     layer.attn_backend, layer.kv_sharing_target_layer_name = LatentBackend, store
-                else:
-                    layer.impl = WindowAttention(layer.impl, i, group, names, store)
-                    layer.attn_backend, layer.sliding_window = window.backend, window.tokens
+        backend = window_backend(0, vllm_config)
+        for layer in kept.values():
+            layer.impl, layer.attn_backend = SlidingAttention(layer.impl, layer.sliding_window), backend
         if self.groups[0].from_input:
             splits = vllm_config.compilation_config.splitting_ops
             if splits:  # graphs are recorded between these operations
@@ -130,8 +139,7 @@ class CllaForCausalLM(nn.Module, SupportsPP):
         loaded = {SOURCE + name for name in self.source.load_weights(of_source())}
         self.codec.load_state_dict(codec)
         settings = self.config.clla
-        rotary = [m for m in self.source.modules() if isinstance(m, RotaryEmbeddingBase)]
-        check_one_layer(self.groups[0], settings["groups"][0], settings, rotary[0] if rotary else None, EXACT_BLOCK)
+        check_one_layer(self.groups[0], settings["groups"][0], settings, self._rotary, EXACT_BLOCK)
         return loaded | {CODEC + name for name in codec}
 
 
@@ -150,14 +158,34 @@ def readers(
     return found
 
 
+def exact_tokens(settings: dict[str, Any]) -> int:
+    """Tokens of the window that layers on latents have, those that wait for their block to leave it included.
+
+    For sinks alone it is the least with which the engine finds prefixes again.
+    """
+    return settings["window"] + settings["flush_block"] if settings["window"] else 2
+
+
+def _beside(source: nn.Module, attention: Attention, kind: type[nn.Module]) -> list[nn.Module]:
+    """Modules of some kind that belong to the same module as an attention layer."""
+    parents = [m for m in source.modules() if any(child is attention for child in m.children())]
+    return [child for m in parents for child in m.children() if isinstance(child, kind)]
+
+
+def _rotary(source: nn.Module, attention: Attention) -> Any:
+    """What rotates the queries and keys of an attention layer; None without."""
+    found = _beside(source, attention, RotaryEmbeddingBase)
+    found = found or [m for m in source.modules() if isinstance(m, RotaryEmbeddingBase)]
+    return found[0] if found else None
+
+
 def _projection(source: nn.Module, attention: Attention, text: Any) -> nn.Module:
     """The projection to queries, keys and values of an attention layer: what it gets is the attention's input.
 
     Raises:
         UnsupportedModelError: there is not just one.
     """
-    parents = [m for m in source.modules() if any(child is attention for child in m.children())]
-    found = [child for m in parents for child in m.children() if isinstance(child, QKVParallelLinear)]
+    found = _beside(source, attention, QKVParallelLinear)
     if len(found) != 1:
         raise UnsupportedModelError(
             f"vLLM computes queries, keys and values of {text.model_type!r} models by {len(found)} projections",
@@ -193,20 +221,22 @@ def rope_of_config(text: Any, settings: dict[str, Any] | None, dtype: torch.dtyp
 
 def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: Any) -> None:
     """Refuse attention that is more than a softmax over keys."""
-    kind = text.model_type
+    kind, every = text.model_type, layers.values()
     wanted = {i for spec in settings["groups"] for i in spec["layers"]}
+    on_latents = [layers[i] for i in wanted & layers.keys()]
+    kept = [layers[i] for i in layers.keys() - wanted]
     reasons = {
-        "its layers are not those of the checkpoint": layers.keys() != wanted,
-        "its logits are soft-capped": any(getattr(m.impl, "logits_soft_cap", None) for m in layers.values()),
+        "some of its layers keep a state": bool(set(settings["kept_layers"]) - layers.keys()),
+        "its layers are not those of the checkpoint": layers.keys() - wanted != set(settings["kept_layers"]),
+        "its logits are soft-capped": any(getattr(m.impl, "logits_soft_cap", None) for m in every),
         "its attention has position biases (ALiBi)": any(
-            getattr(m.impl, "alibi_slopes", None) is not None for m in layers.values()
+            getattr(m.impl, "alibi_slopes", None) is not None for m in every
         ),
-        "its softmax has sinks of its own": any(m.has_sink for m in layers.values()),
-        "its layers have sliding windows": any(m.sliding_window is not None for m in layers.values()),
-        "its keys and values have different sizes": any(m.head_size != m.head_size_v for m in layers.values()),
-        "its heads are not those of the checkpoint": any(
-            m.head_size != settings["kv"]["head_dim"] for m in layers.values()
-        ),
+        "its softmax has sinks of its own": any(m.has_sink for m in every),
+        "its layers have sliding windows": any(m.sliding_window is not None for m in on_latents),
+        "layers that are left alone have no sliding window": any(m.sliding_window is None for m in kept),
+        "its keys and values have different sizes": any(m.head_size != m.head_size_v for m in every),
+        "its heads are not those of the checkpoint": any(m.head_size != settings["kv"]["head_dim"] for m in on_latents),
     }
     for reason in (reason for reason, found in reasons.items() if found):
         raise UnsupportedModelError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import byte_tokenizer, pico_config, pico_of
+from conftest import HALF_SLIDING, byte_tokenizer, pico_config, pico_of
 from helpers import converted_of, plan_of, stats_of, strict_of
 
 Checkpoint = tuple[Path, CllaForCausalLM]
@@ -66,6 +66,7 @@ def decoupled() -> CllaForCausalLM:
 # rounding noise that the encoder makes large: tokens would differ by it.
 FORMS: dict[str, Callable[[], CllaForCausalLM]] = {
     "group": lambda: of_group("qwen3", 4, rank=64),
+    "beside sliding layers": lambda: of_group("gemma3_text", 4, rank=64, **HALF_SLIDING),
     "first, with a window": lambda: of_input(window=16, sinks=4),
     "first, sinks alone": lambda: of_input(window=0, sinks=4),
     "first, nothing exact": lambda: of_input(window=0, sinks=0),

@@ -60,7 +60,7 @@ def test_options_that_do_not_fit(option: str, changed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("reason", "changed"),
     [
-        ("cache of their own", {"kept_layers": [1]}),
+        ("window of their own", {"kept_layers": [1], "window": 0, "sinks": 0}),
         ("evicts", {"capacity": 100}),
     ],
 )

@@ -10,26 +10,27 @@ import torch
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
-from clla.serving.backend import EXACT_BLOCK, LatentStore, latent_block
+from clla.serving.backend import LatentStore
+from clla.serving.blocks import EXACT_BLOCK, Window, latent_block
 from clla.serving.window_spec import SinkWindowSpec
 
 MEMORY = 1 << 26
 
 
 def stages(seed: int) -> tuple[list[int], int, int, int]:
-    """Layers of each rank, bytes of a row, heads, blocks of a window, drawn at random."""
+    """Layers of each rank, bytes of a row, heads, tokens of a window, drawn at random."""
     draw = random.Random(seed)
     layers = [draw.randint(1, 24) for _ in range(draw.randint(1, 4))]
-    return layers, draw.randint(9, 700), draw.randint(1, 8), draw.randint(2, 12)
+    return layers, draw.randint(9, 700), draw.randint(1, 8), draw.randint(2, 160)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_blocks_over_ranks(seed: int) -> None:
-    layers, row, heads, window_blocks = stages(seed)
+    layers, row, heads, tokens = stages(seed)
     window = SinkWindowSpec(
-        block_size=EXACT_BLOCK, num_kv_heads=heads, head_size=64, dtype=torch.float16, sliding_window=144, sinks=4
+        block_size=EXACT_BLOCK, num_kv_heads=heads, head_size=64, dtype=torch.float16, sliding_window=tokens, sinks=4
     )
-    block, shares = latent_block(row, window.page_size_bytes, layers, window_blocks)
+    block, (shares,) = latent_block(row, [Window(window.page_size_bytes, layers, tokens, 4)])
     context = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     workers: list[dict[str, KVCacheSpec]] = []
     for rank, count in enumerate(layers):
