@@ -161,14 +161,14 @@ def _pretended(group: GroupReader, total: int, random: torch.Generator) -> Prete
     device, dtype = group.codec.encoder.device, group.codec.encoder.dtype
     both = _random_layers(group, total, random)
     keys = both[group.layers[-1]][: group.kv_heads].float()
-    query = torch.randn(total, group.kv_heads, group.head_dim, generator=random).to(device)
+    query = torch.randn(total, group.kv_heads, group.head_dim, generator=random, dtype=torch.float32).to(device)
     # So that logits differ by a few: to equal weights no rotation matters.
     query = (query * (LOGITS * group.head_dim**0.5 / keys.square().sum(-1).mean().sqrt())).to(dtype)
     if not group.from_input:
         return Pretended(torch.empty(total, 0, device=device, dtype=dtype), query, both)
     # Inputs that give latents of the size that codecs are made for: the encoder's directions in equal parts.
     encoder = group.codec.encoder.float()
-    latents = torch.randn(total, len(encoder), generator=random).to(device)
+    latents = torch.randn(total, len(encoder), generator=random, dtype=torch.float32).to(device)
     hidden = latents @ torch.linalg.pinv(encoder).mT + group.codec.offset.float()
     return Pretended(hidden.to(dtype), query, both)
 
@@ -179,7 +179,7 @@ def _random_layers(group: GroupReader, total: int, random: torch.Generator) -> d
     found = {}
     for index, layer in enumerate(group.layers):
         size, mean = group.codec.decoder[index].float().norm(dim=1), group.codec.mean[index].float()
-        both = torch.randn(total, len(mean), generator=random).to(device) * size + mean
+        both = torch.randn(total, len(mean), generator=random, dtype=torch.float32).to(device) * size + mean
         found[layer] = both.to(dtype).unflatten(1, (2 * group.kv_heads, -1)).transpose(0, 1)
     return found
 

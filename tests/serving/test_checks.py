@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,9 +94,21 @@ def test_the_plugin_registers_twice(coarse: Checkpoint) -> None:
     assert config.scheduler_config.long_prefill_token_threshold == 512  # prompts are cut at 1000, or at the end
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have it, as while the engine makes a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_wrong_rotation_is_noticed(form: str) -> None:
-    model = FORMS[form]()
+def test_a_wrong_rotation_is_noticed(form: str, dtype: torch.dtype) -> None:
+    model = FORMS[form]().to(dtype)
     settings = model.config.clla
     rope = rope_of(model.source, settings["rope"])
     assert rope is not None
@@ -105,6 +119,7 @@ def test_a_wrong_rotation_is_noticed(form: str) -> None:
 
     heads = model.config.text_config.num_attention_heads
     (group, *_) = readers(settings, model.codec, rope, [0, 1], heads)
-    check_one_layer(group, settings["groups"][0], settings, rotary, 16)
-    with pytest.raises(CllaError, match="differs from the reference"):
-        check_one_layer(group, settings["groups"][0], settings, lambda p, q, k: rotary(p, q, k, step=2), 16)
+    with default_dtype(dtype):
+        check_one_layer(group, settings["groups"][0], settings, rotary, 16)
+        with pytest.raises(CllaError, match="differs from the reference"):
+            check_one_layer(group, settings["groups"][0], settings, lambda p, q, k: rotary(p, q, k, step=2), 16)
