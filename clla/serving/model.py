@@ -173,7 +173,7 @@ def _beside(source: nn.Module, attention: Attention, kind: type[nn.Module]) -> l
 
 
 def _rotary(source: nn.Module, attention: Attention) -> Any:
-    """What rotates the queries and keys of an attention layer; None without."""
+    """The engine's module that rotates queries and keys of an attention layer; None where there is none of its own."""
     found = _beside(source, attention, RotaryEmbeddingBase)
     found = found or [m for m in source.modules() if isinstance(m, RotaryEmbeddingBase)]
     return found[0] if found else None

@@ -36,7 +36,7 @@ def check_one_layer(
         group: with its codec loaded.
         spec: of the group, in the config.
         settings: the config's `clla` block.
-        rotary: the engine's module that rotates keys; None without.
+        rotary: the engine's module that rotates keys; None where keys are not rotated, or by a module of transformers.
         block: tokens a page.
 
     Raises:
@@ -131,7 +131,7 @@ def _of_the_engine(
     both = {}
     for index, found in tokens.both.items():
         keys, values = found.chunk(2)
-        both[index] = torch.cat((_rotated(keys, _turning(group, index, rotary)), values))
+        both[index] = torch.cat((_rotated(group, keys, index, rotary), values))
     if group.from_input:
         group.write_inputs(tokens.hidden[:early], (first, pages))
     else:
@@ -140,16 +140,24 @@ def _of_the_engine(
     keys, values = (x[group.heads].transpose(0, 1) for x in both[layer].chunk(2))
     write_exact(exact, slots, keys, values)
     batch = Batch([0, QUERIES], [total], table, slots[before:], positions[before:])
-    query = _rotated(tokens.query.transpose(0, 1), _turning(group, layer, rotary)).transpose(0, 1)
+    query = _rotated(group, tokens.query.transpose(0, 1), layer, rotary).transpose(0, 1)
     query = query[before:, group.heads]
     output = torch.empty_like(query)
     group.attend(layer, query, (batch, exact), (batch, pages), group.head_dim**-0.5, output)
     return output.float()
 
 
-def _turning(group: GroupReader, layer: int, rotary: Any) -> Any:
-    """The engine's module, where the layer's keys are rotated."""
-    return rotary if group.rope is not None and layer not in group.rope.plain_layers else None
+def _rotated(group: GroupReader, keys: Tensor, layer: int, rotary: Any) -> Tensor:
+    """Keys or queries [H, T, d] of a layer as the engine's module rotates them, or that of transformers without one."""
+    if group.rope is None or layer in group.rope.plain_layers:
+        return keys
+    positions = torch.arange(keys.shape[1], device=keys.device)
+    if rotary is None:
+        return group.rope(positions[None]).rotate(keys[None])[0]
+    flat = keys.transpose(0, 1).flatten(1)
+    flat = flat.clone(memory_format=torch.contiguous_format)  # it is rotated in place
+    _, flat = rotary(positions, flat.clone(), flat)
+    return flat.unflatten(1, (keys.shape[0], -1)).transpose(0, 1)
 
 
 def _nothing(*_: Any) -> Any:
@@ -182,13 +190,3 @@ def _random_layers(group: GroupReader, total: int, random: torch.Generator) -> d
         both = torch.randn(total, len(mean), generator=random, dtype=torch.float32).to(device) * size + mean
         found[layer] = both.to(dtype).unflatten(1, (2 * group.kv_heads, -1)).transpose(0, 1)
     return found
-
-
-def _rotated(keys: Tensor, rotary: Any) -> Tensor:
-    """Keys [H, T, d] as the engine's module rotates them."""
-    if rotary is None:
-        return keys
-    flat = keys.transpose(0, 1).flatten(1)
-    flat = flat.clone(memory_format=torch.contiguous_format)  # it is rotated in place
-    _, flat = rotary(torch.arange(keys.shape[1], device=keys.device), flat.clone(), flat)
-    return flat.unflatten(1, (keys.shape[0], -1)).transpose(0, 1)
