@@ -20,6 +20,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from .absorbed_triton_clla import absorbed_logits
+from .decode_clla import PackedRows
+from .decode_triton_clla import packed_sums
+from .quantize_clla import JoinedLayout
 from .rotary_clla import Rotation, rotate
 
 
@@ -81,6 +85,47 @@ def absorbed_query(still: Tensor, rotary: Tensor, decoder: Tensor) -> Tensor:
     heads = decoder.unflatten(0, (-1, still.shape[-1]))  # [H, d, r]
     grouped = still.unflatten(1, (len(heads), -1)).to(decoder.dtype)  # [B, H, M, T, d]
     return torch.cat(((grouped @ heads[:, None]).flatten(1, 2), rotary.to(decoder.dtype)), dim=-1)
+
+
+class AbsorbedRows(PackedRows):
+    """Rows [z ; c] of one layer group, which absorbed queries meet as one head; arguments as of `PackedRows`.
+
+    The layout is a `JoinedLayout` of r and p components, the dtype that of the queries.
+    """
+
+    def sums(self, query: Tensor, scaling: float) -> Tensor:
+        """Σ p·z [B, H_q, T, r] in fp32; of queries that may see nothing, zeros.
+
+        The queries are those of the T newest rows, in their order: each sees its own row and those before.
+
+        Args:
+            query: [B, H_q, T, r + p] from `absorbed_query`.
+            scaling: of the logits.
+        """
+        assert isinstance(self.layout, JoinedLayout), "rows have two parts"
+        rank, heads, tokens = self.layout.parts[0].rank, *query.shape[1:3]
+        ends = self._ends(tokens)
+        if self.by_kernels:
+            sums = packed_sums(self, absorbed_logits(self, query, scaling).softmax(-1), rank)
+        else:
+            logits = self._logits(query.flatten(1, 2), ends).mul_(scaling)
+            sums = self._sums(logits.softmax(-1), rank).float()
+        blind = ends <= self.hidden[:, None]  # [B, T]: padding, whose softmax is over nothing
+        return sums.unflatten(1, (heads, tokens)).masked_fill(blind[:, None, :, None], 0.0)
+
+    def _ends(self, tokens: int) -> Tensor:
+        """[T], behind the last row that each query sees."""
+        newest = torch.arange(1 - tokens, 1, device=self.data.device)
+        return newest + (self.count if self.used is None else self.used)
+
+    def _logits(self, query: Tensor, ends: Tensor) -> Tensor:
+        """Products [B, H_q·T, K] in fp32 of queries [B, H_q·T, r + p] and rows; -inf where a row may not be seen."""
+        logits = torch.empty(*query.shape[:2], self.count, dtype=torch.float32, device=query.device)
+        for start, rows in self.blocks():
+            logits[..., start : start + rows.shape[1]] = query @ rows.mT
+        places = torch.arange(self.count, device=query.device)
+        seen = (places >= self.hidden[:, None])[:, None] & (places < ends[:, None])  # [B, T, K]
+        return logits.unflatten(1, (-1, len(ends))).masked_fill_(~seen[:, None], float("-inf")).flatten(1, 2)
 
 
 def absorbed_sums(query: Tensor, rows: Tensor, rank: int, seen: "Optional[Tensor]", scaling: float) -> Tensor:
