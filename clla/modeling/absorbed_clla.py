@@ -186,12 +186,3 @@ def with_unread(out: Tensor, *tensors: Tensor) -> Tensor:
     """The same output, with gradients of zero for what it does not need: data-parallel training waits for all."""
     unread = [tensor for tensor in tensors if tensor.requires_grad]
     return out + 0.0 * sum(tensor.sum() for tensor in unread) if unread else out
-
-
-def seen_by(mask: "Optional[Tensor]", queries: int, tokens: int, device: torch.device) -> "Optional[Tensor]":
-    """What each query may look at, [B or 1, 1, T, K], from the mask that a model hands its attention."""
-    if mask is not None:
-        return mask[..., :tokens].to(device)
-    if queries == 1:
-        return None
-    return torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)

@@ -40,7 +40,8 @@ class DecoupledGroup(LatentGroup):
         self._read: Optional[Tensor] = None
         self._absorbed: Optional[AbsorbedRows] = None
         self._attended: set[int] = set()  # layers that have
-        self._holes, self._workspace = False, Workspace()
+        self._holes = False  # the mask hides more than the padding before each sequence
+        self._workspace: Optional[Workspace] = None
 
     def expect(self, holes: bool, workspace: Workspace) -> None:
         """Announce a forward pass.
