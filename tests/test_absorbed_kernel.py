@@ -159,10 +159,13 @@ def test_sums_of_rows_in_parts(splits: int, kernel_device: str, monkeypatch: pyt
     check(Problem(count=130, device=kernel_device))
 
 
-def test_offsets_in_64_bits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (absorbed_triton_clla, decode_triton_clla):
-        monkeypatch.setattr(module, "_wide", lambda data: True)
-    check(Problem(tokens=2, device=kernel_device))
+def test_rows_beyond_32_bits(kernel_device: str) -> None:
+    """The third row begins behind 2 GiB of a buffer that is mostly never touched."""
+    problem = Problem(count=3, hidden=(0,), device=kernel_device)
+    around = torch.empty(1, 3, 2**30 + 64, dtype=torch.uint8, device=kernel_device)
+    around[..., : problem.layout.row_bytes] = problem.data
+    problem.data = around[..., : problem.layout.row_bytes]
+    check(problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -109,7 +109,7 @@ class AbsorbedRows(PackedRows):
             sums = packed_sums(self, absorbed_logits(self, query, scaling).softmax(-1), rank)
         else:
             logits = self._logits(query.flatten(1, 2), ends).mul_(scaling)
-            sums = self._sums(logits.softmax(-1), rank).float()
+            sums = self._sums(logits.softmax(-1))[..., :rank].float()  # a slice of the rows would be copied
         blind = ends <= self.hidden[:, None]  # [B, T]: padding, whose softmax is over nothing
         return sums.unflatten(1, (heads, tokens)).masked_fill(blind[:, None, :, None], 0.0)
 
@@ -122,7 +122,8 @@ class AbsorbedRows(PackedRows):
         """Products [B, H_q·T, K] in fp32 of queries [B, H_q·T, r + p] and rows; -inf where a row may not be seen."""
         logits = torch.empty(*query.shape[:2], self.count, dtype=torch.float32, device=query.device)
         for start, rows in self.blocks():
-            logits[..., start : start + rows.shape[1]] = query @ rows.mT
+            products = rows @ query.mT  # CPUs take far longer over `query @ rows.mT`
+            logits[..., start : start + rows.shape[1]] = products.mT
         places = torch.arange(self.count, device=query.device)
         seen = (places >= self.hidden[:, None])[:, None] & (places < ends[:, None])  # [B, T, K]
         return logits.unflatten(1, (-1, len(ends))).masked_fill_(~seen[:, None], float("-inf")).flatten(1, 2)

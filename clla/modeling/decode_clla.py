@@ -109,13 +109,13 @@ class PackedRows:
             self.workspace.owner = self
         return latents
 
-    def _sums(self, weights: Tensor, rank: int) -> Tensor:
-        """Σ p·z [B, M, r] of the first `rank` components and weights [B, M, K]."""
+    def _sums(self, weights: Tensor) -> Tensor:
+        """Σ p·z [B, M, r] of weights [B, M, K]."""
         weights, total, rows = weights.to(self.dtype), None, weights.shape[1]
         if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
             weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
         for start, latents in self.blocks():
-            part = weights[..., start : start + latents.shape[1]] @ latents[..., :rank]
+            part = weights[..., start : start + latents.shape[1]] @ latents
             total = part if total is None else total.float() + part
         assert total is not None, "there are rows to read"
         return total[:, :rows]
@@ -250,7 +250,7 @@ class LatentRows(PackedRows):
         """Σ p·v [B, H, M, d] of decoded values and weights [B, H, M, K] fp32; in fp32."""
         heads = weights.shape[1]
         decoder, mean = (x[layer].chunk(2)[1] for x in (self.codec.decoder, self.codec.mean))  # [H·d, r], [H·d]
-        sums = packed_sums(self, weights) if self.by_kernels else self._sums(weights.flatten(1, 2), self.layout.rank)
+        sums = packed_sums(self, weights) if self.by_kernels else self._sums(weights.flatten(1, 2))
         # Every head's sum through every head's decoder: the product is small, and one is faster than H.
         every = nn.functional.linear(sums.to(decoder.dtype), decoder)  # [B, H·M, H·d]
         own = every.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).diagonal(dim1=1, dim2=3)  # [B, M, d, H]
