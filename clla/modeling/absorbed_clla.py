@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .absorbed_triton_clla import absorbed_logits
-from .decode_clla import PackedRows
+from .decode_clla import Layout, PackedRows, Workspace
 from .decode_triton_clla import packed_sums
-from .quantize_clla import JoinedLayout
 from .rotary_clla import Rotation, rotate
 
 
@@ -88,10 +87,26 @@ def absorbed_query(still: Tensor, rotary: Tensor, decoder: Tensor) -> Tensor:
 
 
 class AbsorbedRows(PackedRows):
-    """Rows [z ; c] of one layer group, which absorbed queries meet as one head; arguments as of `PackedRows`.
+    """Rows [z ; c] of one layer group, which absorbed queries meet as one head.
 
-    The layout is a `JoinedLayout` of r and p components, the dtype that of the queries.
+    Args:
+        data, dtype, hidden, used, workspace: as of `PackedRows`; the dtype is that of the queries.
+        layout: of a row, a `JoinedLayout` of r and p components.
+        rank: r.
     """
+
+    def __init__(
+        self,
+        data: Tensor,
+        layout: Layout,
+        rank: int,
+        dtype: torch.dtype,
+        hidden: Tensor,
+        used: "Optional[Tensor]" = None,
+        workspace: "Optional[Workspace]" = None,
+    ) -> None:
+        super().__init__(data, layout, dtype, hidden, used, workspace)
+        self.rank = rank
 
     def sums(self, query: Tensor, scaling: float) -> Tensor:
         """Σ p·z [B, H_q, T, r] in fp32; of queries that may see nothing, zeros.
@@ -102,14 +117,13 @@ class AbsorbedRows(PackedRows):
             query: [B, H_q, T, r + p] from `absorbed_query`.
             scaling: of the logits.
         """
-        assert isinstance(self.layout, JoinedLayout), "rows have two parts"
-        rank, heads, tokens = self.layout.parts[0].rank, *query.shape[1:3]
+        heads, tokens = query.shape[1:3]
         ends = self._ends(tokens)
         if self.by_kernels:
-            sums = packed_sums(self, absorbed_logits(self, query, scaling).softmax(-1), rank)
+            sums = packed_sums(self, absorbed_logits(self, query, scaling).softmax(-1), self.rank)
         else:
             logits = self._logits(query.flatten(1, 2), ends).mul_(scaling)
-            sums = self._sums(logits.softmax(-1))[..., :rank].float()  # a slice of the rows would be copied
+            sums = self._sums(logits.softmax(-1))[..., : self.rank].float()  # a slice of the rows would be copied
         blind = ends <= self.hidden[:, None]  # [B, T]: padding, whose softmax is over nothing
         return sums.unflatten(1, (heads, tokens)).masked_fill(blind[:, None, :, None], 0.0)
 

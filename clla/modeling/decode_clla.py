@@ -84,8 +84,8 @@ class PackedRows:
 
     @property
     def by_kernels(self) -> bool:
-        """Whether kernels read them."""
-        return on_gpu(self.data)
+        """Whether kernels read them, which know these layouts alone."""
+        return isinstance(self.layout, (RowLayout, JoinedLayout)) and on_gpu(self.data)
 
     def blocks(self) -> "Iterator[tuple[int, Tensor]]":
         """First row and what is in [B, t, r] of each block of rows; all at once where that is small enough to keep."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .pack_triton_clla import jit
-from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, JoinedLayout, _step
+from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, _step
 
 try:
     import triton
@@ -215,7 +215,7 @@ def _sums_like(
 def _flat(layout: "Layout") -> list[int]:
     """Byte of the scale, first byte of the codes, bits, first and last component + 1 of all classes in one list."""
     found, byte, component = [], 0, 0
-    for part in layout.parts if isinstance(layout, JoinedLayout) else (layout,):
+    for part in layout.parts:
         codes = byte + len(part.classes)
         for number, (bits, first, stop) in enumerate(part.classes):
             found += [byte + number, codes, bits, component + first, component + stop]

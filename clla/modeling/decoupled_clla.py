@@ -94,7 +94,8 @@ class DecoupledGroup(LatentGroup):
         if self._absorbed is None:
             assert self.held is not None
             data, dtype = self.held.rows[:, : self.kept], self.codec.decoder.dtype
-            self._absorbed = AbsorbedRows(data, self.layout, dtype, self._padding, workspace=self._workspace)
+            rows = AbsorbedRows(data, self.layout, self.rank, dtype, self._padding, workspace=self._workspace)
+            self._absorbed = rows
         sums = self._absorbed.sums(absorbed_query(still, rotary, for_keys), scaling)
         return decoded_sums(sums, for_values, mean, self.heads)
 
@@ -118,9 +119,6 @@ class DecoupledGroup(LatentGroup):
     def _encode(self, hidden: Tensor) -> Tensor:
         rotation = self._turn(hidden.shape[1])
         return torch.cat((super()._encode(hidden), rotary_key(hidden, self.codec, self.pairs, rotation)), dim=-1)
-
-    def _packed(self, latents: Tensor) -> Tensor:
-        return self.layout.pack(latents)
 
     def _rows_read(self) -> Tensor:
         if self._read is None:
