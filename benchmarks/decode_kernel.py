@@ -5,9 +5,10 @@
 
 Everything is measured in one run: the bandwidth of a large copy, the rate of a large bf16 product, the kernels over
 packed random latents (logits, softmax, sums, decoding of values), and PyTorch's flash attention over the source's
-bf16 cache of that layer. The floor is what no kernel can beat: the longer of the bytes at that bandwidth and the
-products at that rate. Calls are recorded in CUDA graphs, the second-level cache is emptied before each, and they take
-turns among inputs larger than it. The largest batch is that of one layer in all of the memory.
+bf16 cache of that layer; beside it absorbed queries over the same latents with a rotary key in each row (the `strict`
+recipe, without the two small products around it). The floor is what no kernel can beat: the longer of the bytes at that
+bandwidth and the products at that rate. Calls are recorded in CUDA graphs, the second-level cache is emptied before
+each, and they take turns among inputs larger than it. The largest batch is that of one layer in all of the memory.
 
 Shape legend: B sequences, H key-value heads, M query heads a key-value head, K tokens, d head dim, r rank, N bytes a
 row, G layers of a group.
@@ -36,13 +37,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clla.evaluate.machine import machine_facts
 from clla.evaluate.shapes import SINKS, STORED, random_codec, random_plan, shape_config
 from clla.modeling import decode_clla, decode_triton_clla
+from clla.modeling.absorbed_clla import AbsorbedRows
 from clla.modeling.decode_clla import LatentRows
 from clla.modeling.group_clla import judging_rank
 from clla.modeling.pack_triton_clla import pack_rows
-from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
 from clla.modeling.rotary_clla import Turns
 
 BAR = 0.5  # of the floor
+ROPE_BITS = 6  # of a rotary key, of as many components as a head
 LAYER = 1  # of its group; the plan makes no difference between them
 MOST_SETS = 64
 PACKED_AT_ONCE = 1 << 26  # components drawn at once
@@ -67,6 +70,11 @@ class Shape:
     @property
     def query_heads(self) -> int:
         return self.heads * self.per_head
+
+    @property
+    def joined(self) -> JoinedLayout:
+        """Rows with a rotary key."""
+        return JoinedLayout(self.layout, RowLayout((ROPE_BITS,) * (self.size // ROPE_TIER), ROPE_TIER))
 
     @property
     def scaling(self) -> float:
@@ -126,26 +134,45 @@ def make_inputs(
     shape: Shape, context: int, batch: int, device: torch.device, *, dtype: torch.dtype = STORED, seed: int = 0
 ) -> Inputs:
     """Packed random latents of unit variance, and queries."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=dtype, device=device)
-
-    data = torch.empty(batch, context, shape.layout.row_bytes, dtype=torch.uint8, device=device)
-    at_once = max(1, PACKED_AT_ONCE // shape.layout.rank)
-    for sequence, start in product(range(batch), range(0, context, at_once)):
-        stop = min(start + at_once, context)
-        latents = draw(1, stop - start, shape.layout.rank)
-        if device.type == "cuda":
-            pack_rows(latents, shape.layout, data[sequence : sequence + 1], start)
-        else:
-            data[sequence, start:stop] = shape.layout.pack(latents[0])
+    draw = _drawing(device, dtype, seed)
+    data = random_rows(shape.layout, context, batch, draw, device)
     hidden = torch.full((batch,), SINKS, dtype=torch.int64, device=device)
     codec = SimpleNamespace(decoder=shape.codec.decoder.to(dtype), mean=shape.codec.mean.to(dtype))
     rows = LatentRows(data, shape.layout, codec, hidden, SINKS, _turns(shape, context, device))
     query = draw(batch, shape.heads, shape.per_head, shape.size)
     logits = torch.empty(batch, shape.heads, shape.per_head, context, device=device)
     return Inputs(rows, query, logits)
+
+
+def make_absorbed(
+    shape: Shape, context: int, batch: int, device: torch.device, *, dtype: torch.dtype = STORED, seed: int = 0
+) -> tuple[AbsorbedRows, Tensor]:
+    """Packed random rows with rotary keys, and absorbed queries [B, H·M, 1, r + p]."""
+    draw, layout = _drawing(device, dtype, seed), shape.joined
+    data = torch.cat([random_rows(part, context, batch, draw, device) for part in layout.parts], dim=-1)
+    rows = AbsorbedRows(data, layout, shape.layout.rank, dtype, torch.zeros(batch, dtype=torch.int64, device=device))
+    return rows, draw(batch, shape.query_heads, 1, layout.rank)
+
+
+def random_rows(
+    layout: RowLayout, context: int, batch: int, draw: Callable[..., Tensor], device: torch.device
+) -> Tensor:
+    """Packed latents [B, K, N] of unit variance."""
+    data = torch.empty(batch, context, layout.row_bytes, dtype=torch.uint8, device=device)
+    at_once = max(1, PACKED_AT_ONCE // layout.rank)
+    for sequence, start in product(range(batch), range(0, context, at_once)):
+        stop = min(start + at_once, context)
+        latents = draw(1, stop - start, layout.rank)
+        if device.type == "cuda":
+            pack_rows(latents, layout, data[sequence : sequence + 1], start)
+        else:
+            data[sequence, start:stop] = layout.pack(latents[0])
+    return data
+
+
+def _drawing(device: torch.device, dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *sizes: torch.randn(*sizes, generator=generator, dtype=dtype, device=device)
 
 
 def read_all(shape: Shape, inputs: Inputs) -> Tensor:
@@ -178,6 +205,14 @@ def floor(shape: Shape, context: int, batch: int, ceilings: Ceilings) -> tuple[f
     seconds = {"bytes": nbytes / ceilings.bytes_per_s, "products": flops / ceilings.flops_per_s}
     longer = max(seconds, key=lambda key: seconds[key])
     return seconds[longer], longer
+
+
+def absorbed_floor(shape: Shape, context: int, batch: int, ceilings: Ceilings) -> float:
+    """The same for absorbed queries: rows and logits; products of queries with rows, of weights with latents."""
+    logits = batch * shape.query_heads * context
+    nbytes = batch * context * shape.joined.row_bytes + 2 * 4 * logits
+    flops = 2 * logits * (shape.joined.rank + shape.layout.rank)
+    return max(nbytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)
 
 
 def sdpa(shape: Shape, context: int, batch: int, device: torch.device, *, folded: bool) -> float:
@@ -218,14 +253,18 @@ def measure(
     found["chosen"] = None
     if select < context:
         found["chosen"] = timed([partial(read_chosen, shape, s, select) for s in sets], device)
-    del sets, inputs  # SDPA needs the room
+    del sets, inputs  # the others need the room
+    absorbed = [make_absorbed(shape, context, batch, device, seed=i) for i in range(_sets(set_bytes, device))]
+    found["absorbed"] = timed([partial(rows.sums, query, shape.scaling) for rows, query in absorbed], device)
+    found["absorbed_floor"] = absorbed_floor(shape, context, batch, ceilings)
+    del absorbed
     found["sdpa"] = sdpa(shape, context, batch, device, folded=False)
     found["sdpa_folded"] = sdpa(shape, context, batch, device, folded=True)
     return found | {"sets_bytes": set_bytes, "share_of_floor": least / found["all"]}
 
 
 def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Largest errors of logits and attention, in parts of the largest, of kernels against the twin in fp32.
+    """Largest errors of kernels against the twin in fp32, in parts of the largest: logits, attention, absorbed sums.
 
     Raises:
         SystemExit: they are too large, not numbers, or other rows are hidden.
@@ -243,6 +282,12 @@ def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, f
     with _kernels(False):
         expected = read_all(shape, exact), exact.logits
     errors = {k: _error(a, b) for k, a, b in zip(("attention", "logits"), found, expected, strict=True)}
+    rows, query = make_absorbed(shape, 200, 2, device, dtype=dtype)
+    rows.hidden[1] += 37
+    sums = rows.sums(query, shape.scaling)
+    twin = AbsorbedRows(rows.data, rows.layout, rows.rank, torch.float32, rows.hidden)
+    with _kernels(False):
+        errors["absorbed"] = _error(sums, twin.sums(query.float(), shape.scaling))
     if not all(error <= TOLERANCE[dtype] for error in errors.values()):
         raise SystemExit(f"{shape.name} in {dtype}: errors {errors}; at most {TOLERANCE[dtype]} is expected")
     return errors
@@ -351,6 +396,7 @@ def table(report: dict[str, Any], select: int) -> str:
         lines.append(f"{name}: errors against the twin in fp32: " + ", ".join(said))
     titles = ["shape", "context", "batch", "floor, µs", "by", "all, µs", "of floor", "logits", "values"]
     titles += ["SDPA, µs", "folded", "SDPA / all", f"{select} chosen, µs", "SDPA / chosen"]
+    titles += ["absorbed, µs", "of its floor"]
     lines += ["", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in report["rows"]:
         chosen = row["chosen"]
@@ -359,6 +405,7 @@ def table(report: dict[str, Any], select: int) -> str:
         cells += [_micro(row["values"]), _micro(row["sdpa"]), _micro(row["sdpa_folded"])]
         cells += [f"{row['sdpa'] / row['all']:.2f}", _micro(chosen) if chosen else "–"]
         cells.append(f"{row['sdpa'] / chosen:.2f}" if chosen else "–")
+        cells += [_micro(row["absorbed"]), f"{100 * row['absorbed_floor'] / row['absorbed']:.0f} %"]
         lines.append("| " + " | ".join(cells) + " |")
     least = min(row["share_of_floor"] for row in report["rows"])
     verdict = "reached" if least >= BAR else "missed"

@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from clla.artifacts import Plan, Stats
 from clla.modeling.absorbed_clla import (
+    AbsorbedRows,
     absorbed_query,
-    absorbed_sums,
     decoded_rows,
     decoded_sums,
     rotary_key,
-    seen_by,
     split_query,
 )
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE, rope_of
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.quantize_clla import JoinedLayout, RowLayout
 
 EXACT = {"atol": 2e-3, "rtol": 2e-3}  # 16-bit latents through four fp32 layers
 SAME = {"atol": 2e-4, "rtol": 2e-4}  # the same sums in another order
@@ -62,7 +62,7 @@ def step_by_step(model: CllaForCausalLM, ids: Tensor, **options: Tensor) -> tupl
 
 
 class Codec:
-    """Random matrices of a group of two layers: 2 key-value heads of 8, rank 5, 3 pairs that turn, of 4."""
+    """Random matrices of a group of two layers: 2 key-value heads of 8, rank 16, 4 pairs that turn."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -70,9 +70,12 @@ class Codec:
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        self.offset, self.rope_encoder, self.rope_mean = draw(12), draw(6, 12), draw(6)
-        self.decoder, self.mean, self.rope_query = draw(2, 32, 5), draw(2, 32), draw(2, 2, 3, 2)
-        self.query, self.rows, self.hidden = draw(2, 4, 9, 8), draw(2, 9, 11), draw(2, 9, 12)
+        self.offset, self.rope_encoder, self.rope_mean = draw(12), draw(8, 12), draw(8)
+        self.decoder, self.mean, self.rope_query = draw(2, 32, 16), draw(2, 32), draw(2, 2, 4, 2)
+        self.query, self.hidden = draw(2, 4, 9, 8), draw(2, 9, 12)
+        self.layout = JoinedLayout(RowLayout((6, 4), 8), RowLayout((6,), 8))
+        self.packed = self.layout.pack(draw(2, 9, 24))
+        self.rows = self.layout.unpack(self.packed)
 
 
 def rotation_of(family: str, count: int) -> Any:
@@ -93,7 +96,7 @@ def complex_pairs(x: Tensor, interleaved: bool) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "cohere"])
 def test_attention_is_that_of_a_loop_over_tokens_and_heads(family: str) -> None:
     """Logits qᵀDz + Re(q'ᴴc) one at a time, with complex numbers, causal; both ways of the library beside it."""
-    codec, pairs, scaling = Codec(), (3, 0, 1), 0.3
+    codec, pairs, scaling = Codec(), (3, 0, 1, 0), 0.1
     rotation = rotation_of(family, 9)
     turned = rotation.rotate(codec.query)
     still, rotary = split_query(turned, codec, 1, pairs, rotation, rotation)
@@ -108,22 +111,19 @@ def test_attention_is_that_of_a_loop_over_tokens_and_heads(family: str) -> None:
             for t in range(9):
                 logits, seen = [], []
                 for s in range(t + 1):
-                    z, c = (
-                        codec.rows[b, s, :5],
-                        torch.view_as_complex(codec.rows[b, s, 5:].unflatten(0, (3, 2)).clone()),
-                    )
+                    z, c = codec.rows[b, s].split((16, 8))
+                    c = torch.view_as_complex(c.unflatten(0, (4, 2)).clone())
                     logit = codec.query[b, head, t] @ (keys @ z)
                     for j, pair in enumerate(pairs):
                         logit = logit + (q[b, head, t, pair].conj() * answer[kv, j] * c[j]).real
                     logits.append(logit * scaling)
                     seen.append(values @ z + mean)
                 expected[b, t, head] = torch.stack(logits).softmax(0) @ torch.stack(seen)
-    mask = seen_by(None, 9, 9, torch.device("cpu"))
-    absorbed = absorbed_query(still, rotary, codec.decoder[1, :16])
-    sums = absorbed_sums(absorbed, codec.rows, 5, mask, scaling)
+    rows = AbsorbedRows(codec.packed, codec.layout, 16, torch.float32, torch.zeros(2, dtype=torch.long))
+    sums = rows.sums(absorbed_query(still, rotary, codec.decoder[1, :16]), scaling)
     found = decoded_sums(sums, codec.decoder[1, 16:], codec.mean[1, 16:], 2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    keys, values = decoded_rows(codec.rows, codec, 1, 2, 5, torch.float32)
+    keys, values = decoded_rows(codec.rows, codec, 1, 2, 16, torch.float32)
     keys, values = (x.repeat_interleave(2, dim=1) for x in (keys, values))
     query = torch.cat((still, rotary), dim=-1)
     out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
@@ -132,7 +132,7 @@ def test_attention_is_that_of_a_loop_over_tokens_and_heads(family: str) -> None:
 
 
 def test_rotary_keys_turn_each_with_its_own_frequency() -> None:
-    codec, pairs = Codec(), (3, 0, 1)
+    codec, pairs = Codec(), (3, 0, 1, 0)
     rotation = rotation_of("llama", 9)
     found = rotary_key(codec.hidden, codec, pairs, rotation)
     plain = (codec.hidden - codec.offset) @ codec.rope_encoder.mT + codec.rope_mean
@@ -141,17 +141,6 @@ def test_rotary_keys_turn_each_with_its_own_frequency() -> None:
             turn = torch.complex(rotation.cos[0, t, pair], rotation.sin[0, t, pair])
             wanted = torch.complex(plain[:, t, 2 * j], plain[:, t, 2 * j + 1]) * turn
             torch.testing.assert_close(found[:, t, 2 * j : 2 * j + 2], torch.view_as_real(wanted), rtol=1e-4, atol=1e-5)
-
-
-def test_masks_hide_tokens_in_absorbed_sums() -> None:
-    codec = Codec()
-    query = torch.randn(2, 4, 1, 11, generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    mask[0, ..., :4] = False
-    found = absorbed_sums(query, codec.rows, 5, seen_by(mask, 1, 9, torch.device("cpu")), 0.5)
-    alone = absorbed_sums(query[:1], codec.rows[:1, 4:], 5, None, 0.5)
-    torch.testing.assert_close(found[:1], alone)
-    torch.testing.assert_close(found[1:], absorbed_sums(query[1:], codec.rows[1:], 5, None, 0.5))
 
 
 # --- the model ---
@@ -209,6 +198,31 @@ def test_left_padding_changes_nothing() -> None:
     torch.testing.assert_close(padded[1:, 11:], alone, **SAME)
     torch.testing.assert_close(stepped[1:, 11:], alone, **SAME)
     torch.testing.assert_close(stepped[0], padded[0], **SAME)
+
+
+def test_masks_with_holes_hide_them() -> None:
+    """Few queries, too, which read packed rows only where nothing but padding is hidden."""
+    (converted, _), ids = lossy(), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, 12:15] = mask[1, 36:39] = 0
+    with torch.no_grad():
+        whole = converted(ids, attention_mask=mask).logits
+    stepped, _ = step_by_step(converted, ids, attention_mask=mask)
+    torch.testing.assert_close(stepped[mask.bool()], whole[mask.bool()], **SAME)
+    with torch.no_grad():
+        assert (converted(ids).logits - whole)[:, -1].abs().max() > 0.05
+
+
+def test_steps_run_in_any_mode() -> None:
+    """One after another: with gradients, without, and where tensors cannot have any."""
+    (converted, _), ids, cache = lossy(), tokens(1, 40), None
+    for start, mode in ((0, torch.no_grad), (30, torch.inference_mode), (33, torch.no_grad), (36, torch.enable_grad)):
+        stop = {0: 30, 36: 40}.get(start, start + 3)
+        with mode():
+            out = converted(ids[:, start:stop], past_key_values=cache)
+        cache = out[CACHE]
+    with torch.no_grad():
+        torch.testing.assert_close(out.logits, converted(ids).logits[:, 36:], **SAME)
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}])

@@ -49,12 +49,12 @@ def test_a_dry_run_reports_every_case(
     for row in report["rows"]:
         assert row["share_of_floor"] == pytest.approx(row["floor"] / row["all"])
         assert (row["chosen"] is None) == (row["context"] == 40)  # 48 are chosen
-        assert all(row[key] > 0 for key in ("all", "logits", "values", "sdpa", "sdpa_folded"))
+        assert all(row[key] > 0 for key in ("all", "logits", "values", "sdpa", "sdpa_folded", "absorbed"))
     assert all(0 <= error < 2e-2 for found in report["errors"]["tiny"].values() for error in found.values())
     last, fields = report["rows"][-1], benchmark.table(report, 48).splitlines()[-3].split(" | ")
-    assert len(fields) == 14
+    assert len(fields) == 16
     assert float(fields[11]) == pytest.approx(last["sdpa"] / last["all"], abs=0.005)
-    assert float(fields[13].rstrip(" |")) == pytest.approx(last["sdpa"] / last["chosen"], abs=0.005)
+    assert float(fields[13]) == pytest.approx(last["sdpa"] / last["chosen"], abs=0.005)
 
 
 def test_settings_are_swept(
@@ -96,6 +96,16 @@ def test_the_floor_is_what_must_be_moved_or_multiplied(benchmark: ModuleType) ->
     flops = 2 * 5 * 100 * r * 192 + 2 * 5 * 100 * 9 * (64 + r) + 2 * 5 * 9 * r * 64
     assert benchmark.floor(shape, 100, 5, benchmark.Ceilings(10.0, math.inf)) == (nbytes / 10, "bytes")
     assert benchmark.floor(shape, 100, 5, benchmark.Ceilings(math.inf, 10.0)) == (flops / 10, "products")
+
+
+def test_the_floor_of_absorbed_queries(benchmark: ModuleType) -> None:
+    """By hand, for 9 query heads; 64 components of 6 bits and one scale are 49 bytes."""
+    shape = benchmark.make_shape("smollm2-135m", "6.25%", 6, CPU)
+    r, flops = shape.layout.rank, 2 * 5 * 100 * 9 * (2 * shape.layout.rank + 64)
+    assert shape.joined.row_bytes == 288 + 49 and shape.joined.rank == r + 64
+    nbytes = 5 * 100 * (288 + 49) + 5 * 100 * 9 * 4 * 2
+    assert benchmark.absorbed_floor(shape, 100, 5, benchmark.Ceilings(10.0, math.inf)) == nbytes / 10
+    assert benchmark.absorbed_floor(shape, 100, 5, benchmark.Ceilings(math.inf, 10.0)) == flops / 10
 
 
 def test_rows_are_random_latents(benchmark: ModuleType) -> None:

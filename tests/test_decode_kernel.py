@@ -33,6 +33,30 @@ POISON = 0xAB
 SCALING = 0.3
 
 
+def latents_of(rows: Tensor, tiers: tuple[int, ...], tier_size: int) -> Tensor:
+    """[B, K, r] in fp64 of rows [B, K, N], bit by bit."""
+    classes = classes_of(tiers, tier_size)
+    data, parts, start = rows.cpu().numpy(), [], len(classes)
+    scales = np.vectorize(scale_of, otypes=[float])(data[..., :start])
+    for number, (bits, part) in enumerate(classes):
+        size = part.stop - part.start
+        stream = data[..., start : start + size * bits // 8]
+        each = np.unpackbits(stream, axis=-1, bitorder="little").reshape(*stream.shape[:2], size, bits)
+        codes = (each.astype(np.float64) * 2.0 ** np.arange(bits)).sum(-1)
+        parts.append((codes + 0.5 - 2 ** (bits - 1)) * step_of(bits, size) * scales[..., number, None])
+        start += size * bits // 8
+    return torch.from_numpy(np.concatenate(parts, -1))
+
+
+def random_rows(layout: RowLayout, batch: int, count: int) -> Tensor:
+    """[B, K, N] of random bits, with scales of ordinary sizes and a few zeros among them."""
+    drawn = torch.randint(0, 256, (batch, count, layout.row_bytes), dtype=torch.uint8)
+    scales = drawn[..., : len(layout.classes)]
+    scales.copy_(torch.randint(112, 137, scales.shape))
+    scales[torch.rand(scales.shape) < 0.05] = 0
+    return drawn
+
+
 @dataclass
 class Problem:
     """Rows of random bits under a random codec; everything that nobody may look at is poison.
@@ -62,10 +86,7 @@ class Problem:
         self.layout = RowLayout(self.tiers, self.tier_size)
         batch, n = len(self.hidden), self.layout.row_bytes
         around = torch.full((batch, self.count + 3, n + 5), POISON, dtype=torch.uint8)
-        drawn = torch.randint(0, 256, (batch, self.count, n), dtype=torch.uint8)
-        scales = drawn[..., : len(self.layout.classes)]
-        scales.copy_(torch.randint(112, 137, scales.shape))
-        scales[torch.rand(scales.shape) < 0.05] = 0
+        drawn = random_rows(self.layout, batch, self.count)
         if self.used is not None:
             drawn[:, self.used :] = POISON
         around[:, 1:-2, 3:-2] = drawn
@@ -92,18 +113,8 @@ class Problem:
         return LatentRows(self.data, self.layout, self.codec, hidden, max(self.hidden), self.turns, used=used)
 
     def latents(self) -> Tensor:
-        """[B, K, r] in fp64, bit by bit."""
-        classes = classes_of(self.tiers, self.tier_size)
-        data, parts, start = self.data.cpu().numpy(), [], len(classes)
-        scales = np.vectorize(scale_of, otypes=[float])(data[..., :start])
-        for number, (bits, part) in enumerate(classes):
-            size = part.stop - part.start
-            stream = data[..., start : start + size * bits // 8]
-            each = np.unpackbits(stream, axis=-1, bitorder="little").reshape(*stream.shape[:2], size, bits)
-            codes = (each.astype(np.float64) * 2.0 ** np.arange(bits)).sum(-1)
-            parts.append((codes + 0.5 - 2 ** (bits - 1)) * step_of(bits, size) * scales[..., number, None])
-            start += size * bits // 8
-        return torch.from_numpy(np.concatenate(parts, -1))
+        """[B, K, r] in fp64."""
+        return latents_of(self.data, self.tiers, self.tier_size)
 
     def decoded(self, *, values: bool, turned: bool = True) -> Tensor:
         """Keys after rotation, or values, [B, K, H, d] in fp64."""

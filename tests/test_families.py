@@ -30,6 +30,7 @@ from clla.convert.checkpoint import write_checkpoint
 from clla.errors import UnsupportedModelError
 from clla.evaluate.plan_tables import plan_tables
 from clla.families import FAMILIES, REFUSED, check_family, kv_shape, split_layers
+from clla.modeling import decode_clla, pack_triton_clla
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -491,6 +492,14 @@ def test_lossless_check_tells_right_from_wrong(dtype: torch.dtype) -> None:
     forgetful.model.forward = from_zero_in_every_call
     with pytest.raises(UnsupportedModelError, match="changes its logits"):
         check_lossless(forgetful, found.stats.layers, {"form": "halves", "plain_layers": []})
+
+
+def test_lossless_check_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, too: kernels do not know its rows."""
+    for module in (decode_clla, pack_triton_clla):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    found = case("llama")
+    check_lossless(pico("llama"), found.stats.layers, found.rope)
 
 
 def test_language_model_of_a_composite_checkpoint(tmp_path: Path) -> None:

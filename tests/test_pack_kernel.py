@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from clla.modeling import pack_triton_clla, quantize_clla
 from clla.modeling.pack_triton_clla import pack_rows
-from clla.modeling.quantize_clla import SCALE_OFFSETS, RowLayout
+from clla.modeling.quantize_clla import SCALE_OFFSETS, JoinedLayout, RowLayout
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 MIXED = (16, *(8,) * 9, 7, 6, 5, 4, 4, 4, 3, 2, 1, 1)  # 8 bits: scales of 16, 32, 16 and 8 components
@@ -69,6 +69,17 @@ def spread(batch: int, length: int, rank: int, device: str, seed: int = 0) -> Te
     """Latents [B, T, r] of sizes from 1e-3 to 1e3."""
     sizes = torch.logspace(-3, 3, batch * length).view(batch, length, 1)
     return (gaussian(batch, length, rank, seed=seed) * sizes).to(device)
+
+
+def test_parts_of_a_row_are_packed_side_by_side(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_triton_clla, "on_gpu", lambda x: True)
+    layout = JoinedLayout(RowLayout((5, 3, 3), 16), RowLayout((6, 6), 8))
+    latents = spread(2, 3, layout.rank, kernel_device)
+    rows = pack_triton_clla.packed(latents, layout)
+    for part, own, found in zip(
+        layout.parts, latents.split((48, 16), dim=-1), rows.split((24, 13), dim=-1), strict=True
+    ):
+        check_rows(found, own, part)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

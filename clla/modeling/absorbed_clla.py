@@ -20,6 +20,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from .absorbed_triton_clla import absorbed_logits
+from .decode_clla import Layout, PackedRows, Workspace
+from .decode_triton_clla import packed_sums
 from .rotary_clla import Rotation, rotate
 
 
@@ -83,6 +86,63 @@ def absorbed_query(still: Tensor, rotary: Tensor, decoder: Tensor) -> Tensor:
     return torch.cat(((grouped @ heads[:, None]).flatten(1, 2), rotary.to(decoder.dtype)), dim=-1)
 
 
+class AbsorbedRows(PackedRows):
+    """Rows [z ; c] of one layer group, which absorbed queries meet as one head.
+
+    Args:
+        data, dtype, hidden, used, workspace: as of `PackedRows`; the dtype is that of the queries.
+        layout: of a row, a `JoinedLayout` of r and p components.
+        rank: r.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        layout: Layout,
+        rank: int,
+        dtype: torch.dtype,
+        hidden: Tensor,
+        used: "Optional[Tensor]" = None,
+        workspace: "Optional[Workspace]" = None,
+    ) -> None:
+        super().__init__(data, layout, dtype, hidden, used, workspace)
+        self.rank = rank
+
+    def sums(self, query: Tensor, scaling: float) -> Tensor:
+        """Σ p·z [B, H_q, T, r] in fp32; of queries that may see nothing, zeros.
+
+        The queries are those of the T newest rows, in their order: each sees its own row and those before.
+
+        Args:
+            query: [B, H_q, T, r + p] from `absorbed_query`.
+            scaling: of the logits.
+        """
+        heads, tokens = query.shape[1:3]
+        ends = self._ends(tokens)
+        if self.by_kernels:
+            sums = packed_sums(self, absorbed_logits(self, query, scaling).softmax(-1), self.rank)
+        else:
+            logits = self._logits(query.flatten(1, 2), ends).mul_(scaling)
+            sums = self._sums(logits.softmax(-1))[..., : self.rank].float()  # a slice of the rows would be copied
+        blind = ends <= self.hidden[:, None]  # [B, T]: padding, whose softmax is over nothing
+        return sums.unflatten(1, (heads, tokens)).masked_fill(blind[:, None, :, None], 0.0)
+
+    def _ends(self, tokens: int) -> Tensor:
+        """[T], behind the last row that each query sees."""
+        newest = torch.arange(1 - tokens, 1, device=self.data.device)
+        return newest + (self.count if self.used is None else self.used)
+
+    def _logits(self, query: Tensor, ends: Tensor) -> Tensor:
+        """Products [B, H_q·T, K] in fp32 of queries [B, H_q·T, r + p] and rows; -inf where a row may not be seen."""
+        logits = torch.empty(*query.shape[:2], self.count, dtype=torch.float32, device=query.device)
+        for start, rows in self.blocks():
+            products = rows @ query.mT  # CPUs take far longer over `query @ rows.mT`
+            logits[..., start : start + rows.shape[1]] = products.mT
+        places = torch.arange(self.count, device=query.device)
+        seen = (places >= self.hidden[:, None])[:, None] & (places < ends[:, None])  # [B, T, K]
+        return logits.unflatten(1, (-1, len(ends))).masked_fill_(~seen[:, None], float("-inf")).flatten(1, 2)
+
+
 def absorbed_sums(query: Tensor, rows: Tensor, rank: int, seen: "Optional[Tensor]", scaling: float) -> Tensor:
     """Σ p·z [B, H_q, T, r] of one head that all queries share.
 
@@ -141,12 +201,3 @@ def with_unread(out: Tensor, *tensors: Tensor) -> Tensor:
     """The same output, with gradients of zero for what it does not need: data-parallel training waits for all."""
     unread = [tensor for tensor in tensors if tensor.requires_grad]
     return out + 0.0 * sum(tensor.sum() for tensor in unread) if unread else out
-
-
-def seen_by(mask: "Optional[Tensor]", queries: int, tokens: int, device: torch.device) -> "Optional[Tensor]":
-    """What each query may look at, [B or 1, 1, T, K], from the mask that a model hands its attention."""
-    if mask is not None:
-        return mask[..., :tokens].to(device)
-    if queries == 1:
-        return None
-    return torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)

@@ -120,6 +120,11 @@ class CllaCache(Cache):
         for group in self.groups:
             group.abandon()
         self.timeline.begin(position_ids, attention_mask, left_padded=self.evicts)
+        decoupled = [group for group in self.groups if isinstance(group, DecoupledGroup)]
+        if decoupled:
+            holes = self._has_holes(position_ids.shape[1], attention_mask)
+            for group in decoupled:
+                group.expect(holes, self._workspace)
         if self._may_read_latents(position_ids.shape[1], attention_mask):
             step = self._step(position_ids.shape[1], position_ids.device)
             for group in self.groups:
@@ -137,10 +142,14 @@ class CllaCache(Cache):
         most = reading_tokens(group.heads, group.head_dim, self._query_heads)
         if count > most or group.filled + count > group.slots:
             return False
+        return not self._has_holes(count, attention_mask)
+
+    def _has_holes(self, count: int, attention_mask: Optional[Tensor]) -> bool:
+        """Whether the mask hides more than the padding before each sequence."""
         if attention_mask is None:
-            return True
+            return False
         seen = self.timeline.length + count - self.timeline.padding
-        return torch.equal(attention_mask.sum(-1), seen.to(attention_mask.device))  # no holes
+        return not torch.equal(attention_mask.sum(-1), seen.to(attention_mask.device))
 
     def _step(self, count: int, device: torch.device) -> Step:
         group, padding = self.groups[0], self.timeline.padding.to(device)

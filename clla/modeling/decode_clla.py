@@ -10,16 +10,17 @@ K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes a row.
 """
 
 import math
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from .decode_triton_clla import packed_logits, packed_sums
 from .pack_triton_clla import on_gpu
-from .quantize_clla import RowLayout
+from .quantize_clla import JoinedLayout, RowLayout
 from .rotary_clla import Turns
 
+Layout = Union[RowLayout, JoinedLayout]
 BLOCK = 4096  # rows unpacked at once
 TILE = 16  # rows of a product that a CPU's matrix unit takes at once
 HELD_BYTES = 1 << 26  # unpacked latents up to this size stay for the other layers of their group
@@ -49,25 +50,93 @@ class Workspace:
         self.owner = None
 
 
-class LatentRows:
-    """The old tokens of one layer group as one forward pass reads them; made anew for each.
+class PackedRows:
+    """Rows of one layer group as the layers of one forward pass read them; made anew for each.
 
     Args:
         data: [B, K, N] uint8.
         layout: of a row.
-        codec: with `decoder` [G, 2·H·d, r] and `mean` [G, 2·H·d] of the group's layers, keys first.
-        hidden: [B], so many rows at the front nobody may see (padding, and sinks, which are exact).
-        reach: at least the largest of them.
-        turns: rotation to the rows' positions; None for models without.
+        dtype: of what is computed, and of unpacked rows.
+        hidden: [B], so many rows at the front nobody may see.
         used: [1], so many rows of `data` hold a token; None for all.
-        index: [B, K'], the rows that are read; None for all.
         workspace: shared with other rows, if nobody else reads them at the same time.
     """
 
     def __init__(
         self,
         data: Tensor,
-        layout: RowLayout,
+        layout: Layout,
+        dtype: torch.dtype,
+        hidden: Tensor,
+        used: "Optional[Tensor]" = None,
+        workspace: "Optional[Workspace]" = None,
+    ) -> None:
+        self.workspace = workspace or Workspace()
+        self.data, self.layout, self.dtype, self.hidden = data, layout, dtype, hidden.to(data.device)
+        self.used = None if used is None else used.to(data.device)
+        self.index: Optional[Tensor] = None
+        self._unpacked: Optional[Tensor] = None
+
+    @property
+    def count(self) -> int:
+        """Rows that are read."""
+        return self.data.shape[1]
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels read them, which know these layouts alone."""
+        return isinstance(self.layout, (RowLayout, JoinedLayout)) and on_gpu(self.data)
+
+    def blocks(self) -> "Iterator[tuple[int, Tensor]]":
+        """First row and what is in [B, t, r] of each block of rows; all at once where that is small enough to keep."""
+        if (whole := self._whole()) is not None:
+            yield 0, whole
+            return
+        for start in range(0, self.count, BLOCK):
+            yield start, self.layout.unpack(self.data[:, start : start + BLOCK], self.dtype)
+
+    def _whole(self) -> "Optional[Tensor]":
+        """All rows [B, K, r], unpacked once for all layers; None where they are too many to keep."""
+        shape = (len(self.data), self.count, self.layout.rank)
+        if self._unpacked is not None or math.prod(shape) * self.dtype.itemsize > HELD_BYTES:
+            return self._unpacked
+        if torch.compiler.is_compiling():
+            self._unpacked = self.layout.unpack(self.data, self.dtype)
+            return self._unpacked
+        latents = self.workspace.take("latents", shape, self.dtype, self.data.device)
+        if self.workspace.owner is not self:
+            self.layout.unpack(self.data, out=latents)
+            self.workspace.owner = self
+        return latents
+
+    def _sums(self, weights: Tensor) -> Tensor:
+        """Σ p·z [B, M, r] of weights [B, M, K]."""
+        weights, total, rows = weights.to(self.dtype), None, weights.shape[1]
+        if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
+            weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
+        for start, latents in self.blocks():
+            part = weights[..., start : start + latents.shape[1]] @ latents
+            total = part if total is None else total.float() + part
+        assert total is not None, "there are rows to read"
+        return total[:, :rows]
+
+
+class LatentRows(PackedRows):
+    """The old tokens of one layer group, whose keys are decoded and rotated.
+
+    Args:
+        data, layout, used, workspace: as of `PackedRows`.
+        codec: with `decoder` [G, 2·H·d, r] and `mean` [G, 2·H·d] of the group's layers, keys first.
+        hidden: [B], so many rows at the front nobody may see (padding, and sinks, which are exact).
+        reach: at least the largest of them.
+        turns: rotation to the rows' positions; None for models without.
+        index: [B, K'], the rows that are read; None for all.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        layout: Layout,
         codec: Any,
         hidden: Tensor,
         reach: int,
@@ -76,12 +145,9 @@ class LatentRows:
         index: "Optional[Tensor]" = None,
         workspace: "Optional[Workspace]" = None,
     ) -> None:
-        self.workspace = workspace or Workspace()
-        self.data, self.layout, self.codec, self.dtype = data, layout, codec, codec.decoder.dtype
-        self.hidden, self.reach, self.index = hidden.to(data.device), reach, index
+        super().__init__(data, layout, codec.decoder.dtype, hidden, used, workspace)
+        self.codec, self.reach, self.index = codec, reach, index
         self.turns = None if turns is None else turns.to(data.device)
-        self.used = None if used is None else used.to(data.device)
-        self._unpacked: "Optional[Tensor]" = None
         self._paired: "Optional[tuple[Tensor, Tensor]]" = None
         self._unseen: "Optional[Tensor]" = None
         self._factors: "Optional[Tensor]" = None
@@ -96,7 +162,7 @@ class LatentRows:
         like = self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used
         found = LatentRows(*like, index, self.workspace)
         found._factors = self._factors
-        if not on_gpu(self.data):  # there the kernels follow the index
+        if not self.by_kernels:  # they follow the index
             found.data = _rows_of(self.data, index)
             found.turns = None if self.turns is None else self.turns.at(index)
             found._paired = self._paired
@@ -125,7 +191,7 @@ class LatentRows:
             rank: the first components alone; None for all.
         """
         turns, rank, heads = self.turns if turned else None, rank or self.layout.rank, query.shape[1]
-        if on_gpu(self.data):
+        if self.by_kernels:
             packed_logits(self, query, layer, turns, scaling, out, rank)
             return
         decoder, mean = self._key_decoders(heads, turns)
@@ -184,7 +250,7 @@ class LatentRows:
         """Σ p·v [B, H, M, d] of decoded values and weights [B, H, M, K] fp32; in fp32."""
         heads = weights.shape[1]
         decoder, mean = (x[layer].chunk(2)[1] for x in (self.codec.decoder, self.codec.mean))  # [H·d, r], [H·d]
-        sums = packed_sums(self, weights) if on_gpu(self.data) else self._sums(weights.flatten(1, 2))
+        sums = packed_sums(self, weights) if self.by_kernels else self._sums(weights.flatten(1, 2))
         # Every head's sum through every head's decoder: the product is small, and one is faster than H.
         every = nn.functional.linear(sums.to(decoder.dtype), decoder)  # [B, H·M, H·d]
         own = every.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).diagonal(dim1=1, dim2=3)  # [B, M, d, H]
@@ -228,39 +294,6 @@ class LatentRows:
             places = torch.arange(self.count if self.used is not None else min(self.reach, self.count), device=device)
         unseen = places < self.hidden[:, None]
         return unseen if self.used is None else unseen | (places >= self.used)
-
-    def _sums(self, weights: Tensor) -> Tensor:
-        """Σ p·z [B, H·M, r]."""
-        weights, total, rows = weights.to(self.dtype), None, weights.shape[1]
-        if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
-            weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
-        for start, latents in self.blocks():
-            part = weights[..., start : start + latents.shape[1]] @ latents
-            total = part if total is None else total.float() + part
-        assert total is not None, "there are rows to read"
-        return total[:, :rows]
-
-    def _whole(self) -> "Optional[Tensor]":
-        """Latents of all rows [B, K, r], unpacked once for all layers; None where they are too many to keep."""
-        shape = (len(self.data), self.count, self.layout.rank)
-        if self._unpacked is not None or math.prod(shape) * self.dtype.itemsize > HELD_BYTES:
-            return self._unpacked
-        if torch.compiler.is_compiling():
-            self._unpacked = self.layout.unpack(self.data, self.dtype)
-            return self._unpacked
-        latents = self.workspace.take("latents", shape, self.dtype, self.data.device)
-        if self.workspace.owner is not self:
-            self.layout.unpack(self.data, out=latents)
-            self.workspace.owner = self
-        return latents
-
-    def blocks(self) -> "Iterator[tuple[int, Tensor]]":
-        """First row and latents [B, t, r] of each block of rows; all at once where that is small enough to keep."""
-        if (whole := self._whole()) is not None:
-            yield 0, whole
-            return
-        for start in range(0, self.count, BLOCK):
-            yield start, self.layout.unpack(self.data[:, start : start + BLOCK], self.dtype)
 
 
 def _rows_of(table: Tensor, index: Tensor) -> Tensor:

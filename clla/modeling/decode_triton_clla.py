@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .pack_triton_clla import jit
-from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, RowLayout, _step
+from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, _step
 
 try:
     import triton
@@ -34,7 +34,7 @@ except ImportError:  # no wheel for this platform: `decode_clla.py` is all there
     triton = tl = None
 
 if TYPE_CHECKING:
-    from .decode_clla import LatentRows
+    from .decode_clla import LatentRows, Layout, PackedRows
     from .rotary_clla import Turns
 
 COMPONENTS = 32  # of a block
@@ -57,11 +57,11 @@ def packed_logits(
     launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rank, interleaved, scaling)
 
 
-def packed_sums(rows: "LatentRows", weights: Tensor) -> Tensor:
-    """Σ p·z [B, H·M, r] in fp32 of weights [B, H, M, K] fp32."""
+def packed_sums(rows: "PackedRows", weights: Tensor, rank: Optional[int] = None) -> Tensor:
+    """Σ p·z [B, H·M, r] in fp32 of weights [B, H, M, K] fp32; of the first `rank` components, or of all."""
     launch = _SUMS if torch.compiler.is_compiling() else _launch_sums
-    tensors = (rows.data, weights.flatten(1, 2), rows.codec.decoder, rows.index)
-    return launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rows.layout.rank)
+    tensors = (rows.data, weights.flatten(1, 2), rows.index)
+    return launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rank or rows.layout.rank, rows.dtype)
 
 
 def _launch_logits(
@@ -138,11 +138,11 @@ def _launch_logits(
 def _launch_sums(
     data: Tensor,
     weights: Tensor,
-    decoder: Tensor,
     index: Optional[Tensor],
     classes: list[int],
     row_bytes: int,
     rank: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     batch, query_rows, count = weights.shape
     blocks = _blocks(tuple(classes), COMPONENTS, rank, weights.device)
@@ -157,7 +157,6 @@ def _launch_sums(
             blocks,
             weights,
             out,
-            decoder,
             count,
             triton.cdiv(triton.cdiv(count, splits), TOKENS) * TOKENS,
             row_bytes,
@@ -171,6 +170,7 @@ def _launch_sums(
             WIDE=_wide(data),
             STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
             BIAS=SCALE_BIAS,
+            ELEMENT=getattr(tl, str(dtype).removeprefix("torch.")),
             T=TOKENS,
             R=COMPONENTS,
             QUERIES=at_once,
@@ -195,7 +195,7 @@ _SUMS = torch.library.custom_op(
     f"{_NAMESPACE}::packed_sums",
     _launch_sums,
     mutates_args=(),
-    schema=f"(Tensor data, Tensor weights, Tensor decoder, Tensor? index, {_LAYOUT}) -> Tensor",
+    schema=f"(Tensor data, Tensor weights, Tensor? index, {_LAYOUT}, ScalarType dtype) -> Tensor",
 )
 
 
@@ -203,18 +203,25 @@ _SUMS = torch.library.custom_op(
 def _sums_like(
     data: Tensor,
     weights: Tensor,
-    decoder: Tensor,
     index: Optional[Tensor],
     classes: list[int],
     row_bytes: int,
     rank: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return weights.new_empty(*weights.shape[:2], rank)
 
 
-def _flat(layout: RowLayout) -> list[int]:
-    """Bits, first and last component + 1 of all classes in one list."""
-    return [number for part in layout.classes for number in part]
+def _flat(layout: "Layout") -> list[int]:
+    """Byte of the scale, first byte of the codes, bits, first and last component + 1 of all classes in one list."""
+    found, byte, component = [], 0, 0
+    for part in layout.parts:
+        codes = byte + len(part.classes)
+        for number, (bits, first, stop) in enumerate(part.classes):
+            found += [byte + number, codes, bits, component + first, component + stop]
+            codes += (stop - first) * bits // 8
+        byte, component = byte + part.row_bytes, component + part.rank
+    return found
 
 
 def _padded(channels: int) -> int:
@@ -251,16 +258,15 @@ def _processors(device: torch.device) -> int:
 
 @lru_cache(maxsize=None)  # never given back: recorded graphs hold their addresses
 def _blocks(classes: tuple[int, ...], size: int, rank: int, device: torch.device) -> Tensor:
-    """Blocks of at most `size` components below `rank`, [blocks, 6] int32: number of the scale, first byte, bits,
+    """Blocks of at most `size` components below `rank`, [blocks, 6] int32: byte of the scale, first byte, bits,
     first component, components, and the step's fp32."""
-    found, position = [], len(classes) // 3
-    for number in range(len(classes) // 3):
-        bits, first, stop = classes[3 * number : 3 * number + 3]
+    found = []
+    for i in range(0, len(classes), 5):
+        scale, byte, bits, first, stop = classes[i : i + 5]
         step = int(torch.tensor(_step(bits, stop - first), dtype=torch.float32).view(torch.int32))
         for start in range(first, min(stop, rank), size):
-            byte = position + (start - first) * bits // 8
-            found.append((number, byte, bits, start, min(size, stop - start, rank - start), step))
-        position += (stop - first) * bits // 8
+            at = byte + (start - first) * bits // 8
+            found.append((scale, at, bits, start, min(size, stop - start, rank - start), step))
     return torch.tensor(found, dtype=torch.int32, device=device).reshape(-1, 6)
 
 
@@ -293,9 +299,9 @@ def _levels(data, row, valid, blocks, block, row_bytes, T: tl.constexpr, R: tl.c
 @jit()
 def _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE: tl.constexpr, BIAS: tl.constexpr):
     """Step times scale [T] of a block's class."""
-    number = tl.load(blocks + block * 6)
+    byte = tl.load(blocks + block * 6)
     step = tl.load(blocks + block * 6 + 5).to(tl.float32, bitcast=True)
-    code = tl.load(data + (row + number), mask=valid, other=0).to(tl.float32)
+    code = tl.load(data + (row + byte), mask=valid, other=0).to(tl.float32)
     return tl.where(code > 0, tl.exp2((code - BIAS) / STEPS_PER_OCTAVE) * step, 0.0)
 
 
@@ -475,7 +481,6 @@ def sums_kernel(
     blocks,
     weights,
     out,
-    decoder,
     count,
     per_split,
     row_bytes,
@@ -493,6 +498,7 @@ def sums_kernel(
     WIDE: tl.constexpr,
     STEPS_PER_OCTAVE: tl.constexpr,
     BIAS: tl.constexpr,
+    ELEMENT: tl.constexpr,
     T: tl.constexpr,
     R: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -502,7 +508,6 @@ def sums_kernel(
     block = tl.program_id(0) % block_count
     asked = tl.program_id(0) // block_count * QUERIES + tl.arange(0, QUERIES)
     asked_mask = asked < query_rows
-    element = decoder.dtype.element_ty  # of the products, as in the other kernel
     start = split * per_split
     stop = tl.minimum(start + per_split, count)
     sums = tl.zeros((QUERIES, R), tl.float32)
@@ -515,7 +520,7 @@ def sums_kernel(
         share = tl.load(weights + at, mask=asked_mask[:, None] & valid[None, :], other=0.0)
         scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
         level = _levels(data, row, valid, blocks, block, row_bytes, T, R)
-        sums = tl.dot((share * scale[None, :]).to(element), level.to(element), sums, input_precision="ieee")
+        sums = tl.dot((share * scale[None, :]).to(ELEMENT), level.to(ELEMENT), sums, input_precision="ieee")
     part = tl.arange(0, R)
     component = tl.load(blocks + block * 6 + 3) + part
     wanted = part < tl.load(blocks + block * 6 + 4)

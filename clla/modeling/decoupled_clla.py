@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from .absorbed_clla import (
+    AbsorbedRows,
     absorbed_query,
-    absorbed_sums,
     decoded_rows,
     decoded_sums,
     rotary_key,
-    seen_by,
     split_query,
     with_unread,
 )
+from .decode_clla import Workspace
 from .group_clla import LatentGroup
 from .observe_clla import Attention
 from .rotary_clla import Rotation
@@ -36,8 +36,21 @@ class DecoupledGroup(LatentGroup):
 
     def reset(self) -> None:
         super().reset()
-        self._read: Optional[Tensor] = None  # [B, K, r + p], rows as the layers of one forward pass read them
+        # Rows as the layers of one forward pass read them, decoded [B, K, r + p] or absorbed.
+        self._read: Optional[Tensor] = None
+        self._absorbed: Optional[AbsorbedRows] = None
         self._attended: set[int] = set()  # layers that have
+        self._holes = False  # the mask hides more than the padding before each sequence
+        self._workspace: Optional[Workspace] = None
+
+    def expect(self, holes: bool, workspace: Workspace) -> None:
+        """Announce a forward pass.
+
+        Args:
+            holes: its mask hides more than the padding before each sequence.
+            workspace: of the cache.
+        """
+        self._holes, self._workspace = holes, workspace
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
         """Hand the model its keys and values back, only to see whether they reach its attention."""
@@ -58,23 +71,33 @@ class DecoupledGroup(LatentGroup):
             most: up to so many queries are absorbed, where attention is ordinary and no gradient is wanted.
         """
         index, home, tokens = self.layers.index(layer), query.device, query.shape[2]
-        rows, like = self._rows_read(), self._turn(tokens)
+        like = self._turn(tokens)
         self._attended.add(layer)
         turn = None if layer in like.plain_layers else like
-        still, rotary = split_query(query.to(rows.device), self.codec, index, self.pairs, turn, like)
-        if torch.is_grad_enabled() or tokens > most or not plain.ordinary:
+        still, rotary = split_query(query.to(self.codec.decoder.device), self.codec, index, self.pairs, turn, like)
+        if torch.is_grad_enabled() or tokens > most or self._holes or not plain.ordinary:
+            rows = self._rows_read()
             keys, values = decoded_rows(rows, self.codec, index, self.heads, self.rank, query.dtype)
             both = torch.cat((still, rotary), dim=-1)
             out = plain.over(keys.to(home), values.to(home), query=both.to(home), scaling=scaling)
             out = with_unread(out[..., : self.head_dim], *unread)
         else:
-            (for_keys, for_values), mean = self.codec.decoder[index].chunk(2), self.codec.mean[index].chunk(2)[1]
-            seen = seen_by(plain.mask, tokens, rows.shape[1], rows.device)
-            sums = absorbed_sums(absorbed_query(still, rotary, for_keys), rows, self.rank, seen, scaling)
-            out = decoded_sums(sums, for_values, mean, self.heads).to(home, query.dtype)
+            out = self._attend_absorbed(index, still, rotary, scaling).to(home, query.dtype)
         if layer == self.layers[-1]:
-            self._read = None
+            self._read = self._absorbed = None
         return out
+
+    @torch.inference_mode()
+    def _attend_absorbed(self, index: int, still: Tensor, rotary: Tensor, scaling: float) -> Tensor:
+        """Attention [B, T, H_q, d] of the two parts of queries, which read packed rows."""
+        (for_keys, for_values), mean = self.codec.decoder[index].chunk(2), self.codec.mean[index].chunk(2)[1]
+        if self._absorbed is None:
+            assert self.held is not None
+            data, dtype = self.held.rows[:, : self.kept], self.codec.decoder.dtype
+            rows = AbsorbedRows(data, self.layout, self.rank, dtype, self._padding, workspace=self._workspace)
+            self._absorbed = rows
+        sums = self._absorbed.sums(absorbed_query(still, rotary, for_keys), scaling)
+        return decoded_sums(sums, for_values, mean, self.heads)
 
     def settle(self) -> None:
         """After a forward pass.
@@ -91,14 +114,11 @@ class DecoupledGroup(LatentGroup):
 
     def abandon(self) -> None:
         super().abandon()
-        self._read, self._attended = None, set()
+        self._read, self._absorbed, self._attended = None, None, set()
 
     def _encode(self, hidden: Tensor) -> Tensor:
         rotation = self._turn(hidden.shape[1])
         return torch.cat((super()._encode(hidden), rotary_key(hidden, self.codec, self.pairs, rotation)), dim=-1)
-
-    def _packed(self, latents: Tensor) -> Tensor:
-        return self.layout.pack(latents)
 
     def _rows_read(self) -> Tensor:
         if self._read is None:

@@ -19,7 +19,15 @@ from typing import NamedTuple, Union
 import torch
 from torch import Tensor
 
-from .quantize_clla import SCALE_BIAS, SCALE_OFFSETS, SCALE_STEPS_PER_OCTAVE, RowLayout, _decode_scale, _step
+from .quantize_clla import (
+    SCALE_BIAS,
+    SCALE_OFFSETS,
+    SCALE_STEPS_PER_OCTAVE,
+    JoinedLayout,
+    RowLayout,
+    _decode_scale,
+    _step,
+)
 
 try:
     import triton
@@ -46,12 +54,16 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda and triton is not None
 
 
-def packed(latents: Tensor, layout: RowLayout) -> Tensor:
-    """Rows [B, T, N] of latents [B, T, r], where they are."""
-    if not on_gpu(latents):
+def packed(latents: Tensor, layout: Union[RowLayout, JoinedLayout]) -> Tensor:
+    """Rows [B, T, N] of latents [B, T, r], where they are; by kernels on a GPU, if they know the layout."""
+    if not isinstance(layout, (RowLayout, JoinedLayout)) or not on_gpu(latents):
         return layout.pack(latents)
     rows = latents.new_empty(*latents.shape[:2], layout.row_bytes, dtype=torch.uint8)
-    pack_rows(latents, layout, rows, 0)
+    component, byte = 0, 0
+    for part in layout.parts:
+        own = latents[..., component : component + part.rank]
+        pack_rows(own, part, rows[..., byte : byte + part.row_bytes], 0)
+        component, byte = component + part.rank, byte + part.row_bytes
     return rows
 
 

@@ -70,6 +70,11 @@ class RowLayout:
             self.classes.append((bits, first, (i + 1) * tier_size))
         self.row_bytes = len(self.classes) + sum(tier_size * b // 8 for b in self.tier_bits)
 
+    @property
+    def parts(self) -> "tuple[RowLayout, ...]":
+        """What lies side by side in a row, as of `JoinedLayout`."""
+        return (self,)
+
     def pack(self, latents: Tensor) -> Tensor:
         """Quantize latents [..., r] into rows [..., N] of uint8."""
         scales, streams = [], []
