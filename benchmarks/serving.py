@@ -68,7 +68,11 @@ def main(
         del loaded, model
         for name, path in (("source", str(source)), ("converted", checkpoint)):
             found.append({"model": name, **run({**job, "engine": {**engine, "model": path}}, Path(folder))})
-    result = {"machine": machine_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "settings": {**job, **engine}, "rows": found}
+    result = {
+        "machine": machine_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "settings": {**job, **engine},
+        "rows": found,
+    }
     if as_json:
         print(json.dumps(result, indent=2))
     else:

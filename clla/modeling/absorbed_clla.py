@@ -143,25 +143,6 @@ class AbsorbedRows(PackedRows):
         return logits.unflatten(1, (-1, len(ends))).masked_fill_(~seen[:, None], float("-inf")).flatten(1, 2)
 
 
-def absorbed_sums(query: Tensor, rows: Tensor, rank: int, seen: "Optional[Tensor]", scaling: float) -> Tensor:
-    """Σ p·z [B, H_q, T, r] of one head that all queries share.
-
-    Args:
-        query: [B, H_q, T, r + p] from `absorbed_query`.
-        rows: [B, K, r + p].
-        rank: r.
-        seen: [B or 1, 1, T, K], what each query may look at; None for everything.
-        scaling: of the logits.
-    """
-    logits = (query.flatten(1, 2) @ rows.mT).float().unflatten(1, query.shape[1:3]) * scaling
-    if seen is not None:
-        logits = logits.masked_fill(~seen, float("-inf"))
-    weights = logits.softmax(-1).to(rows.dtype)
-    if seen is not None:  # padding sees nothing
-        weights = weights.nan_to_num(0.0)
-    return (weights.flatten(1, 2) @ rows[..., :rank]).unflatten(1, query.shape[1:3])
-
-
 def decoded_sums(sums: Tensor, decoder: Tensor, mean: Tensor, heads: int) -> Tensor:
     """Values [B, T, H_q, d] of sums of latents whose weights add up to 1.
 

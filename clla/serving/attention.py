@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clla.modeling.absorbed_clla import (
+    AbsorbedRows,
     absorbed_query,
-    absorbed_sums,
     decoded_rows,
     decoded_sums,
     rotary_key,
@@ -158,15 +158,17 @@ class GroupReader:
         pages = latents[1]
         return read_rows(pages, side.slots(pages.shape[2]), self.first, self.stop).contiguous()
 
-    def _rows(self, side: Side, latents: Pages) -> LatentRows:
+    def _rows(self, side: Side, latents: Pages) -> Any:
         """The old tokens of some sequences, gathered and unpacked once for all layers of the group."""
         memo, key = latents[0].memo, (self.first, side.sequences[0])
         if key not in memo:
-            data, hidden = self._data(side, latents), side.hidden(self.sinks)
-            reach = max(side.hidden_rows(self.sinks))
-            memo[key] = LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns)
-        found: LatentRows = memo[key]
-        return found
+            memo[key] = self._opened(side, self._data(side, latents))
+        return memo[key]
+
+    def _opened(self, side: Side, data: Tensor) -> LatentRows | AbsorbedRows:
+        """Readable rows of packed ones [S, K, N]."""
+        hidden, reach = side.hidden(self.sinks), max(side.hidden_rows(self.sinks))
+        return LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns)
 
     def _turned(self, index: int) -> bool:
         return self.rope is not None and self.layers[index] not in self.rope.plain_layers
@@ -227,16 +229,10 @@ class DecoupledReader(GroupReader):
         assert self.rope is not None, "keys are rotated"
         rotation = self.rope(latents[0].positions[None])
         found = encode(hidden[None], self.codec), rotary_key(hidden[None], self.codec, self.pairs, rotation)
-        rows = self.layout.pack(torch.cat(found, dim=-1))
-        write_rows(latents[1], latents[0].slots, rows[0], self.first)
+        self._put(torch.cat(found, dim=-1), latents)
 
-    def _unpacked(self, side: Side, latents: Pages) -> Tensor:
-        """Rows [S, K, r + p] of some sequences, unpacked once for all layers of the group."""
-        memo, key = latents[0].memo, (self.first, side.sequences[0])
-        if key not in memo:
-            memo[key] = self.layout.unpack(self._data(side, latents), self.decoder.decoder.dtype)
-        found: Tensor = memo[key]
-        return found
+    def _opened(self, side: Side, data: Tensor) -> AbsorbedRows:
+        return AbsorbedRows(data, self.layout, self.rank, self.decoder.decoder.dtype, side.hidden(self.sinks))
 
     def _split(self, index: int, query: Tensor, side: Side) -> tuple[Tensor, Tensor]:
         """Position-free and rotary part of queries [S, T, H_q, d], tokens behind heads."""
@@ -248,20 +244,16 @@ class DecoupledReader(GroupReader):
     def _attend_latents(
         self, index: int, query: Tensor, side: Side, exact: Pages | None, latents: Pages, scaling: float
     ) -> Tensor:
-        rows, tokens = self._unpacked(side, latents), query.shape[1]
         (for_keys, for_values), mean = self.decoder.decoder[index].chunk(2), self.decoder.mean[index].chunk(2)[1]
-        places = torch.arange(side.rows, device=rows.device)
-        seen = (places >= side.hidden(self.sinks)[:, None])[:, None] & (
-            places <= side.rows - tokens + torch.arange(tokens, device=rows.device)[:, None]
-        )
         asking = absorbed_query(*self._split(index, query, side), for_keys)
-        sums = absorbed_sums(asking, rows, self.rank, seen[:, None], scaling)
+        sums = self._rows(side, latents).sums(asking, scaling)
         return decoded_sums(sums, for_values, mean, len(self.heads))
 
     def _attend_decoded(
         self, index: int, query: Tensor, side: Side, exact: Pages | None, latents: Pages, scaling: float
     ) -> Tensor:
-        rows, heads = self._unpacked(side, latents), len(self.heads)
+        heads = len(self.heads)
+        rows = torch.cat([block for _, block in self._rows(side, latents).blocks()], dim=1)
         keys, values = decoded_rows(rows, self.decoder, index, heads, self.rank, query.dtype)
         asking = torch.cat(self._split(index, query, side), dim=-1)[0].transpose(0, 1)
         return _plain(asking, keys[0], values[0], scaling)[None, ..., : self.head_dim]
