@@ -224,6 +224,7 @@ def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: 
     kind, every = text.model_type, layers.values()
     wanted = {i for spec in settings["groups"] for i in spec["layers"]}
     on_latents = [layers[i] for i in wanted & layers.keys()]
+    per_rank = max(1, settings["kv"]["num_key_value_heads"] // get_tensor_model_parallel_world_size())
     kept = [layers[i] for i in layers.keys() - wanted]
     reasons = {
         "some of its layers keep a state": bool(set(settings["kept_layers"]) - layers.keys()),
@@ -236,7 +237,9 @@ def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: 
         "its layers have sliding windows": any(m.sliding_window is not None for m in on_latents),
         "layers that are left alone have no sliding window": any(m.sliding_window is None for m in kept),
         "its keys and values have different sizes": any(m.head_size != m.head_size_v for m in every),
-        "its heads are not those of the checkpoint": any(m.head_size != settings["kv"]["head_dim"] for m in on_latents),
+        "its heads are not those of the checkpoint": any(
+            (m.head_size, m.num_kv_heads) != (settings["kv"]["head_dim"], per_rank) for m in on_latents
+        ),
     }
     for reason in (reason for reason, found in reasons.items() if found):
         raise UnsupportedModelError(
