@@ -64,42 +64,38 @@ class CllaForCausalLM(nn.Module, SupportsPP):
         self.codec = CodecModule(config).requires_grad_(False)
         layers = {extract_layer_index(m.layer_name): m for m in self.source.modules() if isinstance(m, Attention)}
         _check_layers(layers, settings, config.text_config)
-        kept = {i: layers.pop(i) for i in settings["kept_layers"] if i in layers}
-        first, store = layers[min(layers)], maybe_prefix(prefix, f"latents.{stage.rank}")  # the engine wants a number
+        kept = [layers.pop(i) for i in settings["kept_layers"]]
+        first, name = layers[min(layers)], maybe_prefix(prefix, f"latents.{stage.rank}")  # the engine wants a number
         rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
         heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
         self.groups = readers(settings, self.codec, rope, heads, first.num_heads)
-        exact = self.groups[0].reads_exact
-        windows = [Window.of(first, stage.layers, exact_tokens(settings), settings["sinks"])] if exact else []
-        for tokens in sorted({layer.sliding_window for layer in kept.values()}):
-            alike = [layer for layer in kept.values() if layer.sliding_window == tokens]
-            windows.append(Window.of(alike[0], [len(alike)], tokens))
+        self._rotary = _rotary(self.source, first)
+        windows = _windows(settings, first, stage.layers, kept) if self.groups[0].reads_exact else []
         block, shares = latent_block(stage.row_bytes, windows)
         in_flight, longest = vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
         alone = blocks_alone(windows, shares, block, longest, in_flight)
-        self._rotary = _rotary(self.source, first)
-        self.latents = LatentStore(store, self.groups, stage.row_bytes, block, alone, vllm_config)
+        self.latents = LatentStore(name, self.groups, stage.row_bytes, block, alone, vllm_config)
         backend = window_backend(settings["sinks"], vllm_config)
         for group in self.groups:
+            names = [layers[i].layer_name for i in group.layers]
             for i in group.layers:
-                layer, names = layers[i], [layers[j].layer_name for j in group.layers]
-                if exact:
-                    layer.impl = WindowAttention(layer.impl, i, group, names, store)
+                layer = layers[i]
+                if windows:
+                    layer.impl = WindowAttention(layer.impl, i, group, names, name)
                     layer.attn_backend, layer.sliding_window = backend, windows[0].tokens
                 else:
-                    layer.impl = PackedAttention(layer.impl, i, group, names, store)
-                    layer.attn_backend, layer.kv_sharing_target_layer_name = LatentBackend, store
+                    layer.impl = PackedAttention(layer.impl, i, group, names, name)
+                    layer.attn_backend, layer.kv_sharing_target_layer_name = LatentBackend, name
         backend = window_backend(0, vllm_config)
-        for layer in kept.values():
+        for layer in kept:
             layer.impl, layer.attn_backend = SlidingAttention(layer.impl, layer.sliding_window), backend
         if self.groups[0].from_input:
             splits = vllm_config.compilation_config.splitting_ops
-            if splits:  # graphs are recorded between these operations
+            if splits and WRITE_LATENTS not in splits:  # graphs are recorded between these operations
                 splits.append(WRITE_LATENTS)
             for number, group in enumerate(self.groups):
-                watch_inputs(
-                    _projection(self.source, layers[group.layers[0]], config.text_config), self.latents, number
-                )
+                projection = _projection(self.source, layers[group.layers[0]], config.text_config)
+                watch_inputs(projection, self.latents, number)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[T, h] of token ids [T]."""
@@ -158,12 +154,23 @@ def readers(
     return found
 
 
-def exact_tokens(settings: dict[str, Any]) -> int:
-    """Tokens of the window that layers on latents have, those that wait for their block to leave it included.
+def _windows(settings: dict[str, Any], first: Attention, count: list[int], kept: list[Attention]) -> list[Window]:
+    """Windows of exact tokens: of the layers on latents, then of those that are left alone.
 
-    For sinks alone it is the least with which the engine finds prefixes again.
+    Args:
+        settings: the config's `clla` block.
+        first: any layer on latents.
+        count: how many of them each pipeline rank has.
+        kept: layers that are left alone.
     """
-    return settings["window"] + settings["flush_block"] if settings["window"] else 2
+    # What waits for its block to leave the window is exact, too. For sinks alone the window is the least with which the
+    # engine finds prefixes again.
+    tokens = settings["window"] + settings["flush_block"] if settings["window"] else 2
+    found = [Window.of(first, count, tokens, settings["sinks"])]
+    for size in sorted({layer.sliding_window for layer in kept}):
+        alike = [layer for layer in kept if layer.sliding_window == size]
+        found.append(Window.of(alike[0], [len(alike)], size))
+    return found
 
 
 def _beside(source: nn.Module, attention: Attention, kind: type[nn.Module]) -> list[nn.Module]:

@@ -7,6 +7,7 @@ latent row.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Batch:
     positions: Tensor
     memo: dict[Any, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """New tokens of each sequence."""
         return [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]

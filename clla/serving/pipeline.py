@@ -28,7 +28,7 @@ class Stage:
         rank: its number.
         groups: numbers of its layer groups.
         config: the checkpoint's `CllaConfig`, with these groups alone.
-        layers: how many layers each rank has.
+        layers: how many layers on latents each rank has.
         row_bytes: of a token's latents in the pages of every rank: the most that one rank has.
     """
 
@@ -46,8 +46,9 @@ class Stage:
         fit where they are largest. Of stores that differ it would take each layer's exact pages for a kind of its own.
         """
         specs = config.clla["groups"]
-        layers = engine_partition(config.text_config.num_hidden_layers, ranks)
-        owned = groups_of_ranks([spec["layers"] for spec in specs], layers)
+        partition = engine_partition(config.text_config.num_hidden_layers, ranks)
+        owned = groups_of_ranks([spec["layers"] for spec in specs], partition)
+        layers = [sum(len(specs[i]["layers"]) for i in own) for own in owned]
         rows = [sum(layout_of(specs[i], config.clla).row_bytes for i in own) for own in owned]
         part = copy.copy(config)
         part.clla = {**config.clla, "groups": [specs[i] for i in owned[rank]]}
