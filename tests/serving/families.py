@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .conftest import NEW, WORKER, environment, greedy, greedy_of_source, prompt, saved  # isort: split
@@ -43,6 +44,7 @@ def main() -> None:
         wide = {"head_dim": 32} if "head_dim" in extra else {"hidden_size": 128}
         try:
             source = pico_of(pico_config(kind, **{**extra, **wide}))
+            source(torch.tensor(PROMPTS[:1]))
         except Exception as error:  # a family whose sizes hang together otherwise
             print(f"| {name} | not tried: {type(error).__name__} |", flush=True)
             continue
