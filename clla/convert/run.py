@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
+import transformers
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import clla
 from clla import console
 from clla.artifacts import Codec, Plan, Stats, digest
 from clla.baselines.stored import SourceCache
@@ -73,7 +74,8 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
             "runtime": {"compute_dtype": dtype},
         }
     )
-    versions = {package: version(package) for package in ("clla", "torch", "transformers")}
+    # Not from the metadata of installed packages: clla may run from a checkout.
+    versions = {package.__name__: str(package.__version__) for package in (clla, torch, transformers)}
     where = Provenance(model=source.name, revision=source.revision, versions=versions)
     return filled.model_copy(update={"provenance": where})
 
