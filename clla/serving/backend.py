@@ -7,6 +7,7 @@ the plan and the engine shares, evicts and counts them as it does any cache.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -70,7 +71,7 @@ class PackedBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        return PackedAttention
+        return PagedAttention
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -155,20 +156,16 @@ def window_backend(sinks: int, vllm_config: Any) -> type[WindowBackend]:
     return type("WindowBackend", (WindowBackend,), more)
 
 
-class PackedAttention(AttentionImpl):  # type: ignore[type-arg]
-    """Takes the place of the attention that the engine made for a layer, where nothing is read exactly.
+class PagedAttention(AttentionImpl):  # type: ignore[type-arg]
+    """Takes the place of the attention that the engine made for a layer.
 
     Args:
         own: the attention made for it.
-        layer: its number in the model.
-        group: its group.
-        names: the engine's names of the group's layers in order, and of the latents' store.
     """
 
-    def __init__(self, own: Any, layer: int, group: GroupReader, names: list[str], store: str) -> None:
+    def __init__(self, own: Any) -> None:
         self.num_heads, self.head_size, self.scale = own.num_heads, own.head_size, own.scale
         self.num_kv_heads = own.num_kv_heads
-        self.layer, self.group, self.names, self.store = layer, group, names, store
 
     def forward(  # type: ignore[override]
         self,
@@ -188,12 +185,40 @@ class PackedAttention(AttentionImpl):  # type: ignore[type-arg]
         self._attend(query, key, value, (attn_metadata, kv_cache), output)
         return output
 
+    @abstractmethod
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, own: Pages, output: Tensor) -> None:
-        self.group.attend(self.layer, query, None, own, self.scale, output)  # its pages are those of the latents
+        """As `forward`, with the layer's batch and pages."""
+
+
+class PackedAttention(PagedAttention):
+    """Of a layer on latents that reads nothing exactly; its pages are those of the latents.
+
+    Args:
+        own: the attention that the engine made for it.
+        layer: its number in the model.
+        group: its group.
+    """
+
+    def __init__(self, own: Any, layer: int, group: GroupReader) -> None:
+        super().__init__(own)
+        self.layer, self.group = layer, group
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, own: Pages, output: Tensor) -> None:
+        self.group.attend(self.layer, query, None, own, self.scale, output)
 
 
 class WindowAttention(PackedAttention):
-    """The same where the layer has pages of its own for exact tokens."""
+    """The same where the layer has pages of its own for exact tokens.
+
+    Args:
+        own, layer, group: as of `PackedAttention`.
+        names: the engine's names of the group's layers in order.
+        store: and of the layer that owns the latents' pages.
+    """
+
+    def __init__(self, own: Any, layer: int, group: GroupReader, names: list[str], store: str) -> None:
+        super().__init__(own, layer, group)
+        self.names, self.store = names, store
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, own: Pages, output: Tensor) -> None:
         context, (batch, pages) = get_forward_context(), own
@@ -210,7 +235,7 @@ class WindowAttention(PackedAttention):
             self.group.write(both, latents)
 
 
-class SlidingAttention(PackedAttention):
+class SlidingAttention(PagedAttention):
     """Of a layer with a sliding window of its own, which is on no latents.
 
     Args:
@@ -219,8 +244,8 @@ class SlidingAttention(PackedAttention):
     """
 
     def __init__(self, own: Any, window: int) -> None:
-        self.num_heads, self.head_size, self.scale = own.num_heads, own.head_size, own.scale
-        self.num_kv_heads, self.window = own.num_kv_heads, window
+        super().__init__(own)
+        self.window = window
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, own: Pages, output: Tensor) -> None:
         tokens = own[0].starts[-1]

@@ -63,6 +63,6 @@ def check_model(config: Any) -> None:
     for reason in (reason for reason, found in reasons.items() if found):
         raise UnsupportedModelError(
             f"vLLM cannot serve this checkpoint: {reason}",
-            expected="a checkpoint with its weights, all of whose layers are on the compressed cache",
+            expected="a causal language model with its weights, without eviction",
             remedy="convert it so, or run it with transformers: clla generate",
         )

@@ -84,7 +84,7 @@ class CllaForCausalLM(nn.Module, SupportsPP):
                     layer.impl = WindowAttention(layer.impl, i, group, names, name)
                     layer.attn_backend, layer.sliding_window = backend, windows[0].tokens
                 else:
-                    layer.impl = PackedAttention(layer.impl, i, group, names, name)
+                    layer.impl = PackedAttention(layer.impl, i, group)
                     layer.attn_backend, layer.kv_sharing_target_layer_name = LatentBackend, name
         backend = window_backend(0, vllm_config)
         for layer in kept:

@@ -85,13 +85,14 @@ class Side:
         """The same, [S] int32."""
         return torch.tensor(self.hidden_rows(sinks), dtype=torch.int32, device=self.batch.table.device)
 
-    def exact(self, batch: Batch, sinks: int, size: int) -> tuple[Tensor, Tensor]:
+    def exact(self, batch: Batch, sinks: int, size: int, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Slots [S, sinks + E] of the exact tokens, and what new tokens may see of them, [S, T, sinks + E].
 
         Args:
             batch: of the exact pages; its block table differs from that of the latents.
             sinks: first tokens that are exact.
             size: tokens a page.
+            window: of the others a new token sees so many, itself among them; None for all.
         """
         device = batch.table.device
         old = torch.tensor(self.old, device=device)[:, None]
@@ -100,21 +101,17 @@ class Side:
         total = torch.tensor(lengths, device=device)[:, None]
         first = torch.arange(sinks, device=device).expand(len(old), -1)
         near = total - width + torch.arange(width, device=device)  # [S, E]
-        seen = torch.cat(
-            (
-                (first < old)[:, None].expand(-1, self.count, -1),
-                (near >= old)[:, None] & (near[:, None] <= self.positions[:, :, None]),
-            ),
-            dim=2,
-        )
+        asks = self.positions[:, :, None]
+        seen = (near >= old)[:, None] & (near[:, None] <= asks)
+        if window is not None:
+            seen &= near[:, None] > asks - window
+        seen = torch.cat(((first < old)[:, None].expand(-1, self.count, -1), seen), dim=2)
         places = torch.cat((torch.minimum(first, (old - 1).clamp(min=0)), near.clamp(min=0)), dim=1)
         return slots_at(self.table(batch), places, size), seen
 
     def table(self, batch: Batch) -> Tensor:
         """[S, blocks] of a batch."""
-        if len(self.sequences) == 1:
-            return batch.table[self.sequences[0]][None]
-        return batch.table[torch.tensor(self.sequences, device=batch.table.device)]
+        return batch.table[self.sequences]
 
 
 def sides(

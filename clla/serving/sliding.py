@@ -7,7 +7,6 @@ Shape legend: T tokens, S sequences, H key-value heads of this rank, d head dim,
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from clla.serving.pages import Batch, Pages, read_exact
@@ -48,13 +47,6 @@ def _reach(batch: Batch, window: int, size: int) -> list[tuple[Side, Tensor, Ten
         reach = [min(total, count + window - 1) for total, count in zip(batch.lengths, batch.counts, strict=False)]
         beyond = [total - near for total, near in zip(batch.lengths, reach, strict=False)]
         found = sides(beyond, batch, FEW, MOST_TOKENS, None, reach)
-        batch.memo[key] = [(side, *_seen(side, batch, window, size)) for side in found]
+        batch.memo[key] = [(side, *side.exact(batch, 0, size, window)) for side in found]
     kept: list[tuple[Side, Tensor, Tensor]] = batch.memo[key]
     return kept
-
-
-def _seen(side: Side, batch: Batch, window: int, size: int) -> tuple[Tensor, Tensor]:
-    slots, seen = side.exact(batch, 0, size)
-    last = torch.tensor([batch.lengths[i] for i in side.sequences], device=slots.device)[:, None] - 1
-    places = last - slots.shape[1] + 1 + torch.arange(slots.shape[1], device=slots.device)  # [S, E]
-    return slots, seen & (places[:, None] > side.positions[:, :, None] - window)
