@@ -400,7 +400,8 @@ class LatentGroup:
     def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Note how much the newest queries [B, H_q, T, d] of one layer look at each row [B, H, S, d]."""
         assert self.held is not None and self.capacity is not None
-        reach = self.encoded - self.evicted + self.block  # no more than these can be rows when one is dropped
+        joining = leaving_slots(self.filled + self.timeline.incoming, self.window, self.block)
+        reach = self.kept + joining + self.block  # no more than these can be rows when one is dropped
         padding, score = self._padding_kept.to(key.device), self.held.score
         weight = observed_weight(query, key, scaling, self.block, padding)[:, :reach].to(score)
         grown = weight.shape[1] - score.shape[1]
