@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clla.errors import CorruptArtifactError
-from clla.modeling.group_clla import exact_slots, leaving_slots
+from clla.modeling.group_clla import exact_layout, exact_slots, leaving_slots
 from clla.modeling.quantize_clla import layout_of, tensor_digest
 
 ARTIFACT_VERSION = 1
@@ -203,10 +203,17 @@ class Plan:
 
     @property
     def exact_bytes(self) -> float:
-        """Buffers that do not grow: exact window and sinks (and the window's latents for `first`)."""
+        """Exact window and sinks (and the window's latents for `first`) of a long sequence."""
         return exact_bytes_of(
             self.source_bytes_per_token, self.row_bytes, self.window, self.sinks, self.flush_block, self.source
         )
+
+    def exact_bytes_at(self, context: int, row_bytes: float | None = None) -> float:
+        """The same of a sequence of `context` tokens: slots are allocated as tokens come."""
+        row = self.row_bytes if row_bytes is None else row_bytes
+        encoded = encoded_slots(context, self.window, self.flush_block)
+        sinks, newest = exact_layout(encoded, context - encoded, self.window, self.sinks, self.flush_block)
+        return (sinks + newest) * self.source_bytes_per_token + (newest * row if self.source == "first" else 0)
 
     def bytes_at(self, context: int, row_bytes: float | None = None) -> float:
         """Cache bytes of one sequence of `context` tokens, layers left alone not included.
@@ -216,7 +223,7 @@ class Plan:
             row_bytes: of one token's latents, were they not the plan's own.
         """
         row = self.row_bytes if row_bytes is None else row_bytes
-        exact = exact_bytes_of(self.source_bytes_per_token, row, self.window, self.sinks, self.flush_block, self.source)
+        exact = self.exact_bytes_at(context, row)
         rows = encoded_slots(context, self.window, self.flush_block)
         if self.capacity is None:
             return exact + rows * row
@@ -224,13 +231,15 @@ class Plan:
 
     @property
     def break_even(self) -> int | None:
-        """First context at which a sequence takes less than the source's cache would; None if none does."""
+        """First context at which a sequence takes less than the source's cache would; None if none does.
+
+        Shorter sequences take as much: their tokens are all exact.
+        """
         source, fixed = self.source_bytes_per_token, self.exact_bytes
         if self.row_bytes >= source:
             return None
-        shortest = int(fixed / source)
         longest = math.ceil(fixed / (source - self.row_bytes)) + self.window + self.flush_block
-        return next((c for c in range(shortest, longest + 1) if self.bytes_at(c) < source * c), None)
+        return next((c for c in range(1, longest + 1) if self.bytes_at(c) < source * c), None)
 
     def kept_bytes_at(self, context: int) -> int:
         """Cache bytes of the layers left alone: a sliding window keeps one token less than its width."""

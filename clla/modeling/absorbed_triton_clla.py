@@ -18,6 +18,7 @@ from torch import Tensor
 from .decode_triton_clla import (
     COMPONENTS,
     LEAST,
+    NAMESPACE,
     QUERY_ROWS,
     _blocks,
     _flat,
@@ -99,7 +100,7 @@ def _launch(
 
 
 _LOGITS = torch.library.custom_op(
-    f"{__name__.replace('.', '_')}::absorbed_logits",
+    f"{NAMESPACE}::absorbed_logits",
     _launch,
     mutates_args=(),
     schema="(Tensor data, Tensor query, Tensor hidden, Tensor? used, int[] classes, int row_bytes, int tokens, "

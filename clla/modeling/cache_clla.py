@@ -12,7 +12,8 @@ kept rows are masked like the last K slots before the exact ones.
 What is kept carries no gradient: a loss reaches the decoder and the tokens of its own forward pass.
 """
 
-from typing import Any, Callable, Optional
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from .decode_clla import Workspace
 from .decoupled_clla import DecoupledGroup
-from .group_clla import LatentGroup, Step, leaving_slots, reading_tokens
+from .group_clla import LatentGroup, Step, reading_tokens
 from .observe_clla import Attention
 from .rotary_clla import Rope
-from .timeline_clla import Timeline
+from .timeline_clla import Timeline, keeping
 
 
 class CllaLayer(CacheLayerMixin):
@@ -35,32 +36,30 @@ class CllaLayer(CacheLayerMixin):
 
     def __init__(self, group: LatentGroup, layer: int) -> None:
         super().__init__()
-        self.group, self.layer, self.seen = group, layer, 0
-        self.is_compileable = group.room is not None and group.capacity is None and not group.first
+        self.group, self.layer = group, layer
+        self.is_compileable = group.max_length is not None and group.capacity is None and not group.first
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> "tuple[Tensor, Tensor]":
         self.is_initialized = True
-        if not self.group.reading:  # else the cache counts, outside of what may be compiled
-            self.seen += key_states.shape[-2]
         return self.group.update(key_states, value_states, self.layer)
 
     def get_mask_sizes(self, query_length: int) -> "tuple[int, int]":
-        return self.seen - self.group.evicted + query_length, self.group.evicted
+        return self.get_seq_length() - self.group.evicted + query_length, self.group.evicted
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.group.timeline.length
 
     def get_max_length(self) -> int:
         return -1
 
-    # The group's tensors are shared between layers, so the cache moves them itself, once a group.
+    # The group's tensors are shared between layers, so the cache changes them itself, once a group.
     def reset(self) -> None:
-        self.seen = 0
+        self.is_initialized = False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         pass
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -70,15 +69,18 @@ class CllaLayer(CacheLayerMixin):
         pass
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.seen = max(0, self.seen - abs(tokens_to_remove))
+        _refuse_length(tokens_to_remove)
 
 
 class CllaCache(Cache):
     """Cache of a converted model; made by the model, or by hand for several turns.
 
+    A forward pass that fails leaves it as it was before. Layers that the source keeps and whose states change in
+    place (of hybrid models) cannot go back: then every further use says so until `reset`.
+
     Args:
         config: the model's `CllaConfig`.
-        codec: its `codec` module (one module a layer group).
+        codec: its `codec` module (one module per layer group).
         rope: rotations of the model; None without.
         max_length: allocate for so many tokens at once, so that nothing moves as tokens come and a forward pass of
             one token can be compiled or captured; None to grow.
@@ -97,11 +99,10 @@ class CllaCache(Cache):
         settings = config.clla
         self.codec, self.select, self.max_length = codec, select, max_length
         self.timeline, self._workspace = Timeline(rope), Workspace()
-        room = None
-        if max_length is not None:
-            room = leaving_slots(max_length, settings["window"], settings["flush_block"])
         self.groups = [
-            (DecoupledGroup if spec.get("rope_pairs") else LatentGroup)(spec, settings, module, self.timeline, room)
+            (DecoupledGroup if spec.get("rope_pairs") else LatentGroup)(
+                spec, settings, module, self.timeline, max_length
+            )
             for spec, module in zip(settings["groups"], codec.groups, strict=True)
         ]
         kept = DynamicCache(config=config.text_config).layers if settings["kept_layers"] else []
@@ -112,58 +113,154 @@ class CllaCache(Cache):
         self._ordinary: set[int] = set()  # layers whose attention may be replaced by one over latents
         self._query_heads = 0
         self._lent = False  # whether a layer without keys of its own takes those of another
+        self._before: Any = None  # what was kept before the forward pass that runs
+        self._torn = False  # whether a forward pass failed that cannot be taken back
         super().__init__(layers=[layers[i] for i in sorted(layers)])
+
+    def check(self, batch: int, count: int, position_ids: Optional[Tensor], attention_mask: Optional[Tensor]) -> None:
+        """Whether `count` more tokens of `batch` sequences can come, with these positions and this mask.
+
+        Raises:
+            ValueError: they cannot; the cache has not changed.
+        """
+        self.check_whole()
+        past, held = self.get_seq_length(), self.timeline.batch
+        if count == 0:
+            raise ValueError("the input holds no tokens; at least one is expected")
+        if held is not None and held != batch:
+            raise ValueError(
+                f"the cache holds {held} sequences of {past} tokens, the input has {batch} sequences: pass as many, "
+                "or a new cache (batch_repeat_interleave and batch_select_indices change the sequences of this one)"
+            )
+        if self.max_length is not None and past + count > self.max_length:
+            raise ValueError(
+                f"the cache was made for {self.max_length} tokens and holds {past}, {count} more do not fit: make it "
+                "with a larger max_length"
+            )
+        if position_ids is not None and tuple(position_ids.shape) not in ((batch, count), (1, count)):
+            raise ValueError(
+                f"position_ids are {list(position_ids.shape)}; [{batch}, {count}] is expected, one for each new token"
+            )
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + count):
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}; [{batch}, {past + count}] is expected: one number "
+                f"for each of the {past} tokens in the cache and the {count} new ones"
+            )
+
+    def check_whole(self) -> None:
+        """Whether the cache can be used.
+
+        Raises:
+            ValueError: a forward pass failed and could not be taken back.
+        """
+        if self._torn:
+            raise ValueError(
+                "a forward pass failed that could not be taken back, so this cache holds a part of its tokens: call "
+                "reset() and give it all tokens, or make a new cache"
+            )
 
     @torch.compiler.disable
     def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor]) -> None:
-        """Announce the tokens of the next forward pass; arguments and errors as of `Timeline.begin`."""
-        for group in self.groups:
-            group.abandon()
-        self.timeline.begin(position_ids, attention_mask, left_padded=self.evicts)
-        decoupled = [group for group in self.groups if isinstance(group, DecoupledGroup)]
-        if decoupled:
-            holes = self._has_holes(position_ids.shape[1], attention_mask)
-            for group in decoupled:
-                group.expect(holes, self._workspace)
-        if self._may_read_latents(position_ids.shape[1], attention_mask):
-            step = self._step(position_ids.shape[1], position_ids.device)
+        """Announce the tokens of the next forward pass.
+
+        Args:
+            position_ids: [B, T].
+            attention_mask: [B, length + T] of zeros and ones, or None for no padding.
+
+        Raises:
+            ValueError: as of `check` and `Timeline.begin`; the cache has not changed.
+        """
+        batch, count = position_ids.shape
+        self.check(batch, count, position_ids, attention_mask)
+        if self._before is not None:
+            self.abandon()
+        self._before = self._state()
+        try:
+            self.timeline.begin(position_ids, attention_mask, left_padded=self.evicts)
             for group in self.groups:
-                group.begin(step, self.select, self._workspace)
+                if isinstance(group, DecoupledGroup):
+                    group.expect(self.timeline.holes, self._workspace)
+            if self._may_read_latents(count):
+                for group in self.groups:
+                    group.make_room(count)
+                step = self._step(count, position_ids.device)
+                for group in self.groups:
+                    group.begin(step, self.select, self._workspace)
+        except BaseException:
+            self._restore()
+            raise
+
+    @contextmanager
+    def forward_pass(self) -> "Iterator[None]":
+        """Within it the tokens that `begin` announced run through the model.
+
+        If that fails the cache is as before. A text that comes in several passes keeps those that have ended.
+        """
+        try:
+            yield
+            self.end()
+        except BaseException:
+            self.abandon()
+            raise
+
+    @torch.compiler.disable
+    def abandon(self) -> None:
+        """Take back the forward pass that runs: be as before `begin`."""
+        if self._before is None:
+            return
+        self._restore()
+        for layer in self.kept.values():
+            if hasattr(layer, "conv_states"):  # and recurrent ones, which are changed where they are
+                if self.timeline.length:
+                    self._torn = True
+                else:
+                    layer.reset()
+
+    def _state(self) -> Any:
+        kept = {i: {name: _copied(value) for name, value in vars(layer).items()} for i, layer in self.kept.items()}
+        return self.timeline.state(), [group.state() for group in self.groups], kept
+
+    def _restore(self) -> None:
+        (timeline, groups, kept), self._before = self._before, None
+        self.timeline.restore(timeline)
+        self._workspace.release()
+        for group, state in zip(self.groups, groups, strict=True):
+            group.restore(state)
+        for i, state in kept.items():
+            vars(self.kept[i]).clear()
+            vars(self.kept[i]).update(state)
 
     @property
     def reading(self) -> bool:
         """Whether the attention of this forward pass reads latents, rather than decoded keys and values."""
         return self.groups[0].reading
 
-    def _may_read_latents(self, count: int, attention_mask: Optional[Tensor]) -> bool:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of each sequence that have come, padding included."""
+        return self.timeline.length
+
+    def _may_read_latents(self, count: int) -> bool:
         group = self.groups[0]
         if torch.is_grad_enabled() or self._lent or self._ordinary != self.group_of_layer.keys():
             return False
         most = reading_tokens(group.heads, group.head_dim, self._query_heads)
         if count > most or group.filled + count > group.slots:
             return False
-        return not self._has_holes(count, attention_mask)
-
-    def _has_holes(self, count: int, attention_mask: Optional[Tensor]) -> bool:
-        """Whether the mask hides more than the padding before each sequence."""
-        if attention_mask is None:
-            return False
-        seen = self.timeline.length + count - self.timeline.padding
-        return not torch.equal(attention_mask.sum(-1), seen.to(attention_mask.device))
+        return not self.timeline.holes
 
     def _step(self, count: int, device: torch.device) -> Step:
         group, padding = self.groups[0], self.timeline.padding.to(device)
         if not self.timeline.max_padding:
             padding = padding[:1]
-        places, own = torch.arange(group.slots, device=device), torch.arange(count, device=device) + group.filled
-        sinks = torch.arange(group.sinks, device=device) + padding[:, None] < group.encoded  # [B or 1, S]
+        places, own = torch.arange(group.newest_slots, device=device), torch.arange(count, device=device) + group.filled
+        sinks = torch.arange(group.sink_slots, device=device) + padding[:, None] < group.encoded  # [B or 1, S]
         newest = (places <= own[:, None]) & (places + group.encoded >= padding[:, None])[:, None]
         newest = newest | (places == own[:, None])  # padding sees itself, since something must be seen
         seen = torch.cat((sinks[:, None].expand(-1, count, -1), newest), dim=2)
         hidden = (self.timeline.padding.to(device) + group.sinks).clamp(max=group.encoded)
         used = None if self.max_length is None else torch.full((1,), group.kept, device=device)
         bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]
-        return Step(own + group.sinks, bias, hidden, used)
+        return Step(own + group.sink_slots, bias, hidden, used)
 
     # Where all layers read latents nobody uses the model's mask, so it is made for the new tokens alone.
 
@@ -201,12 +298,9 @@ class CllaCache(Cache):
         return plain()
 
     @torch.compiler.disable
+    @keeping
     def end(self) -> None:
-        """After a forward pass: drop what was only needed during it."""
-        if self.reading:
-            for layer in self.layers:
-                if isinstance(layer, CllaLayer):
-                    layer.seen += self.timeline.incoming
+        """After a forward pass: store its tokens, and drop what was only needed during it."""
         for group in self.groups:
             group.settle()
         self._workspace.release()
@@ -214,8 +308,11 @@ class CllaCache(Cache):
         for group in self.groups:
             group.evict()
         for layer in self.kept.values():
-            if getattr(layer, "keys", None) is not None:  # a sliding layer keeps a view of the whole chunk
-                layer.keys, layer.values = layer.keys.detach().clone(), layer.values.detach().clone()
+            _own_tensors(layer)
+        self._torn = True  # until buffers that stay where they are have been written whole
+        for group in self.groups:
+            group.write_back()
+        self._before, self._torn = None, False
 
     @property
     def evicts(self) -> bool:
@@ -234,23 +331,53 @@ class CllaCache(Cache):
         self.timeline.reset()
         for group in self.groups:
             group.reset()
+        self._before, self._torn = None, False
 
+    @keeping
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest tokens. Tokens encoded meanwhile stay encoded: the window is shorter for a while."""
-        length = self.groups[0].encoded + self.groups[0].filled - abs(tokens_to_remove)
-        super().crop(tokens_to_remove)
-        self.timeline.crop(max(0, length))
-        for group in self.groups:
-            group.crop(max(0, length))
+        """Drop the newest tokens.
 
+        Tokens encoded meanwhile stay encoded: the exact window is shorter for a while. With eviction, what the
+        dropped tokens looked at still counts. Where no token is left, the cache is as after `reset`.
+
+        Args:
+            tokens_to_remove: how many, as a negative number; 0 for none, and all if there are fewer.
+
+        Raises:
+            ValueError: the number is positive, or tokens would be needed that were evicted meanwhile.
+            RuntimeError: a layer that the source keeps cannot go back so far.
+        """
+        _refuse_length(tokens_to_remove)
+        length = self.get_seq_length()
+        left = max(0, length + tokens_to_remove)
+        if not left:
+            self.reset()
+            return
+        self.check_whole()
+        if left < max(group.shortest for group in self.groups):
+            raise ValueError("tokens were evicted meanwhile: the cache can only go back within its exact window")
+        self._before = self._state()
+        try:
+            super().crop(left - length)
+            self.timeline.crop(left)
+            for group in self.groups:
+                group.crop(left)
+        except BaseException:
+            self._restore()
+            raise
+        self._before = None
+
+    @keeping
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._rebatch(lambda t, dim=0: t.index_select(dim, beam_idx.to(t.device)))
 
+    @keeping
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._rebatch(lambda t, dim=0: t.repeat_interleave(repeats, dim=dim))
 
+    @keeping
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         chosen = torch.arange(len(indices), device=indices.device)[indices] if indices.dtype == torch.bool else indices
@@ -262,7 +389,45 @@ class CllaCache(Cache):
             group.rebatch(select)
 
 
+def _refuse_length(tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"crop({tokens_to_remove}) does not say what is to be dropped: pass a negative number of tokens to remove "
+            "(older versions of transformers took a positive number for the length that is kept)"
+        )
+
+
+# Layers of transformers' own caches hold keys and values, or states in lists or dicts.
+
+
 def _tensors_of(layer: Any) -> "list[Tensor]":
     """Keys and values, or states, of a layer of transformers' own caches."""
-    values = [v for value in vars(layer).values() for v in (value if isinstance(value, list) else [value])]
-    return [value for value in values if isinstance(value, Tensor)]
+    found: "list[Tensor]" = []
+    for value in vars(layer).values():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        found += [part for part in parts if isinstance(part, Tensor)]
+    return found
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list)) else value
+
+
+def _own_tensors(layer: Any) -> None:
+    """Let a layer of transformers' own caches keep tensors that can be written to later, and no more than it needs.
+
+    A sliding layer keeps a view of the whole chunk; what inference mode made could only be written to in that mode.
+    """
+
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: own(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [own(part) for part in value]
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        return value.clone() if value.is_inference() or value.untyped_storage().nbytes() > value.nbytes else value
+
+    for name, value in vars(layer).items():
+        setattr(layer, name, own(value))

@@ -26,6 +26,11 @@ TILE = 16  # rows of a product that a CPU's matrix unit takes at once
 HELD_BYTES = 1 << 26  # unpacked latents up to this size stay for the other layers of their group
 
 
+def reading_mode() -> Any:
+    """The mode in which latents are read: inference mode, which is faster, but which no compiler takes."""
+    return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
+
+
 class Workspace:
     """Memory that every forward pass writes anew: taken afresh, it would cost as much as what is computed in it.
 
@@ -111,11 +116,13 @@ class PackedRows:
 
     def _sums(self, weights: Tensor) -> Tensor:
         """Σ p·z [B, M, r] of weights [B, M, K]."""
-        weights, total, rows = weights.to(self.dtype), None, weights.shape[1]
+        # In fp16 the weights of a long text, and their products, would be too small to tell from nothing.
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        weights, total, rows = weights.to(dtype), None, weights.shape[1]
         if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
             weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
         for start, latents in self.blocks():
-            part = weights[..., start : start + latents.shape[1]] @ latents
+            part = weights[..., start : start + latents.shape[1]] @ latents.to(dtype)
             total = part if total is None else total.float() + part
         assert total is not None, "there are rows to read"
         return total[:, :rows]

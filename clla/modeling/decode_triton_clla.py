@@ -9,8 +9,7 @@ unpack and rebuild every tile once for each slice of the rank. The time goes to 
 token; everything else is small beside it.
 
 Rows are read in blocks of components that share a class, so that width, first byte and scale are scalars: component j
-of a block lies at bit j·b, in at most two bytes. Odd levels 2·code + 1 - 2^b and their halves are exact in bf16 up to
-8 bits.
+of a block lies at bit j·b, in at most two bytes.
 
 Shape legend: B sequences, H key-value heads, M query rows a head, K rows read, N bytes a row, d head dim, P rotary
 pairs of it, r rank, S splits of the rows. T tokens of a tile, R components of a block, HEADS heads of a program.
@@ -18,6 +17,7 @@ pairs of it, r rank, S splits of the rows. T tokens of a tile, R components of a
 
 from __future__ import annotations  # kernels are defined where there is no Triton, too
 
+import hashlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Optional
 
@@ -43,6 +43,8 @@ COLUMNS = 128  # channels of one half of the pairs that a program holds, all its
 QUERIES = 64  # query rows that a tile's keys are multiplied with at once, where the matrix units do it
 LEAST = 16  # rows and columns of the smallest product of the matrix units
 QUERY_ROWS = 128  # that one program of `packed_sums` takes
+# Softmax weights are added up times this, so that fp16 can hold those of long texts, too: to 1e-9 in full precision.
+WEIGHT_SCALE = 2.0**14
 
 
 def packed_logits(
@@ -171,6 +173,7 @@ def _launch_sums(
             STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
             BIAS=SCALE_BIAS,
             ELEMENT=getattr(tl, str(dtype).removeprefix("torch.")),
+            WEIGHT_SCALE=WEIGHT_SCALE,
             T=TOKENS,
             R=COMPONENTS,
             QUERIES=at_once,
@@ -180,19 +183,19 @@ def _launch_sums(
     return out.sum(0) if splits > 1 else out[0]
 
 
-# A compiler sees each launch as one operation. Their names hold the module's, which is loaded twice where a checkpoint
-# brings its own copy.
-_NAMESPACE = __name__.replace(".", "_")
+# A compiler sees each launch as one operation. Every checkpoint may bring its own copy of this module, named after its
+# folder: the operations of each copy have names of their own, made of signs that any name can be made of.
+NAMESPACE = "clla_" + hashlib.sha256(f"{__name__} {__file__}".encode()).hexdigest()[:16]
 _LAYOUT = "int[] classes, int row_bytes, int rank"
 _LOGITS = torch.library.custom_op(
-    f"{_NAMESPACE}::packed_logits",
+    f"{NAMESPACE}::packed_logits",
     _launch_logits,
     mutates_args=("out",),
     schema="(Tensor data, Tensor query, Tensor decoder, Tensor mean, Tensor? factors, Tensor hidden, Tensor? used, "
     f"Tensor? index, Tensor(a!) out, {_LAYOUT}, bool interleaved, float scaling) -> ()",
 )
 _SUMS = torch.library.custom_op(
-    f"{_NAMESPACE}::packed_sums",
+    f"{NAMESPACE}::packed_sums",
     _launch_sums,
     mutates_args=(),
     schema=f"(Tensor data, Tensor weights, Tensor? index, {_LAYOUT}, ScalarType dtype) -> Tensor",
@@ -210,6 +213,12 @@ def _sums_like(
     dtype: torch.dtype,
 ) -> Tensor:
     return weights.new_empty(*weights.shape[:2], rank)
+
+
+def make_tables(layout: "Layout", ranks: "tuple[int, ...]", device: torch.device) -> None:
+    """Make what launches for these rows look up, for so many components of a row."""
+    for rank in ranks:
+        _blocks(tuple(_flat(layout)), COMPONENTS, rank, device)
 
 
 def _flat(layout: "Layout") -> list[int]:
@@ -499,6 +508,7 @@ def sums_kernel(
     STEPS_PER_OCTAVE: tl.constexpr,
     BIAS: tl.constexpr,
     ELEMENT: tl.constexpr,
+    WEIGHT_SCALE: tl.constexpr,
     T: tl.constexpr,
     R: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -517,12 +527,13 @@ def sums_kernel(
         valid = token < stop
         _, row = _rows(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
         at = batch * weights_stride_batch + asked.to(tl.int64)[:, None] * weights_stride_row + token[None, :]
-        share = tl.load(weights + at, mask=asked_mask[:, None] & valid[None, :], other=0.0)
+        share = tl.load(weights + at, mask=asked_mask[:, None] & valid[None, :], other=0.0) * WEIGHT_SCALE
         scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
         level = _levels(data, row, valid, blocks, block, row_bytes, T, R)
-        sums = tl.dot((share * scale[None, :]).to(ELEMENT), level.to(ELEMENT), sums, input_precision="ieee")
+        latent = (level * scale[:, None]).to(ELEMENT)
+        sums = tl.dot(share.to(ELEMENT), latent, sums, input_precision="ieee")
     part = tl.arange(0, R)
     component = tl.load(blocks + block * 6 + 3) + part
     wanted = part < tl.load(blocks + block * 6 + 4)
     to = split * out_stride_split + batch * out_stride_batch + asked.to(tl.int64)[:, None] * out_stride_row
-    tl.store(out + to + component[None, :], sums, mask=asked_mask[:, None] & wanted[None, :])
+    tl.store(out + to + component[None, :], sums / WEIGHT_SCALE, mask=asked_mask[:, None] & wanted[None, :])

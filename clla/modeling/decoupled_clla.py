@@ -20,7 +20,7 @@ from .absorbed_clla import (
     split_query,
     with_unread,
 )
-from .decode_clla import Workspace
+from .decode_clla import Workspace, reading_mode
 from .group_clla import LatentGroup
 from .observe_clla import Attention
 from .rotary_clla import Rotation
@@ -34,8 +34,8 @@ class DecoupledGroup(LatentGroup):
         self.rank = len(spec["tier_bits"]) * settings["tier_size"]
         super().__init__(spec, settings, *args)
 
-    def reset(self) -> None:
-        super().reset()
+    def forget(self) -> None:
+        super().forget()
         # Rows as the layers of one forward pass read them, decoded [B, K, r + p] or absorbed.
         self._read: Optional[Tensor] = None
         self._absorbed: Optional[AbsorbedRows] = None
@@ -82,12 +82,12 @@ class DecoupledGroup(LatentGroup):
             out = plain.over(keys.to(home), values.to(home), query=both.to(home), scaling=scaling)
             out = with_unread(out[..., : self.head_dim], *unread)
         else:
-            out = self._attend_absorbed(index, still, rotary, scaling).to(home, query.dtype)
+            with reading_mode():
+                out = self._attend_absorbed(index, still, rotary, scaling).to(home, query.dtype)
         if layer == self.layers[-1]:
             self._read = self._absorbed = None
         return out
 
-    @torch.inference_mode()
     def _attend_absorbed(self, index: int, still: Tensor, rotary: Tensor, scaling: float) -> Tensor:
         """Attention [B, T, H_q, d] of the two parts of queries, which read packed rows."""
         (for_keys, for_values), mean = self.codec.decoder[index].chunk(2), self.codec.mean[index].chunk(2)[1]
@@ -100,7 +100,7 @@ class DecoupledGroup(LatentGroup):
         return decoded_sums(sums, for_values, mean, self.heads)
 
     def settle(self) -> None:
-        """After a forward pass.
+        """After a forward pass, as of `LatentGroup`.
 
         Raises:
             ValueError: the attention that should have read the rows was not seen.
@@ -110,11 +110,7 @@ class DecoupledGroup(LatentGroup):
                 "this model computes its attention where it cannot be observed: convert with plan.key 'reconstruct', "
                 "or load with attn_implementation 'sdpa'"
             )
-        self._attended = set()
-
-    def abandon(self) -> None:
-        super().abandon()
-        self._read, self._absorbed, self._attended = None, None, set()
+        super().settle()
 
     def _encode(self, hidden: Tensor) -> Tensor:
         rotation = self._turn(hidden.shape[1])

@@ -4,23 +4,28 @@ Two ways to read it. `update` alone hands all keys and values to the model's own
 architecture, and what prompts take. With `attend` few queries read the latents themselves (`decode_clla.py`), where
 the model's attention is an ordinary one; new tokens are then written to the exact buffer at once.
 
+Exact slots are allocated as tokens come, so that a short text takes no more than in the source's cache
+(`exact_layout`). What a forward pass leaves behind is stored when it has ended (`settle`). Until then tensors that are
+kept are only replaced, or written to where no token is, so that `restore` takes back a pass that failed.
+
 Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, G layers of a group, r rank,
-N bytes of a packed row, R rows there is room for, K rows kept, S sinks, C = window + flush_block exact slots.
+N bytes of a packed row, R rows there is room for, K rows kept, S slots for sinks, C slots for the newest tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
 from .codec_clla import before_rope, decode, encode
-from .decode_clla import LatentRows, Workspace
+from .decode_clla import LatentRows, Workspace, reading_mode
+from .decode_triton_clla import make_tables
 from .evict_clla import best, observed_weight
-from .pack_triton_clla import packed
+from .pack_triton_clla import on_gpu, packed
 from .quantize_clla import RowLayout, layout_of
 from .rotary_clla import Rotation
-from .timeline_clla import Timeline
+from .timeline_clla import Timeline, keeping
 
 # Of the components, so many and such a share judge which tokens are read in full (docs/lab-notes.md).
 JUDGING_RANK, JUDGING_SHARE = 64, 8
@@ -33,7 +38,7 @@ class _Storage:
     Attributes:
         rows: [B, R, N] uint8, packed latents; K = encoded slots unless some were evicted.
         exact: [G, B, 2H, S + C, d], keys (after RoPE) and values: first the sinks, then the newest tokens.
-        pending: [B, C, N] rows of the exact tokens (`first` only, else [B, 0, N]).
+        pending: [B, C, N] rows of the newest tokens (`first` only, else [B, 0, N]).
         positions: [B, K] int32, of the rows (with a capacity only, else [B, 0]).
         score: [B, K + …] half, attention that rows and the next to join them got since rows last joined.
     """
@@ -69,11 +74,16 @@ class LatentGroup:
         settings: the config's `clla` block (window, sinks, flush_block, tier_size, source, kv, …).
         codec: module with `encoder`, `offset`, `decoder`, `mean` (see `clla.artifacts.GroupCodec`).
         timeline: shared slots and positions.
-        room: rows that are allocated at once; None to grow as tokens come.
+        max_length: tokens that are allocated for at once, and never more; None to grow as they come.
     """
 
     def __init__(
-        self, spec: "dict[str, Any]", settings: "dict[str, Any]", codec: Any, timeline: Timeline, room: "Optional[int]"
+        self,
+        spec: "dict[str, Any]",
+        settings: "dict[str, Any]",
+        codec: Any,
+        timeline: Timeline,
+        max_length: "Optional[int]",
     ) -> None:
         self.layers = list(spec["layers"])
         self.layout: Any = layout_of(spec, settings)
@@ -82,7 +92,7 @@ class LatentGroup:
         self.capacity: Optional[int] = settings.get("capacity")
         self.heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
         self.storage_dtype = getattr(torch, settings["kv_dtype"])
-        self.codec, self.timeline, self.room = codec, timeline, room
+        self.codec, self.timeline, self.max_length = codec, timeline, max_length
         self.reset()
 
     def reset(self) -> None:
@@ -91,6 +101,11 @@ class LatentGroup:
         self.evicted = 0  # how many of them are no longer kept
         self._judged = 0  # `encoded` when rows were last judged
         self.filled = 0  # exact slots in use, sinks not counted
+        self.sink_slots = 0  # exact slots for sinks
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what only one forward pass needs."""
         self._handed: Any = None  # where the tensors lie that `update` gave last
         self._step: Optional[Step] = None  # of this forward pass, if it reads latents
         self._select: Optional[int] = None
@@ -98,6 +113,7 @@ class LatentGroup:
         self._incoming_rows: Optional[Tensor] = None  # [B, T, N] of this forward pass (`first` only)
         self._rows: Optional[LatentRows] = None  # for the layers of one forward pass
         self._rotation: Optional[Rotation] = None  # likewise
+        self._moved: Optional[Tensor] = None  # exact tokens [G, B, 2H, S + C, d] that `write_back` writes
 
     @property
     def strict(self) -> bool:
@@ -110,14 +126,33 @@ class LatentGroup:
         return self.encoded - self.evicted
 
     @property
+    def room(self) -> int:
+        """Rows that are allocated at once."""
+        if self.max_length is None:
+            return 0
+        return self.max_length if self.strict else leaving_slots(self.max_length, self.window, self.block)
+
+    @property
     def slots(self) -> int:
-        """Exact slots, sinks not counted."""
-        return exact_slots(self.window, self.block)
+        """Most exact slots, sinks not counted."""
+        most = exact_slots(self.window, self.block)
+        return most if self.max_length is None else min(most, self.max_length)
+
+    @property
+    def newest_slots(self) -> int:
+        """Exact slots that there are, sinks not counted."""
+        return 0 if self.held is None else self.held.exact.shape[3] - self.sink_slots
 
     @property
     def reading(self) -> bool:
         """Whether the attention of this forward pass reads latents."""
         return self._step is not None
+
+    def _layout(self, encoded: int, filled: int) -> "tuple[int, int]":
+        """Exact slots for sinks and for the newest tokens once so many tokens are encoded and exact."""
+        if self.max_length is not None:
+            return min(self.sinks, self.room), self.slots
+        return exact_layout(encoded, filled, self.window, self.sinks, self.block)
 
     def _hand_out(self, keys: Tensor, values: Tensor) -> "tuple[Tensor, Tensor]":
         self._handed = (_place(keys), _place(values))
@@ -127,13 +162,29 @@ class LatentGroup:
         """Whether these are the tensors that `update` gave last, untouched."""
         return self._handed == (_place(keys), _place(values))
 
-    @torch.no_grad()
+    def state(self) -> Any:
+        """What `restore` takes."""
+        held = None if self.held is None else replace(self.held)
+        return held, self.encoded, self.evicted, self._judged, self.filled, self.sink_slots
+
+    def restore(self, state: Any) -> None:
+        """Be as when `state` was called."""
+        step, held = self._step, self.held
+        if step is not None and held is not None:  # what comes next may not meet numbers that are none
+            held.exact[..., step.slots.to(held.exact.device), :] = 0
+        self.forget()
+        self.held, self.encoded, self.evicted, self._judged, self.filled, self.sink_slots = state
+
+    # One forward pass: `begin` (where latents are read), `update` and `attend` of every layer, `settle`.
+
+    @keeping
     def observe(self, hidden: Tensor) -> None:
         """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
         held = self._storage(hidden)
         rows = self._packed(self._encode(hidden.to(held.rows.device)))
         if self.strict:
             self._append(held, rows)
+            self._resize(held, *self._layout(self.encoded, 0))
         else:
             self._incoming_rows = rows
 
@@ -141,13 +192,22 @@ class LatentGroup:
         """What a row holds, of attention inputs [B, T, h]."""
         return encode(hidden, self.codec)
 
-    # One forward pass: `begin` (where latents are read), `update` and `attend` of every layer, `settle`.
+    @keeping
+    def make_room(self, count: int) -> None:
+        """Before a forward pass of `count` tokens that reads latents, and writes them to the exact buffer."""
+        assert self.held is not None
+        self._resize(self.held, *self._layout(self.encoded, self.filled + count))
 
     def begin(self, step: Step, select: "Optional[int]", workspace: Workspace) -> None:
         """The next forward pass reads latents: all of them, or the `select` best of each layer."""
         held = self.held
         assert held is not None and self.capacity is None and not self.strict
-        rows = held.rows if self.room is not None else held.rows[:, : self.kept]
+        rows = held.rows[:, : self.kept] if self.max_length is None else held.rows
+        if self.max_length is not None:  # tables made while a graph is recorded would lie in that graph's memory
+            if on_gpu(rows):
+                make_tables(self.layout, (self.layout.rank, judging_rank(self.layout)), rows.device)
+            else:
+                self.layout.unpack(rows[:, :0], self.codec.decoder.dtype)
         reach, turns = self.timeline.max_padding + self.sinks, self.timeline.turns(rows.shape[1])
         self._rows = LatentRows(
             rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace
@@ -155,31 +215,33 @@ class LatentGroup:
         self._step, self._select = step, select
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
-        """Store one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
-        held = self._storage(keys)
+        """Take one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
         index = self.layers.index(layer)
         if self._step is not None:  # `attend` knows where the rest is
-            for both, new in zip(held.exact[index].chunk(2, dim=1), (keys, values), strict=True):
+            assert self.held is not None
+            for both, new in zip(self.held.exact[index].chunk(2, dim=1), (keys, values), strict=True):
                 both.index_copy_(2, self._step.slots.to(both.device), new.to(both.device, self.storage_dtype))
             return keys, values
+        held = self._storage(keys)
         new = torch.cat((keys, values), dim=1).to(held.rows.device)  # [B, 2H, T, d]
         if self.strict:
-            self._capture_sinks(held, index, new, self.timeline.length, new.shape[2])
+            self._capture_sinks(held.exact[index, :, :, : self.sink_slots], new, self.timeline.length)
             both = self._decode(held, index, new[:, :, :0])
         else:
             self._incoming[layer] = new
-            newest = held.exact[index, :, :, self.sinks : self.sinks + self.filled].to(keys.dtype)
+            newest = held.exact[index, :, :, self.sink_slots : self.sink_slots + self.filled].to(keys.dtype)
             both = self._decode(held, index, torch.cat((newest, new), dim=2))
         if layer == self.layers[-1]:
             self._rows = self._rotation = None
-            if not self.strict:
-                self._settle(held, new.shape[2])
         both = both.to(keys.device)
         return self._hand_out(both[:, : self.heads], both[:, self.heads :])
 
-    @torch.inference_mode()
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """Attention [B, T, H_q, d] of few queries [B, H_q, T, d] to latents and exact tokens, in one softmax."""
+        with reading_mode():
+            return self._attend(layer, query, scaling)
+
+    def _attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         held, rows, step, index = self.held, self._rows, self._step, self.layers.index(layer)
         assert held is not None and rows is not None and step is not None
         home, dtype, tokens = query.device, query.dtype, query.shape[2]
@@ -197,19 +259,85 @@ class LatentGroup:
         out = rows.summed(found, exact[:, self.heads :], index)
         return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).to(home, dtype)
 
-    @torch.no_grad()
+    @keeping
     def settle(self) -> None:
-        """After a forward pass that read latents: make room in the exact buffer where it is full."""
-        if self._step is not None:
-            count = len(self._step.slots)
-            self._step = self._rows = None
-            assert self.held is not None
-            self._settle(self.held, count, written=True)
+        """After a forward pass: encode what leaves the window, keep the rest exact."""
+        held, written, count = self.held, self._step is not None, self.timeline.incoming
+        incoming, rows = self._incoming, self._incoming_rows
+        self.forget()
+        if held is None or self.strict:
+            return
+        total = self.filled + count
+        leaving = leaving_slots(total, self.window, self.block)
+        if leaving:
+            self._move(held, {} if written else incoming, rows, total, leaving)
+        else:
+            self._resize(held, *self._layout(self.encoded, total))
+            start, stop = self.sink_slots + self.filled, self.sink_slots + total
+            for index, layer in enumerate(self.layers if not written else ()):
+                held.exact[index, :, :, start:stop] = incoming[layer]
+            if rows is not None:
+                held.pending[:, self.filled : total] = rows
+        self.filled = total - leaving
 
-    def abandon(self) -> None:
-        """Before a forward pass: forget what one that failed left behind."""
-        self._step = self._rows = self._rotation = self._incoming_rows = None
-        self._incoming = {}
+    def _move(
+        self, held: _Storage, incoming: "dict[int, Tensor]", incoming_rows: "Optional[Tensor]", total: int, leaving: int
+    ) -> None:
+        """Encode the first `leaving` of the `total` newest tokens, and put the others into their places.
+
+        Args:
+            held: the storage.
+            incoming: tokens by layer that are not in the exact buffer yet.
+            incoming_rows: likewise, their rows (`first` only).
+            total: newest tokens.
+            leaving: those of them that are encoded.
+        """
+        sinks, slots = self._layout(self.encoded + leaving, total - leaving)
+        exact = held.exact.new_zeros(*held.exact.shape[:3], sinks + slots, self.head_dim)
+        exact[:, :, :, : self.sink_slots] = held.exact[:, :, :, : self.sink_slots]
+        gone: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            recent = held.exact[index, :, :, self.sink_slots :][:, :, : total if not incoming else self.filled]
+            if incoming:
+                recent = torch.cat((recent, incoming[layer].to(self.storage_dtype)), dim=2)
+            gone[layer], stay = recent[:, :, :leaving], recent[:, :, leaving:]
+            self._capture_sinks(exact[index, :, :, :sinks], gone[layer], self.encoded)
+            exact[index, :, :, sinks : sinks + total - leaving] = stay
+        if incoming_rows is not None:
+            recent_rows = torch.cat((held.pending[:, : self.filled], incoming_rows), dim=1)
+            held.pending = _sized(recent_rows[:, leaving:], slots)
+            rows = recent_rows[:, :leaving]
+        else:
+            rotation = self.timeline.rotation(self.encoded, self.encoded + leaving)
+            rows = self._packed(encode(before_rope(gone, rotation, self.heads), self.codec))
+        self._append(held, rows)
+        self.sink_slots = sinks
+        if self.max_length is None:
+            held.exact = exact
+        else:
+            self._moved = exact
+
+    @keeping
+    def write_back(self) -> None:
+        """Write the exact tokens of a buffer whose place is fixed; from here on the pass cannot be taken back."""
+        if self._moved is not None:
+            assert self.held is not None
+            self.held.exact.copy_(self._moved)
+            self._moved = None
+
+    def _resize(self, held: _Storage, sinks: int, slots: int) -> None:
+        """Give the exact buffer so many slots for sinks and for the newest tokens."""
+        before, newest = self.sink_slots, self.newest_slots
+        if (sinks, slots) == (before, newest):
+            return
+        if sinks == before:
+            held.exact = _sized(held.exact, sinks + slots)
+        else:
+            parts = _sized(held.exact[..., :before, :], sinks), _sized(held.exact[..., before:, :], slots)
+            held.exact = torch.cat(parts, dim=-2)
+        self.sink_slots = sinks
+        if self.first:
+            held.pending = _sized(held.pending, slots)
 
     def _decode(self, held: _Storage, index: int, newest: Tensor) -> Tensor:
         """Keys after RoPE and values [B, 2H, K + T, d]: of all rows, sinks put in their places, then the newest."""
@@ -233,46 +361,14 @@ class LatentGroup:
 
     def _with_sinks(self, held: _Storage, index: int, both: Tensor, start: int) -> Tensor:
         """Keys and values [B, 2H, t, d] of the rows from `start` on, those of sinks exact."""
-        reach = min(both.shape[2], self.timeline.max_padding + self.sinks - start)
-        if reach <= 0 or not self.sinks:
+        reach = min(both.shape[2], self.timeline.max_padding + self.sink_slots - start)
+        if reach <= 0 or not self.sink_slots:
             return both
         order = torch.arange(start, start + reach, device=both.device) - self._padding_kept[:, None]  # [B, reach]
-        sink = held.exact[index, :, :, : self.sinks].to(both.dtype).gather(2, self._spread(order, self.sinks))
-        is_sink = ((order >= 0) & (order < self.sinks))[:, None, :, None]
+        sinks = held.exact[index, :, :, : self.sink_slots].to(both.dtype)
+        sink = sinks.gather(2, self._spread(order, self.sink_slots))
+        is_sink = ((order >= 0) & (order < self.sink_slots))[:, None, :, None]
         return torch.cat((torch.where(is_sink, sink, both[:, :, :reach]), both[:, :, reach:]), dim=2)
-
-    @torch.no_grad()
-    def _settle(self, held: _Storage, count: int, *, written: bool = False) -> None:
-        """After the group's last layer: encode what leaves the window, keep the rest exact.
-
-        Args:
-            held: the storage.
-            count: tokens of the forward pass.
-            written: whether they are in the exact buffer already.
-        """
-        total = self.filled + count
-        leaving = leaving_slots(total, self.window, self.block)
-        before = self.sinks + (total if written else self.filled)
-        gone: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            fresh = [] if written else [self._incoming[layer].to(self.storage_dtype)]
-            if leaving:
-                recent = torch.cat((held.exact[index, :, :, self.sinks : before], *fresh), dim=2)
-                self._capture_sinks(held, index, recent, self.encoded, leaving)
-                held.exact[index, :, :, self.sinks : self.sinks + total - leaving] = recent[:, :, leaving:]
-                gone[layer] = recent[:, :, :leaving]
-            elif fresh:
-                held.exact[index, :, :, before : before + count] = fresh[0]
-        if self._incoming_rows is not None:
-            recent_rows = torch.cat((held.pending[:, : self.filled], self._incoming_rows), dim=1)
-            held.pending[:, : total - leaving] = recent_rows[:, leaving:]
-            if leaving:
-                self._append(held, recent_rows[:, :leaving])
-        elif leaving:
-            rotation = self.timeline.rotation(self.encoded, self.encoded + leaving)
-            self._append(held, self._packed(encode(before_rope(gone, rotation, self.heads), self.codec)))
-        self.filled = total - leaving
-        self._incoming, self._incoming_rows = {}, None
 
     def _packed(self, latents: Tensor) -> Tensor:
         """Rows [B, T, N] of latents [B, T, r]."""
@@ -280,16 +376,10 @@ class LatentGroup:
 
     def _append(self, held: _Storage, rows: Tensor) -> None:
         """Rows [B, T, N] of the next slots join the others."""
-        stop = self.kept + rows.shape[1]
-        if stop > held.rows.shape[1]:
-            if self.room is not None:
-                raise ValueError(
-                    f"the cache was made for rows of {self.room} tokens, token {stop} does not fit: make it with a "
-                    "larger max_length"
-                )
-            held.rows = torch.cat((held.rows[:, : self.kept], rows), dim=1)
+        if self.max_length is None:
+            held.rows = torch.cat((held.rows, rows), dim=1)
         else:
-            held.rows[:, self.kept : stop] = rows
+            held.rows[:, self.kept : self.kept + rows.shape[1]] = rows
         if self.capacity is not None:
             positions = self.timeline.positions(self.encoded, self.encoded + rows.shape[1])
             positions = positions.to(rows.device, torch.int32).expand(len(rows), -1)
@@ -306,18 +396,18 @@ class LatentGroup:
         """[B] padded slots before each sequence's first token, where the group is."""
         return self.timeline.padding.to(self.codec.encoder.device)
 
-    @torch.no_grad()
+    @keeping
     def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Note how much the newest queries [B, H_q, T, d] of one layer look at each row [B, H, S, d]."""
         assert self.held is not None and self.capacity is not None
-        reach = self.encoded - self.evicted + self.block  # no more than these can be rows when one is dropped
-        weight = observed_weight(query, key, scaling, self.block, self._padding_kept)[:, :reach].to(
-            self.held.score.dtype
-        )
-        score = self.held.score
+        joining = leaving_slots(self.filled + self.timeline.incoming, self.window, self.block)
+        reach = self.kept + joining + self.block  # no more than these can be rows when one is dropped
+        padding, score = self._padding_kept.to(key.device), self.held.score
+        weight = observed_weight(query, key, scaling, self.block, padding)[:, :reach].to(score)
         grown = weight.shape[1] - score.shape[1]
         self.held.score = nn.functional.pad(score, (0, max(0, grown))) + nn.functional.pad(weight, (0, max(0, -grown)))
 
+    @keeping
     def evict(self) -> None:
         """After a forward pass: drop the rows beyond the capacity that were looked at least."""
         held = self.held
@@ -325,27 +415,30 @@ class LatentGroup:
             return
         if self.encoded == self._judged:
             return  # no row has joined
-        excess = held.rows.shape[1] - self.capacity
+        excess = self.kept - self.capacity
         if excess > 0:
             if held.score.shape[1] == 0:
                 raise ValueError("this model computes its attention where it cannot be observed: convert without evict")
-            score = held.score[:, : held.rows.shape[1]].float()
+            score = held.score[:, : self.kept].float()
             stay = best(score, self.capacity, self._padding_kept, self.sinks)
             held.rows = held.rows.gather(1, stay[:, :, None].expand(-1, -1, held.rows.shape[2]))
             held.positions = held.positions.gather(1, stay)
             self.evicted += excess
         # Zeros rather than nothing, so that the cache has the same size between evictions.
-        held.score, self._judged = held.score.new_zeros(held.rows.shape[:2]), self.encoded
+        held.score, self._judged = held.score.new_zeros(len(held.score), self.kept), self.encoded
 
     @torch.no_grad()
-    def _capture_sinks(self, held: _Storage, index: int, recent: Tensor, start: int, count: int) -> None:
-        """Keep those of the slots [start, start + count) exact that are a sequence's first tokens."""
-        if start >= self.timeline.max_padding + self.sinks:
+    def _capture_sinks(self, sinks: Tensor, recent: Tensor, start: int) -> None:
+        """Write to `sinks` [B, 2H, S, d] those of the tokens `recent` [B, 2H, T, d] that are a sequence's first.
+
+        The tokens stand in the slots from `start` on.
+        """
+        slots, count = sinks.shape[2], recent.shape[2]
+        if start >= self.timeline.max_padding + slots:
             return
-        order = torch.arange(self.sinks, device=recent.device) + self._padding[:, None] - start  # [B, S]
+        order = torch.arange(slots, device=recent.device) + self._padding[:, None] - start  # [B, S]
         inside = ((order >= 0) & (order < count))[:, None, :, None]
         found = recent.gather(2, self._spread(order, count)).to(self.storage_dtype)
-        sinks = held.exact[index, :, :, : self.sinks]
         sinks.copy_(torch.where(inside, found, sinks))
 
     def _spread(self, order: Tensor, count: int) -> Tensor:
@@ -355,38 +448,50 @@ class LatentGroup:
     def _storage(self, like: Tensor) -> _Storage:
         """The tensors kept, allocated at the first token beside the codec (layers may lie on several devices)."""
         if self.held is None:
-            batch, row = like.shape[0], self.layout.row_bytes
-            home = self.codec.encoder.device
-
-            def zeros(slots: int) -> Tensor:
-                shape = (len(self.layers), batch, 2 * self.heads, slots, self.head_dim)
-                return torch.zeros(*shape, dtype=self.storage_dtype, device=home)
-
-            self.held = _Storage(
-                # Zeros: what is not written yet must not be NaN, even though nobody looks at it.
-                rows=torch.zeros(batch, self.room or 0, row, dtype=torch.uint8, device=home),
-                exact=zeros(self.sinks + self.slots),
-                pending=torch.zeros(batch, self.slots if self.first else 0, row, dtype=torch.uint8, device=home),
-                positions=torch.zeros(batch, 0, dtype=torch.int32, device=home),
-                score=torch.zeros(batch, 0, dtype=torch.float16, device=home),
-            )
-            if self.room is not None:  # recorded graphs may read and write these where they are
-                torch._dynamo.mark_static_address(self.held.rows)
-                torch._dynamo.mark_static_address(self.held.exact)
+            self.held = self._allocated(len(like))
         return self.held
 
-    def crop(self, length: int) -> None:
-        self.filled = max(0, min(self.filled, length - self.encoded))
-        if self.held is not None and length < self.encoded:
-            if self.evicted:
-                raise ValueError("tokens were evicted meanwhile: the cache can only go back within its exact window")
-            self.encoded = length
-            if self.room is None:
-                self.held.rows = self.held.rows[:, :length].clone()
-            self.held.positions = self.held.positions[:, :length].clone()
-            self.held.score = self.held.score[:, :length].clone()
+    @keeping
+    def _allocated(self, batch: int) -> _Storage:
+        home, row = self.codec.encoder.device, self.layout.row_bytes
+        self.sink_slots, slots = self._layout(0, 0)
+        shape = (len(self.layers), batch, 2 * self.heads, self.sink_slots + slots, self.head_dim)
+        held = _Storage(
+            # Zeros: what is not written yet must not be NaN, even though nobody looks at it.
+            rows=torch.zeros(batch, self.room, row, dtype=torch.uint8, device=home),
+            exact=torch.zeros(*shape, dtype=self.storage_dtype, device=home),
+            pending=torch.zeros(batch, slots if self.first else 0, row, dtype=torch.uint8, device=home),
+            positions=torch.zeros(batch, 0, dtype=torch.int32, device=home),
+            score=torch.zeros(batch, 0, dtype=torch.float16, device=home),
+        )
+        if self.max_length is not None:  # recorded graphs may read and write these where they are
+            torch._dynamo.mark_static_address(held.rows)
+            torch._dynamo.mark_static_address(held.exact)
+        return held
 
+    @property
+    def shortest(self) -> int:
+        """Fewest tokens that `crop` can go back to."""
+        return self.encoded if self.evicted else 0
+
+    @keeping
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens, at least `shortest`."""
+        held = self.held
+        self.filled = max(0, min(self.filled, length - self.encoded))
+        if held is None:
+            return
+        if length < self.encoded:
+            self.encoded, self._judged = length, min(self._judged, length)
+            if self.max_length is None:
+                held.rows = held.rows[:, :length].clone()
+            held.positions = held.positions[:, :length].clone()
+        held.score = held.score[:, : length - self.evicted].clone()
+        self._resize(held, *self._layout(self.encoded, self.filled))
+
+    @keeping
     def rebatch(self, select: Callable[..., Tensor]) -> None:
+        """Take other sequences, as `select` does with a tensor and the number of the dimension that they are."""
         held = self.held
         if held is not None:
             self.held = _Storage(
@@ -405,6 +510,11 @@ def _place(x: Tensor) -> "tuple[int, torch.Size]":
     return x.data_ptr(), x.shape
 
 
+def _sized(x: Tensor, count: int) -> Tensor:
+    """The first `count` tokens of [..., T, d], copied, zeros behind them where there are fewer."""
+    return nn.functional.pad(x, (0, 0, 0, count - x.shape[-2])) if count > x.shape[-2] else x[..., :count, :].clone()
+
+
 def judging_rank(layout: RowLayout) -> int:
     """Components, the most important first, by whose logits tokens are selected."""
     return min(layout.rank, max(JUDGING_RANK, -(-layout.rank // JUDGING_SHARE // 8) * 8))
@@ -418,6 +528,22 @@ def reading_tokens(heads: int, head_dim: int, query_heads: int) -> int:
 def exact_slots(window: int, block: int) -> int:
     """Slots of the exact buffer: the window, and what gathers until a whole block leaves it."""
     return window + block if window else 0
+
+
+def exact_layout(encoded: int, filled: int, window: int, sinks: int, block: int) -> "tuple[int, int]":
+    """Slots for sinks and for the newest tokens of an exact buffer that grows.
+
+    It grows token by token, as the source's cache does, until the tokens that stand in latents alone outweigh what of
+    the whole buffer is not in use; from there on it stays as it is.
+
+    Args:
+        encoded: tokens in latents.
+        filled: exact tokens, sinks not counted.
+        window, sinks, block: the settings.
+    """
+    if encoded >= 2 * (block + sinks):
+        return sinks, exact_slots(window, block)
+    return min(sinks, encoded), filled
 
 
 def leaving_slots(total: int, window: int, block: int) -> int:

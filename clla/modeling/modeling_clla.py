@@ -255,6 +255,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("attention_mask must be [batch, tokens]; other masks cannot be cut into chunks")
         past, count = cache.get_seq_length(), inputs.shape[1]
+        cache.check(inputs.shape[0], count, position_ids, attention_mask)
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
         position_ids = position_ids.expand(inputs.shape[0], -1)
@@ -269,7 +270,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                 mask = None
             # A compiler cannot follow the context; models that a static cache is for hand keywords to their attention.
             listener = {LISTENER: cache} if cache.is_compileable and cache.reading else {}
-            with listening(cache):
+            with cache.forward_pass(), listening(cache):
                 output = self.source(
                     **{name: inputs[:, start:stop], CACHE: cache},
                     attention_mask=mask,
@@ -280,7 +281,6 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                     **listener,
                     **kwargs,
                 )
-            cache.end()
             if stop > keep:
                 outputs.append(output)
         logits = torch.cat([output.logits for output in outputs], dim=1)

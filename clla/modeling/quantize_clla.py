@@ -30,6 +30,7 @@ ROPE_TIER = 8  # components of a rotary key come in multiples of it
 SCALE_STEPS_PER_OCTAVE = 8
 SCALE_BIAS = 128
 _TABLES: "dict[tuple[int, torch.dtype, torch.device], Tensor]" = {}
+_STEPS: "dict[tuple[tuple[tuple[int, int, int], ...], torch.device], Tensor]" = {}
 SCALE_OFFSETS = (0, -1, 1, -2, 2, 3)  # steps around the RMS that are tried; the RMS itself wins ties
 
 
@@ -92,8 +93,7 @@ class RowLayout:
         dtype = latents.dtype
         position, rows = len(self.classes), rows.to(torch.int32)
         scales = nn.functional.embedding(rows[..., :position], _table(0, torch.float32, rows.device))[..., 0]
-        steps = torch.tensor([_step(bits, stop - first) for bits, first, stop in self.classes], device=rows.device)
-        scales = scales * steps
+        scales = scales * _steps(tuple(self.classes), rows.device)
         rounded = scales.to(dtype)
         for i, (bits, first, stop) in enumerate(self.classes):
             end = position + (stop - first) * bits // 8
@@ -225,16 +225,26 @@ def unpack_levels(data: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     return nn.functional.embedding(_words(data, WORD_BITS[bits]), table).flatten(-2)
 
 
+def _steps(classes: "tuple[tuple[int, int, int], ...]", device: torch.device) -> Tensor:
+    """Step of each class, [C] fp32. Made once: a list would be copied to the device in every call."""
+    key = (classes, device)
+    if key not in _STEPS:
+        with torch.inference_mode(False):
+            _STEPS[key] = torch.tensor([_step(bits, stop - first) for bits, first, stop in classes], device=device)
+    return _STEPS[key]
+
+
 def _table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Levels [2^w, w/bits] of every word of w bits; with `bits` 0 the scales [256, 1] of their codes. Made once."""
     key = (bits, dtype, device)
     if key not in _TABLES:
-        if bits:
-            words = torch.arange(1 << WORD_BITS[bits], dtype=torch.int32, device=device)
-            table = _codes_of_words(words, bits) + (0.5 - (1 << (bits - 1)))
-        else:
-            table = _decode_scale(torch.arange(256, device=device))[:, None]
-        _TABLES[key] = table.to(dtype)
+        with torch.inference_mode(False):
+            if bits:
+                words = torch.arange(1 << WORD_BITS[bits], dtype=torch.int32, device=device)
+                table = _codes_of_words(words, bits) + (0.5 - (1 << (bits - 1)))
+            else:
+                table = _decode_scale(torch.arange(256, device=device))[:, None]
+            _TABLES[key] = table.to(dtype)
     return _TABLES[key]
 
 

@@ -3,6 +3,7 @@
 Shape legend: B batch, H key-value heads, T tokens, d head dim, p rotary dim (p <= d).
 """
 
+from functools import lru_cache
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -64,14 +65,14 @@ class Rotation(NamedTuple):
 
     def pairs(self, index: "tuple[int, ...]") -> "tuple[Tensor, Tensor]":
         """Cosines and sines [B or 1, T, P] of some of the rotary pairs of a head."""
-        places = [2 * i if self.interleaved else i for i in index]
-        return self.cos[..., places], self.sin[..., places]
+        places = _places(index, 2 if self.interleaved else 1, 0, self.cos.device)
+        return self.cos.index_select(-1, places), self.sin.index_select(-1, places)
 
     def channels(self, x: Tensor, index: "tuple[int, ...]") -> "tuple[Tensor, Tensor]":
         """Both channels [..., P] of some of the rotary pairs of heads [..., d]."""
-        half = self.cos.shape[-1] // 2
-        places = [2 * i if self.interleaved else i for i in index]
-        return x[..., places], x[..., [i + (1 if self.interleaved else half) for i in places]]
+        step, other = (2, 1) if self.interleaved else (1, self.cos.shape[-1] // 2)
+        first, second = (_places(index, step, start, x.device) for start in (0, other))
+        return x.index_select(-1, first), x.index_select(-1, second)
 
     def rotate(self, keys: Tensor, layer: "Optional[int]" = None) -> Tensor:
         """Keys [B, H, T, d] of a layer, rotated."""
@@ -125,6 +126,13 @@ class Turns(NamedTuple):
         factors = self.factors[:, start : start + keys.shape[1], None].to(keys.device)
         torch.view_as_complex(keys[..., : 2 * factors.shape[-1]].unflatten(-1, (-1, 2))).mul_(factors)
         return keys
+
+
+@lru_cache(maxsize=None)  # made once: lists would be copied to the device in every call
+def _places(index: "tuple[int, ...]", step: int, start: int, device: torch.device) -> Tensor:
+    """`index` times `step` from `start` on."""
+    with torch.inference_mode(False):
+        return torch.tensor([step * i + start for i in index], device=device)
 
 
 def _swap(x: Tensor, interleaved: bool) -> Tensor:

@@ -3,7 +3,8 @@
 Shape legend: B sequences, T tokens, p rotary dim.
 """
 
-from typing import Callable, Optional
+from functools import wraps
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -11,8 +12,38 @@ from torch import Tensor
 from .rotary_clla import Rope, Rotation, Turns
 
 
+def keeping(function: "Callable[..., Any]") -> "Callable[..., Any]":
+    """Make a function whose tensors are kept: without gradients, and not of the inference mode of one call.
+
+    A tensor made under `torch.inference_mode` could not be written to outside of it, nor be read for gradients.
+    """
+
+    @wraps(function)
+    def ordinary(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return ordinary
+
+
+class Segment(NamedTuple):
+    """Slots whose positions follow each other.
+
+    Attributes:
+        first: slot.
+        offset: [B], slot minus position.
+        values: the same on the host.
+    """
+
+    first: int
+    offset: Tensor
+    values: "list[int]"
+
+
 class Timeline:
     """Slots, positions and padding of all sequences, shared by all layer groups.
+
+    What decides about the flow of a program is held on the host, and read from the device once for each forward pass.
 
     Args:
         rope: rotations of the model; None for models without.
@@ -25,54 +56,93 @@ class Timeline:
     def reset(self) -> None:
         self.length = 0  # slots before the current forward pass
         self.incoming = 0  # slots of the current one
+        self.holes = False  # whether its mask hides more than the padding before each sequence
         self._padding: Optional[Tensor] = None  # [B] padded slots before the first token
-        self.max_padding = 0
-        self._segments: list[tuple[int, Tensor]] = []  # (first slot, slot - position [B])
-        self._memo: dict[tuple[int, int], Rotation] = {}
-        self._turns: dict[int, Turns] = {}
+        self._front: list[int] = []  # the same on the host
+        self._segments: list[Segment] = []
+        self._forget()
 
+    @property
+    def batch(self) -> Optional[int]:
+        """Sequences; None before the first token."""
+        return None if self._padding is None else len(self._padding)
+
+    @property
+    def max_padding(self) -> int:
+        """Most padded slots before the first token of a sequence."""
+        return max(self._front, default=0)
+
+    @keeping
     def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor], *, left_padded: bool = False) -> None:
         """Announce the tokens of the next forward pass.
 
         Args:
             position_ids: [B, T].
-            attention_mask: [B, length + T] of zeros and ones, or None for no padding.
+            attention_mask: [B, length + T] of zeros and ones of any dtype, or None for no padding.
             left_padded: refuse a mask that hides anything but the front.
 
         Raises:
-            ValueError: positions jump inside the chunk, or the mask hides more than it may.
+            ValueError: positions jump inside the chunk, or the mask hides more than it may or is none of zeros and
+                ones. Nothing has changed then.
         """
-        if left_padded and attention_mask is not None and bool((attention_mask.diff(dim=1) < 0).any()):
-            raise ValueError("with eviction only padding on the left can be masked")
         batch, count = position_ids.shape
-        self.incoming = count
-        self._forget()
-        slots = torch.arange(self.length, self.length + count, device=position_ids.device)
+        device, stop = position_ids.device, self.length + count
+        slots = torch.arange(self.length, stop, device=device)
         offset = slots[-1] - position_ids[:, -1]
+        mask = None if attention_mask is None else attention_mask.to(device).bool()
+        asked = {"offset": offset}
         if count > 1:
             expected = slots - offset[:, None]
-            real = expected >= 0 if attention_mask is None else attention_mask[:, self.length :].bool()
-            if bool(((expected != position_ids) & real).any()):
-                raise ValueError(
-                    "position_ids jump inside one call; tokens of one call must stand next to each other: "
-                    "pad on the left, or pass the parts in calls of their own"
-                )
-        if not self._segments or not torch.equal(self._segments[-1][1], offset):
-            self._segments.append((self.length, offset))
-        if self._padding is None:
-            self._padding = torch.zeros(batch, dtype=torch.long, device=position_ids.device)
-        if attention_mask is not None and self.max_padding >= self.length:  # some saw nothing but padding yet
-            leading = (attention_mask.cumsum(-1) == 0).sum(-1)
-            self._padding = torch.where(self._padding >= self.length, leading, self._padding)
-            self.max_padding = int(self._padding.max())
+            real = expected >= 0 if mask is None else mask[:, self.length :]
+            asked["jumps"] = ((expected != position_ids) & real).sum(-1)
+        if mask is not None:
+            asked["seen"] = mask.sum(-1)
+            if self.max_padding >= self.length:  # some saw nothing but padding yet
+                asked["leading"] = (mask.cumsum(-1) == 0).sum(-1)
+        if attention_mask is not None and attention_mask.is_floating_point():
+            asked["other"] = (attention_mask.to(device) != mask).sum(-1)
+        # One answer from the device for all that is asked of it.
+        told = dict(zip(asked, torch.stack(list(asked.values())).tolist(), strict=True))
+        front, padding = self._front or [0] * batch, self._padding
+        if padding is None:
+            padding = torch.zeros(batch, dtype=torch.long, device=device)
+        if "leading" in told:
+            padding = torch.where(padding >= self.length, asked["leading"].to(padding.device), padding)
+            pairs = zip(front, told["leading"], strict=True)
+            front = [new if old >= self.length else old for old, new in pairs]
+        holes = mask is not None and told["seen"] != [stop - padded for padded in front]
+        if any(told.get("other", ())):
+            raise ValueError("attention_mask holds other numbers than 0 and 1; pass 1 for tokens and 0 for padding")
+        if any(told.get("jumps", ())):
+            raise ValueError(
+                "position_ids jump inside one call; tokens of one call must stand next to each other: "
+                "pad on the left, or pass the parts in calls of their own"
+            )
+        if left_padded and holes:
+            raise ValueError("with eviction only padding on the left can be masked")
+        self.incoming, self.holes, self._padding, self._front = count, holes, padding, front
+        self._forget()
+        if not self._segments or self._segments[-1].values != told["offset"]:
+            self._segments = [*self._segments, Segment(self.length, offset, told["offset"])]
 
     def end(self) -> None:
         """After the forward pass: nothing but bookkeeping is kept."""
         self.length, self.incoming = self.length + self.incoming, 0
         self._forget()
 
+    def state(self) -> Any:
+        """What `restore` takes."""
+        return self.length, self._padding, self._front, self._segments
+
+    def restore(self, state: Any) -> None:
+        """Be as when `state` was called."""
+        self.length, self._padding, self._front, self._segments = state
+        self.incoming = 0
+        self._forget()
+
     def _forget(self) -> None:
-        self._memo, self._turns = {}, {}
+        self._memo: dict[tuple[int, int], Rotation] = {}
+        self._turns: dict[int, Turns] = {}
 
     @property
     def padding(self) -> Tensor:
@@ -108,25 +178,38 @@ class Timeline:
     def positions(self, start: int, stop: int) -> Tensor:
         """[B or 1, stop - start] of a range of slots; 0 at padding."""
         parts = []
-        ends = [first for first, _ in self._segments[1:]] + [stop]
-        for (first, offset), end in zip(self._segments, ends, strict=True):
+        ends = [segment.first for segment in self._segments[1:]] + [stop]
+        for (first, offset, values), end in zip(self._segments, ends, strict=True):
             low, high = max(first, start), min(end, stop)
             if low < high:
-                shared = offset[:1] if bool((offset == offset[0]).all()) else offset
+                shared = offset[:1] if len(set(values)) == 1 else offset
                 parts.append(torch.arange(low, high, device=offset.device) - shared[:, None])
         rows = max(part.shape[0] for part in parts)
         return torch.cat([part.expand(rows, -1) for part in parts], dim=1).clamp_(min=0)
 
+    @keeping
     def crop(self, length: int) -> None:
+        """Keep the first `length` slots; of a sequence that then has none but padding, what comes may be padding."""
         self.length, self.incoming = length, 0
         self._forget()
-        self._segments = [s for s in self._segments if s[0] < length]
-
-    def rebatch(self, select: Callable[[Tensor], Tensor]) -> None:
-        self._forget()
-        self._segments = [(first, select(offset)) for first, offset in self._segments]
+        self._segments = [segment for segment in self._segments if segment.first < length]
         if self._padding is not None:
-            self._padding = select(self._padding)
+            self._padding, self._front = self._padding.clamp(max=length), [min(p, length) for p in self._front]
+
+    @keeping
+    def rebatch(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Take other sequences, as `select` does with a tensor whose first dimension they are."""
+        self._forget()
+        self._segments = [Segment(s.first, *_selected(select, s.offset, s.values)) for s in self._segments]
+        if self._padding is not None:
+            self._padding, self._front = _selected(select, self._padding, self._front)
 
     def tensors(self) -> "list[Tensor]":
-        return [offset for _, offset in self._segments] + ([self._padding] if self._padding is not None else [])
+        return [s.offset for s in self._segments] + ([self._padding] if self._padding is not None else [])
+
+
+def _selected(
+    select: "Callable[[Tensor], Tensor]", tensor: Tensor, values: "list[int]"
+) -> "tuple[Tensor, list[int]]":
+    found = select(tensor)
+    return found, values[:1] * len(found) if len(set(values)) == 1 else found.tolist()

@@ -165,9 +165,10 @@ def parts_table(data: PageData) -> TableRows:
     """What the bytes a token consist of."""
     plan, context = data.plan, data.context
     whole = plan.bytes_at(context) + plan.kept_bytes_at(context)
-    latents = plan.bytes_at(context) - plan.exact_bytes
+    exact_bytes = plan.exact_bytes_at(context)
+    latents = plan.bytes_at(context) - exact_bytes
     exact = f"exact: newest {plan.window} to {plan.window + plan.flush_block} tokens, {plan.sinks} sinks"
-    parts = [(exact, plan.exact_bytes), (f"latents of {words.count(len(plan.groups), 'group')}", latents)]
+    parts = [(exact, exact_bytes), (f"latents of {words.count(len(plan.groups), 'group')}", latents)]
     if plan.kept_bytes_at(context):
         parts.append((f"{words.count(len(plan.kept_layers), 'layer')} kept as they are", plan.kept_bytes_at(context)))
     rows = [(name, f"{nbytes / context:,.0f}", words.percent(nbytes / whole)) for name, nbytes in parts]

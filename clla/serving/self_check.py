@@ -106,6 +106,7 @@ def _of_the_reference(
                 plain = Attention(_nothing, None, (query, *found), None, {})
                 asked = query[:, :, start:stop]
                 decoupled = reference.attend_decoupled(index, asked, found, plain, scaling, total)
+        reference.settle()
         timeline.end()
     if isinstance(reference, DecoupledGroup):
         return decoupled[0, :, group.heads].float()

@@ -1,0 +1,321 @@
+"""The cache when something goes wrong, goes back, or goes on in another mode: it is as it was, or says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import pico
+from helpers import converted_of, plan_of, stats_of, strict_of, tokens
+from torch import Tensor
+from transformers import DynamicCache
+
+from clla.modeling.cache_clla import CllaCache
+from clla.modeling.modeling_clla import CllaForCausalLM
+
+CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+WINDOW, BLOCK, SINKS, CHUNK = 8, 8, 2, 24
+FORMS = ("group", "static", "first", "first without a window", "strict", "evict", "sliding", "hybrid")
+
+
+@lru_cache(maxsize=8)
+def form(name: str, lossless: bool = False) -> CllaForCausalLM:
+    """A small conversion of some form."""
+    family = {"sliding": "qwen2-sliding", "hybrid": "lfm2"}.get(name, "llama")
+    model = pico(family)
+    if name == "strict":
+        stats = stats_of(model, with_queries=True, batches=2)
+        small = {"groups": ((0, 1), (2, 3)), "components": 16, "bits": 4, "rope_bits": 6, "rank": 48}
+        return strict_of(model, stats, **({} if lossless else small))[0]  # type: ignore[arg-type]
+    stats = stats_of(model, batches=2)
+    source = "first" if name.startswith("first") else "group"
+    window = 0 if name == "first without a window" else WINDOW
+    groups = tuple((layer,) for layer in stats.layers) if source == "first" else ()
+    small = {} if lossless else {"bits": 4, "rank": 48}
+    plan = plan_of(stats, model, **small, groups=groups, source=source, window=window, sinks=SINKS,
+                   flush_block=BLOCK)  # type: ignore[arg-type] # fmt: skip
+    return converted_of(model, replace(plan, capacity=24 if name == "evict" else None), stats, prefill_chunk=CHUNK)
+
+
+def new_cache(name: str, length: int = 120, *, lossless: bool = False) -> CllaCache:
+    return form(name, lossless).new_cache(length if name == "static" else None)
+
+
+@torch.no_grad()
+def run(name: str, cache: CllaCache, ids: Tensor, *, lossless: bool = False, **options: Any) -> Tensor:
+    return form(name, lossless)(ids, past_key_values=cache, **options).logits
+
+
+def padded(ids: Tensor, padding: int) -> dict[str, Tensor]:
+    """Mask and positions with padding before the last sequence."""
+    mask = torch.ones_like(ids)
+    mask[-1, :padding] = 0
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+# Going back
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_positive_numbers_are_refused(name: str) -> None:
+    """Older scripts mean the length that stays; nothing is dropped."""
+    cache = new_cache(name)
+    run(name, cache, tokens(2, 30))
+    for owner in (cache, *(layer for i, layer in enumerate(cache.layers) if i in cache.group_of_layer)):
+        with pytest.raises(ValueError, match="negative number"):
+            owner.crop(10)
+    assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dropped", [40, 41, 1000])
+def test_a_cache_without_tokens_is_a_new_one(name: str, dropped: int) -> None:
+    """Also for another number of sequences, and without the padding of those before."""
+    cache, ids = new_cache(name), tokens(3, 40, seed=2)
+    run(name, cache, tokens(2, 40), **padded(tokens(2, 40), 9))
+    cache.crop(-dropped)
+    assert cache.get_seq_length() == 0 and cache.nbytes == new_cache(name).nbytes
+    found = [run(name, cache, part) for part in ids.split((30, 1, 9), dim=1)]
+    fresh = new_cache(name)
+    expected = [run(name, fresh, part) for part in ids.split((30, 1, 9), dim=1)]
+    assert torch.equal(torch.cat(found, 1), torch.cat(expected, 1)) and cache.nbytes == fresh.nbytes
+
+
+@pytest.mark.parametrize("name", ["group", "static", "first", "first without a window", "strict"])
+@pytest.mark.parametrize("stays", [3, 11, 20])
+def test_dropped_tokens_are_forgotten(name: str, stays: int) -> None:
+    """In steps, back into the padding, into what is encoded, into the window: as if only the rest had come."""
+    ids, other = tokens(2, 26), tokens(2, 12, seed=5)
+    options, caches = padded(ids, 11), [new_cache(name, lossless=True) for _ in range(2)]
+    run(name, caches[0], ids, lossless=True, **options)
+    for step in (0, -2, stays - 24):
+        caches[0].crop(step)
+    run(name, caches[1], ids[:, :stays], lossless=True, **{k: v[:, :stays] for k, v in options.items()})
+    assert {layer.get_seq_length() for cache in caches for layer in cache.layers} == {stays}
+    # No mask: what comes are tokens, even where only padding came before.
+    found = [[run(name, cache, part, lossless=True) for part in other.split(1, dim=1)] for cache in caches]
+    torch.testing.assert_close(*(torch.cat(parts, 1) for parts in found), atol=2e-3, rtol=2e-3)
+
+
+def test_sliding_layers_that_cannot_go_back_leave_all_as_it_was() -> None:
+    cache, ids = new_cache("sliding"), tokens(1, 60)
+    run("sliding", cache, ids)
+    before = cache.nbytes
+    with pytest.raises(RuntimeError, match="past"):
+        cache.crop(-5)
+    assert {layer.get_seq_length() for layer in cache.layers} == {60} and cache.nbytes == before
+
+
+# Input that does not fit
+
+
+def refused(name: str, cache: CllaCache, ids: Tensor, words: str, **options: Any) -> None:
+    """Refused with these words, and the cache is what it was."""
+    length, nbytes = cache.get_seq_length(), cache.nbytes
+    with pytest.raises(ValueError, match=words):
+        run(name, cache, ids, **options)
+    assert cache.get_seq_length() == length and cache.nbytes == nbytes
+
+
+@pytest.mark.parametrize("name", ["group", "strict", "evict"])
+def test_input_of_another_shape_is_refused(name: str) -> None:
+    cache, ids = new_cache(name), tokens(2, 40)
+    run(name, cache, ids[:, :30])
+    new, mask = ids[:, 30:], torch.ones_like(ids)
+    refused(name, cache, new, r"attention_mask is \[2, 10\]; \[2, 40\]", attention_mask=mask[:, 30:])
+    refused(name, cache, new, r"\[2, 41\]; \[2, 40\]", attention_mask=torch.ones(2, 41))
+    refused(name, cache, new, r"\[1, 40\]; \[2, 40\]", attention_mask=mask[:1])
+    refused(name, cache, new, r"position_ids are \[2, 9\]", position_ids=torch.arange(9).expand(2, -1))
+    refused(name, cache, new, r"position_ids are \[3, 10\]", position_ids=torch.arange(10).expand(3, -1))
+    refused(name, cache, tokens(3, 10), "holds 2 sequences of 30 tokens, the input has 3")
+    refused(name, cache, new[:, :0], "no tokens")
+    refused(name, cache, new, "other numbers than 0 and 1", attention_mask=torch.zeros(2, 40).fill_(-1e4))
+    run(name, cache, new, attention_mask=mask)
+    assert cache.get_seq_length() == 40
+
+
+def test_a_long_prompt_with_a_short_mask_is_refused_at_once() -> None:
+    """Not when its last chunk comes."""
+    cache = new_cache("group")
+    refused("group", cache, tokens(2, 100), r"\[2, 90\]; \[2, 100\]", attention_mask=torch.ones(2, 90))
+
+
+def test_more_tokens_than_a_static_cache_was_made_for_are_refused_at_once() -> None:
+    cache = form("group").new_cache(60)
+    refused("group", cache, tokens(1, 61), "made for 60 tokens and holds 0, 61 more do not fit.*larger max_length")
+    run("group", cache, tokens(1, 60))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["group", "strict", "evict"])
+def test_masks_of_any_dtype_mean_the_same(name: str, dtype: torch.dtype) -> None:
+    """More tokens than a mask of 8 bits or fp16 could count."""
+    ids = tokens(2, 300)
+    options, logits = padded(ids, 37), []
+    for mask in (options["attention_mask"], options["attention_mask"].to(dtype)):
+        cache = new_cache(name)
+        for start, stop in ((0, 298), (298, 299), (299, 300)):
+            own = {"attention_mask": mask[:, :stop], "position_ids": options["position_ids"][:, start:stop]}
+            logits.append(run(name, cache, ids[:, start:stop], logits_to_keep=1, **own))
+        assert not cache.timeline.holes
+    assert all(torch.equal(a, b) for a, b in zip(logits[:3], logits[3:], strict=True))
+    if name == "evict":
+        hidden = torch.ones_like(ids)
+        hidden[1, -5:] = 0
+        refused(name, new_cache(name), ids[:, -20:], "padding on the left", attention_mask=hidden[:, -20:].to(dtype))
+
+
+# Forward passes that fail
+
+
+class Break:
+    """A layer that fails in some call, and the one after which it does so."""
+
+    def __init__(self, layer: Any, call: int, error: BaseException) -> None:
+        self.left, self.error = call, error
+        self.hook = layer.register_forward_hook(self)
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            self.hook.remove()
+            raise self.error
+
+
+def layers_of(name: str) -> Any:
+    return form(name).source.model.layers
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "hybrid"])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), KeyboardInterrupt()], ids=["memory", "interrupt"])
+def test_a_pass_that_fails_never_was(name: str, layer: int, error: BaseException) -> None:
+    """The first chunk, the third of a prompt, a single token; also where the retry has other padding."""
+    ids, caches = tokens(2, 90), [new_cache(name) for _ in range(2)]
+    options = padded(ids, 13)
+
+    def part(start: int, stop: int) -> dict[str, Tensor]:
+        return {"attention_mask": options["attention_mask"][:, :stop],
+                "position_ids": options["position_ids"][:, start:stop]}  # fmt: skip
+
+    for call, stays, stop in ((1, 0, 20), (3, 2 * CHUNK, 88), (1, 88, 89)):
+        cache, start = caches[0], caches[0].get_seq_length()
+        Break(layers_of(name)[layer], call, error)
+        with pytest.raises(type(error)):
+            run(name, cache, ids[:, start:stop], **(part(start, stop) if start else {}))
+        assert {each.get_seq_length() for each in cache.layers} == {stays} == {cache.get_seq_length()}
+        if stays in (0, 88):
+            assert cache.nbytes == caches[1].nbytes
+        found = run(name, cache, ids[:, stays:stop], **part(stays, stop))
+        expected = [run(name, caches[1], ids[:, a:b], **part(a, b)) for a, b in ((start, stays), (stays, stop)) if b > a]
+        assert torch.equal(found, expected[-1]) and cache.nbytes == caches[1].nbytes
+        if stop == 20:
+            for kept in caches:
+                kept.reset()
+
+
+def test_hybrids_that_cannot_go_back_say_so_until_they_are_reset() -> None:
+    cache, ids = new_cache("hybrid"), tokens(2, 50)
+    Break(layers_of("hybrid")[3], 1, torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError):
+        run("hybrid", cache, ids)
+    run("hybrid", cache, ids)  # nothing had been there
+    refused("hybrid", cache, tokens(1, 5), "holds 2 sequences")
+    Break(layers_of("hybrid")[3], 1, torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError):
+        run("hybrid", cache, ids[:, :1])
+    for use in (lambda: run("hybrid", cache, ids[:, :1]), lambda: cache.crop(-1)):
+        with pytest.raises(ValueError, match=r"reset\(\)"):
+            use()
+    cache.reset()
+    fresh = new_cache("hybrid")
+    assert torch.equal(run("hybrid", cache, ids), run("hybrid", fresh, ids))
+
+
+@pytest.mark.parametrize("name", ["group", "static", "first", "evict"])
+def test_encoding_that_fails_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After all layers have run, when the second group is to be stored."""
+    from clla.modeling import group_clla
+
+    ids, caches, calls = tokens(1, 60), [new_cache(name) for _ in range(2)], []
+
+    def failing(*arguments: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return packed(*arguments)
+
+    packed = group_clla.packed
+    for cache in caches:
+        run(name, cache, ids[:, :50])
+    with monkeypatch.context() as patch:
+        patch.setattr(group_clla, "packed", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(name, caches[0], ids[:, 50:])
+    assert caches[0].get_seq_length() == 50 and caches[0].nbytes == caches[1].nbytes
+    assert torch.equal(*(run(name, cache, ids[:, 50:]) for cache in caches))
+
+
+# Modes
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("modes", ["inference no_grad", "no_grad inference", "inference grad", "no_grad grad"])
+def test_caches_outlive_the_mode_of_a_call(name: str, modes: str) -> None:
+    """Begun in one mode, changed in it, continued in the other by many tokens and by single ones."""
+    contexts: dict[str, Callable[[], Any]] = {
+        "inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": nullcontext}  # fmt: skip
+    first, second = (contexts[mode] for mode in modes.split())
+    model, ids, logits = form(name), tokens(2, 60), []
+    for context in (second, first):  # the whole in one mode, and a part of it in another
+        cache = new_cache(name)
+        with context():
+            model(ids[:, :30], past_key_values=cache)
+            model(ids[:, 30:31], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            if name not in ("sliding", "hybrid"):
+                cache.crop(-1)
+        with second():
+            model.codec.requires_grad_(modes.endswith(" grad"))
+            parts = [model(part, past_key_values=cache).logits for part in ids[:, 31:].split((1, 1, 20, 7), dim=1)]
+            model.codec.requires_grad_(False)
+        logits.append(torch.cat(parts, 1))
+        if modes.endswith(" grad"):
+            logits[-1].square().mean().backward()
+    torch.testing.assert_close(*(x.detach() for x in logits), **CLOSE)
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_cache_is_larger_than_the_sources(name: str) -> None:
+    """At no length, token by token. A latent of the first layer's input is stored beside exact tokens, too."""
+    model, ids = form(name), tokens(1, 300)
+    cache, own = new_cache(name, 300), DynamicCache(config=model.config.text_config)
+    source, rows = pico({"sliding": "qwen2-sliding", "hybrid": "lfm2"}.get(name, "llama")), 0
+    with torch.no_grad():
+        for t in range(300):
+            model(ids[:, t : t + 1], past_key_values=cache)
+            source(ids[:, t : t + 1], past_key_values=own)
+            if name in ("first", "first without a window"):
+                rows = sum(group.layout.row_bytes * (group.filled + min(SINKS, group.encoded)) for group in cache.groups)
+            there = own.layers if name != "static" else []
+            nbytes = sum(x.nbytes for layer in there for x in tensors_of(layer)) or 300 * bytes_per_token(model)
+            assert cache.nbytes <= nbytes + rows + 16, (t + 1, cache.nbytes, nbytes)
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    values = [x for x in vars(layer).values() if isinstance(x, Tensor)]
+    return values + [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()
+                     if isinstance(x, Tensor)]  # fmt: skip
+
+
+def bytes_per_token(model: CllaForCausalLM) -> int:
+    kv = model.config.clla["kv"]
+    return 4 * 4 * 2 * kv["num_key_value_heads"] * kv["head_dim"]
