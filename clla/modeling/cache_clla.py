@@ -97,6 +97,7 @@ class CllaCache(Cache):
         settings = config.clla
         self.codec, self.select, self.max_length = codec, select, max_length
         self.timeline, self._workspace = Timeline(rope), Workspace()
+        self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         room = None
         if max_length is not None:
             room = leaving_slots(max_length, settings["window"], settings["flush_block"])
