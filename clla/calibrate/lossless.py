@@ -6,19 +6,17 @@ current call: whatever does not fit shows in the logits, so it is found without 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clla.errors import UnsupportedModelError
 from clla.families import kv_shape, split_layers
-from clla.modeling.cache_clla import CllaCache
 from clla.modeling.configuration_clla import CllaConfig
-from clla.modeling.hooks_clla import attention_modules, rope_of
-from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.hooks_clla import attention_modules
+from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
 
 TOKENS, CHUNK, WINDOW = 48, 12, 8
 # Relative error of the logits of four tokens in five: what rounding does not explain, and how often the rounding of one
@@ -117,17 +115,22 @@ def _through_the_cache(
         "flush_block": 4,
         "sinks": 2,
     }
-    config = CllaConfig(text_config=model.config, clla=block, dtype=model.dtype)
     with torch.device("meta"):
-        converted = CllaForCausalLM(config)
+        converted = CllaForCausalLM(CllaConfig(text_config=model.config, clla=block, dtype=model.dtype))
+        codec = GroupCodecModule(1, kv.values, kv.values, kv.values)
     converted.source = model
+    converted.watch_decoder()
     eye = torch.eye(kv.values, device=model.device, dtype=model.dtype)
     zeros = eye.new_zeros(kv.values)
-    codec = SimpleNamespace(encoder=eye, offset=zeros, decoder=eye[None], mean=zeros[None])
-    cache = CllaCache(config, SimpleNamespace(groups=[codec] * len(layers)), rope_of(model, rope))
+    codec.load_state_dict({"encoder": eye, "offset": zeros, "decoder": eye[None], "mean": zeros[None]}, assign=True)
+    converted.codec.groups = nn.ModuleList([codec] * len(layers))
+    cache = converted.new_cache()
     for group in cache.groups:
         group.layout = RawLayout(kv.values)
-    return converted(ids, past_key_values=cache).logits
+    try:
+        return converted(ids, past_key_values=cache).logits
+    finally:
+        converted.release_source()
 
 
 def _refusal(config: Any, got: str) -> UnsupportedModelError:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from clla.artifacts import Codec, Plan
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
-from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.modeling_clla import CllaForCausalLM, for_compressed_cache
 
 
 def clla_block(plan: Plan, *, rope: dict[str, Any] | None, kv_dtype: torch.dtype, prefill_chunk: int) -> dict[str, Any]:
@@ -51,5 +51,5 @@ def attach(model: PreTrainedModel, codec: Codec, block: dict[str, Any]) -> CllaF
     converted.watch_source()
     if hasattr(model, "hf_device_map"):  # so that saving fetches what lies on disk
         converted.hf_device_map = model.hf_device_map
-    converted.generation_config = model.generation_config
+    converted.generation_config = for_compressed_cache(model.generation_config)
     return converted.eval()

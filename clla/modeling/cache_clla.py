@@ -99,6 +99,7 @@ class CllaCache(Cache):
         settings = config.clla
         self.codec, self.select, self.max_length = codec, select, max_length
         self.timeline, self._workspace = Timeline(rope), Workspace()
+        self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         self.groups = [
             (DecoupledGroup if spec.get("rope_pairs") else LatentGroup)(
                 spec, settings, module, self.timeline, max_length

@@ -37,6 +37,7 @@ class CllaConfig(PreTrainedConfig):
         if text_config is not None:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(name, getattr(text_config, name, None))
+        kwargs.setdefault("use_cache", True)  # the source's may be a remainder of its training
         super().__init__(**kwargs)
         # Last, because the base class validates what `__getattr__` finds (see `validate`).
         self.text_config = text_config

@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .rotary_clla import Rope
@@ -23,6 +24,19 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(index, int) and type(module).__name__.endswith("Attention"):
             found[index] = module
     return found
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The innermost model within a model that holds all of its attention modules: what it runs below its head.
+
+    Raises:
+        ValueError: there is none but the model itself.
+    """
+    attention = set(attention_modules(model).values())
+    found = [m for m in model.modules() if isinstance(m, PreTrainedModel) and attention <= set(m.modules())]
+    if not found or found[-1] is model:
+        raise ValueError(f"{type(model).__name__} has no decoder of its own, apart from its head")
+    return found[-1]
 
 
 def rope_of(

@@ -8,25 +8,30 @@ Shape legend: B sequences, T tokens, n = 2·H_kv·d, h hidden size, r rank of a 
 """
 
 import copy
+import inspect
+from functools import partial
 from typing import Any, Optional
 
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 from .cache_clla import CllaCache
+from .chunks_clla import Chunks, cut, joined
 from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
-from .hooks_clla import CACHE, attention_modules, rope_of
+from .hooks_clla import CACHE, attention_modules, decoder_of, rope_of
 from .observe_clla import LISTENER, is_observed, listening, observed
 from .quantize_clla import tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
 HUB_KEYWORDS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
+CACHES = (None, "dynamic", "static")  # of transformers' `cache_implementation`
+OUTPUTS = ("output_hidden_states", "output_attentions")  # that a config may ask for
 SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # of two configs
 
 
@@ -81,6 +86,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.source = _empty_source(config)
         self.codec = CodecModule(config)
         self._no_split_modules = getattr(self.source, "_no_split_modules", None)
+        self.loss_type = self.source.loss_type
         self.prefill_chunk = config.clla["prefill_chunk"]
         self.select_tokens: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
@@ -96,12 +102,21 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.clla.get("capacity") is not None or self.config.clla.get("rope_bits") is not None
         ):
             observed(own)  # says why it cannot
-        if self.config.clla["source"] != "first":
-            return
-        attention = attention_modules(self.source)
+        self.watch_decoder()
+        if self.config.clla["source"] == "first":
+            attention = attention_modules(self.source)
+            self._hooks += [
+                attention[spec["layers"][0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
+                for spec in self.config.clla["groups"]
+            ]
+
+    def watch_decoder(self) -> None:
+        """Have the source's decoder cut long inputs into chunks."""
+        self.release_source()
+        decoder = decoder_of(self.source)
         self._hooks = [
-            attention[spec["layers"][0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
-            for spec in self.config.clla["groups"]
+            decoder.register_forward_pre_hook(cut, with_kwargs=True),
+            decoder.register_forward_hook(joined, with_kwargs=True),
         ]
 
     def release_source(self) -> None:
@@ -132,7 +147,10 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(config, CllaConfig):
             config = CllaConfig.from_pretrained(path, **where)
         if config.base_model is None:
-            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.generation_config = for_compressed_cache(model.generation_config)
+            return loaded
         codec = load_file(str(cached_file(path, CODEC_FILE, **where)))
         if tensor_digest(codec) != config.clla["codec_sha256"]:
             raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it anew")
@@ -172,6 +190,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         model.codec.load_state_dict(codec, assign=True)
         model.codec.to(device=source.device, dtype=source.dtype)
         model.watch_source()
+        model.generation_config = for_compressed_cache(GenerationConfig.from_pretrained(path, **where))
         return (model.eval(), *info) if info else model.eval()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -206,6 +225,39 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> Optional[nn.Module]:
         return self.source.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.source.set_output_embeddings(value)
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.source.set_decoder(decoder)
+        self.watch_source()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in transformers, by the source, which knows what is tied; a checkpoint saved afterwards is whole."""
+        embeddings = self.source.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config.vocab_size = self.source.config.get_text_config().vocab_size
+        return embeddings
+
+    # The source computes the loss. What Trainer asks a model about it is answered as the source would.
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `num_items_in_batch` and the like reach the loss."""
+        parameters = inspect.signature(self.source.forward).parameters.values()
+        return getattr(self.source, "accepts_loss_kwargs", any(p.kind == p.VAR_KEYWORD for p in parameters))
+
+    @property
+    def loss_function(self) -> Any:
+        return self.source.loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self.source.loss_function = value
+
+    def _get_name(self) -> str:
+        """The source's: by this name, and nothing else, Trainer knows that label smoothing has to shift labels."""
+        return self.source._get_name() if hasattr(self, "source") else type(self).__name__
+
     # What is not for a compiler: cutting into chunks, bookkeeping, encoding what leaves the window. The source's own
     # forward pass is compiled by itself, and of a cache with a `max_length` always the same.
     @torch.compiler.disable(recursive=False)
@@ -236,12 +288,16 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions whose logits are wanted (0: all), or their indices.
             return_dict: False gives a tuple.
             cache: the other name of `past_key_values`.
+            kwargs: whatever else the source takes: what its loss takes, `output_hidden_states`, `output_router_logits`,
+                …; tensors [B, T, …] among them are cut into chunks, too.
 
         Returns:
-            Loss, logits and cache; hidden states of all chunks where asked for.
+            What the source returns, as of one forward pass: the loss, logits, the cache, and, where asked for, hidden
+            states [B, T, h], attention weights [B, H, T, S] and the like.
 
         Raises:
-            ValueError: two caches, or one of another class, or an attention mask that is not two-dimensional.
+            ValueError: two caches, or one of another class or model; an attention mask that is not two-dimensional;
+                gradient checkpointing; an output that is asked for cannot be joined over chunks.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -250,8 +306,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("cache and past_key_values are two names of one thing; pass one of them")
         cache = cache if cache is not None else past_key_values
         cache = self.new_cache() if cache is None else cache
-        if not isinstance(cache, CllaCache):
-            raise ValueError(f"the cache is a {type(cache).__name__}; pass None or model.new_cache()")
+        self._check_cache(cache)
+        self._refuse_recomputation(given=cache.get_seq_length() > 0)
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("attention_mask must be [batch, tokens]; other masks cannot be cut into chunks")
         past, count = cache.get_seq_length(), inputs.shape[1]
@@ -259,50 +315,46 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
         position_ids = position_ids.expand(inputs.shape[0], -1)
-        name = "input_ids" if input_ids is not None else "inputs_embeds"
-        keep = _kept_from(count, logits_to_keep) if labels is None else 0
-        outputs = []
-        for start in range(0, count, self.prefill_chunk):
-            stop = min(start + self.prefill_chunk, count)
-            mask = None if attention_mask is None else attention_mask[:, : past + stop]
-            cache.begin(position_ids[:, start:stop], mask)
-            if cache.maskless:
-                mask = None
-            # A compiler cannot follow the context; models that a static cache is for hand keywords to their attention.
-            listener = {LISTENER: cache} if cache.is_compileable and cache.reading else {}
-            with cache.forward_pass(), listening(cache):
-                output = self.source(
-                    **{name: inputs[:, start:stop], CACHE: cache},
-                    attention_mask=mask,
-                    position_ids=position_ids[:, start:stop],
-                    use_cache=True,
-                    logits_to_keep=min(stop - start, max(1, stop - keep)),
-                    return_dict=True,
-                    **listener,
-                    **kwargs,
-                )
-            if stop > keep:
-                outputs.append(output)
-        logits = torch.cat([output.logits for output in outputs], dim=1)
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
-        hidden = None
-        if outputs[0].hidden_states is not None:
-            hidden = tuple(
-                torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs), strict=True)
-            )
-        returned = cache if use_cache or (use_cache is None and self.config.use_cache) else None
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=hidden,
-            attentions=outputs[0].attentions if len(outputs) == 1 else None,
-            **{CACHE: returned},
+
+        begin = partial(_begin, cache, position_ids, attention_mask, past)
+        call = {
+            "input_ids" if input_ids is not None else "inputs_embeds": inputs,
+            CACHE: cache,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "labels": labels,
+            "use_cache": True,
+            "logits_to_keep": logits_to_keep,
+            "return_dict": True,
+            **{name: True for name in OUTPUTS if getattr(self.config, name)},
+            **kwargs,
+        }
+        with cache.forward_pass(), listening(cache):
+            if count <= self.prefill_chunk:
+                output = self.source(**{**call, **begin(0, count)})
+            else:
+                spans = [(i, min(i + self.prefill_chunk, count)) for i in range(0, count, self.prefill_chunk)]
+                cuts = labels is None and "logits_to_keep" in inspect.signature(self.source.forward).parameters
+                keep = _kept_from(count, logits_to_keep) if cuts else 0
+                with Chunks(cache, spans, begin, cache.end, keep).running():
+                    output = self.source(**call)
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        result = type(output)(**{**output, CACHE: cache if wanted else None})
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    @torch.compiler.disable
+    def _refuse_recomputation(self, given: bool) -> None:
+        """A layer that is computed again, in the backward pass, finds a cache that has moved on, or none."""
+        checkpointing = (torch.is_grad_enabled() or self.training) and any(
+            module.training and getattr(module, "gradient_checkpointing", False) for module in self.source.modules()
         )
-        return result.to_tuple() if return_dict is False else result
+        # No public function tells whether a backward pass is running; torch's own checkpointing asks this one.
+        if checkpointing or (given and torch._C._current_graph_task_id() != -1):
+            raise ValueError(
+                "a converted model cannot be trained with gradient checkpointing, which computes layers a second time "
+                "when the cache has moved on: call model.source.gradient_checkpointing_disable(), and save memory by "
+                "shorter sequences, a smaller batch, or `clla heal --gradient-checkpointing`"
+            )
 
     @staticmethod
     def create_masks_for_generate(
@@ -314,17 +366,65 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: "dict[str, Any]", *args: Any, **kwargs: Any
     ) -> None:
-        """Give `generate` the compressed cache (versions differ in the parameters that follow)."""
-        if generation_config.use_cache is False:
-            return
-        if generation_config.cache_implementation not in (None, "static"):
+        """Give `generate` the compressed cache (versions differ in the parameters that follow).
+
+        Raises:
+            ValueError: another kind of cache is asked for, or was passed.
+        """
+        wanted, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
+        if wanted not in CACHES or generation_config.cache_config is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not for converted models: leave "
-                "it out, the compressed cache is used by itself, or pass 'static' to allocate it whole"
+                f"cache_implementation={wanted!r} with cache_config={generation_config.cache_config} is not for "
+                "converted models: leave them out, the compressed cache is used by itself, or pass 'static' to "
+                "allocate it whole"
             )
-        if model_kwargs.get(CACHE) is None:
-            static = generation_config.cache_implementation == "static"
-            model_kwargs[CACHE] = self.new_cache(generation_config.max_length if static else None)
+        if given is not None:
+            self._check_cache(given)
+            if wanted is not None:
+                raise ValueError("cache_implementation says how a cache is made, but one is passed: leave out either")
+        elif generation_config.use_cache is not False:
+            length = None
+            if wanted == "static":
+                length = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE] = self.new_cache(length)
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, CllaCache):
+            raise ValueError(f"the cache is a {type(cache).__name__}; pass None or model.new_cache()")
+        if cache.codec is not self.codec:
+            raise ValueError("the cache was made by another model; pass None or model.new_cache() of this one")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for converted models: it brings a paged cache of keys and values.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching brings a paged cache of its own, converted models have theirs: call generate() "
+            "without cache_implementation='paged', or serve the checkpoint with vLLM (docs/serving.md)"
+        )
+
+
+def for_compressed_cache(generation_config: Any) -> Any:
+    """A source's generation config without what it says about its cache, some of it a remainder of training."""
+    own = copy.deepcopy(generation_config)
+    own.use_cache = own.cache_config = own.prefill_chunk_size = None
+    if own.cache_implementation not in CACHES:
+        own.cache_implementation = None
+    return own
+
+
+@torch.compiler.disable
+def _begin(
+    cache: CllaCache, position_ids: Tensor, attention_mask: Optional[Tensor], past: int, start: int, stop: int
+) -> "dict[str, Any]":
+    """Announce a chunk to the cache; the keywords that it needs."""
+    mask = None if attention_mask is None else attention_mask[:, : past + stop]
+    cache.begin(position_ids[:, start:stop], mask)
+    # A compiler cannot follow the context; models that a static cache is for hand keywords to their attention.
+    listener = {LISTENER: cache} if cache.is_compileable and cache.reading else {}
+    return {"attention_mask": None if cache.maskless else mask, **listener}
 
 
 def _empty_source(config: CllaConfig) -> Any:
