@@ -12,6 +12,8 @@ from typing import Any
 
 from clla import console
 from clla.calibrate.data import evaluation_windows
+from clla.calibrate.reading import check_text
+from clla.calibrate.seen import fitted_of, unseen
 from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
 from clla.convert.healing import Healing
 from clla.convert.pipeline import Conversion, Options
@@ -20,6 +22,7 @@ from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after
 from clla.load import load_checkpoint, recipe_of, teacher_of
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.places import expanded
 from clla.recipe import Recipe, load_recipe, plan_changes
 from clla.revision import beside, plain_name
 from clla.source import pick_device
@@ -123,8 +126,7 @@ def convert(
     )
     if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
         raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
-    folder = Path(output or f"{plain_name(str(model))}-clla").resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = expanded(output or f"{plain_name(str(model))}-clla").resolve()
     options = Options(
         output=folder,
         device=device,
@@ -197,8 +199,7 @@ def heal(
         "gradient_checkpointing": gradient_checkpointing or None,
         "seed": seed,
     }
-    folder = Path(output or beside(str(checkpoint), "-healed")).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = expanded(output or beside(str(checkpoint), "-healed")).resolve()
     options = CheckpointOptions(
         output=folder,
         device=device,
@@ -235,7 +236,7 @@ def evaluate(
     Args:
         checkpoint: directory or Hub id.
         text: to measure on: a file, a Hub data set, or `bundled`, of which that part is taken that calibration
-            leaves out.
+            leaves out. The report's `unseen` says what the checkpoint's record tells of it.
         windows: of text.
         window_length: tokens a window.
         chunk: tokens a forward pass; default: the exact window.
@@ -250,6 +251,7 @@ def evaluate(
         CllaError: no such checkpoint, it is damaged, or there is too little text.
     """
     where = pick_device(device)
+    check_text(text)
     loaded = load_checkpoint(str(checkpoint), device=where, dtype=dtype)
     if select_tokens is not None:
         chunk = _select(loaded.model, select_tokens, chunk)
@@ -266,6 +268,7 @@ def evaluate(
             contexts=tuple(contexts),
             retrieval_context=retrieval_context if retrieval else 0,
             retrieval_trials=retrieval_trials,
+            unseen=unseen(text, fitted_of(loaded.folder), left_out=text == "bundled"),
             source_model=source,
             on_step=advance,
         )
@@ -298,4 +301,4 @@ def _select(model: CllaForCausalLM, tokens: int, chunk: int | None) -> int:
 
 
 def _path(path: str | Path | None) -> Path | None:
-    return Path(path) if path is not None else None
+    return expanded(path) if path is not None else None

@@ -14,6 +14,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from torch import Tensor
 from clla.errors import CorruptArtifactError
 from clla.modeling.group_clla import exact_layout, exact_slots, leaving_slots
 from clla.modeling.quantize_clla import layout_of, tensor_digest
+from clla.places import writing
 
 ARTIFACT_VERSION = 1
 EVICT_BYTES = 6  # a row of a group with a capacity: position (int32) and score (half)
@@ -367,10 +371,26 @@ def _tensor_fields(artifact: Any) -> dict[str, Tensor]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a file beside its place and rename it, so that a reader never sees half of it.
+
+    Raises:
+        CllaError: the system refused to write.
+    """
+    with _replacing(path, len(text)) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path, size: int) -> Iterator[Path]:
+    """A file of a name of its own beside `path`, about `size` bytes, which takes its place if the block ends well."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with writing(path, needed=size):
+            yield partial
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -389,14 +409,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save_verified(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
-    """Write tensors with a checksum over them and `meta`, beside their place, and rename the file."""
+    """Write tensors with a checksum over them and `meta`, beside their place, and rename the file.
+
+    Raises:
+        CllaError: the system refused to write.
+    """
     header = dict(meta or {})
     header["sha256"] = _checksum(header, tensors)
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"clla": json.dumps(header)})
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    with _replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"clla": json.dumps(header)})
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def load_verified(path: Path) -> dict[str, Tensor]:

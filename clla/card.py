@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from clla.artifacts import write_text
-from clla.calibrate.data import hub_dataset
+from clla.calibrate.reading import hub_dataset
 from clla.card_facts import Facts, read_facts
 from clla.card_text import how, limits, memory, quality, usage
 from clla.origin import CARD
@@ -68,7 +68,7 @@ def metadata(facts: Facts) -> ModelCardData:
     """What the Hub sorts and links by; results only of data sets that have an id there."""
     origin, base = facts.origin, facts.origin.hub_id
     texts = [facts.recipe.calibration.dataset, facts.healing["config"]["dataset"] if facts.healing else "bundled"]
-    datasets = list(dict.fromkeys(found[0] for text in texts if (found := hub_dataset(text))))
+    datasets = list(dict.fromkeys(found.repo for text in texts if (found := hub_dataset(text))))
     results = _results(facts.measured)
     return ModelCardData(
         base_model=base,
@@ -94,9 +94,11 @@ def _results(measured: dict[str, Any] | None) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=found[0],
-            dataset_name=f"{found[0]}, part left out of the calibration",
-            dataset_split=found[1],
+            dataset_type=found.repo,
+            dataset_name=f"{found.repo}, part left out of the calibration",
+            dataset_config=found.config,
+            dataset_split=found.split,
+            dataset_revision=found.revision,
             dataset_args={key: measured[key] for key in ("windows", "context", "chunk")},
             metric_type="perplexity",
             metric_name=label,

@@ -16,14 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clla.calibrate.data import (
-    bundled_path,
-    load_documents,
-    self_written,
-    split_held_out,
-    token_batches,
-    whole_windows,
-)
+from clla.calibrate.data import calibration_blocks, held_out_blocks, self_written, token_batches, whole_windows
+from clla.calibrate.reading import bundled_path, load_documents
 from clla.errors import DatasetError
 
 BOS, EOS, FIRST_WORD = 1, 2, 10
@@ -195,11 +189,11 @@ def test_batches_have_the_shape_and_prefix_that_were_asked_for(
 def test_held_out_blocks_are_not_calibrated_on() -> None:
     """The split does not depend on sequence length or seed, and together the parts are the whole text."""
     texts = [numbered(0, 60_000), numbered(60_000, 60_000)]
-    kept, held = split_held_out(texts)
+    kept, held = list(calibration_blocks(texts)), list(held_out_blocks(texts))
     assert sum(map(len, kept)) + sum(map(len, held)) == sum(map(len, texts))
     assert 0.04 < sum(map(len, held)) / sum(map(len, texts)) < 0.08
-    assert not set(held) & set(kept) and split_held_out(texts) == (kept, held)
-    assert split_held_out(["short"]) == (["short"], [])
+    assert not set(held) & set(kept)
+    assert list(calibration_blocks(["short"])) == ["short"] and not list(held_out_blocks(["short"]))
 
 
 def test_every_token_is_used_when_many_are_wanted() -> None:

@@ -19,11 +19,11 @@ from clla.evaluate.machine import machine_facts
 from clla.evaluate.peak import how_measured
 from clla.evaluate.speed import Work, measure, run_pass
 from clla.evaluate.speed_report import NAMES, SpeedReport, SpeedRow
+from clla.places import PICTURES, check_file
 from clla.recipe import BudgetConfig, PlanConfig
 from clla.source import pick_device
 
 CONTEXTS = {"cpu": (512, 2048), "cuda": (2048, 8192, 32768)}
-PICTURES = (".png", ".svg", ".pdf")
 WARM_UP = 8  # tokens of context, before anything is measured
 
 
@@ -175,12 +175,8 @@ def _check(checkpoint: str | None, options: Options, device: torch.device) -> No
             expected="bytes that the caches of the largest batch may take",
             remedy="e.g. --largest-batch --memory-limit 2GB",
         )
-    if options.plot is not None and (options.plot.suffix not in PICTURES or not options.plot.parent.is_dir()):
-        raise UsageError(
-            f"--plot {options.plot}",
-            expected="a file in a directory that exists, ending in " + ", ".join(PICTURES),
-            remedy="name another",
-        )
+    if options.plot is not None:
+        check_file(options.plot, "--plot", PICTURES)
 
 
 def _contexts(pair: Pair, options: Options, device: torch.device) -> tuple[int, ...]:

@@ -9,14 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import (
-    OUTPUT,
-    Device,
-    Dtype,
-    errors,
-    integers,
-    start,
-)
+from clla.commands.shared import OUTPUT, Device, Dtype, errors, integers, path, start
 from clla.errors import UsageError
 
 SHAPE = "A shape instead of a checkpoint"
@@ -62,7 +55,9 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of tokens and random weights.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    plot: Annotated[Optional[Path], typer.Option(help="Draw speed against context.", rich_help_panel=OUTPUT)] = None,
+    plot: Annotated[
+        Optional[Path], typer.Option(help="Draw speed against context.", rich_help_panel=OUTPUT, parser=path)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Measure speed and memory, source and converted model side by side."""

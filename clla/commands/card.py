@@ -8,11 +8,11 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import errors
+from clla.commands.shared import errors, path
 
 
 def card(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory that clla convert or clla heal wrote.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Directory that clla convert or clla heal wrote.", parser=path)],
     repo_id: Annotated[
         Optional[str], typer.Option(help="Hub id that its code loads; default: the directory's name.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import Device, errors, start
+from clla.commands.shared import Device, errors, path, start
 from clla.errors import UsageError
 
 
@@ -28,8 +28,10 @@ def compare(
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 128,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
     retrieval_trials: Annotated[Optional[int], typer.Option(min=0, help="Planted codes; default 16, or 2.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of table and pictures.")] = Path("comparison"),
-    work_dir: Annotated[Optional[Path], typer.Option(help="Keep the moments here.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of table and pictures.", parser=path)] = Path(
+        "comparison"
+    ),
+    work_dir: Annotated[Optional[Path], typer.Option(help="Keep the moments here.", parser=path)] = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
@@ -37,6 +39,7 @@ def compare(
     with errors(as_json):
         start()
         from clla.compare import Options, run_comparison
+        from clla.places import check_writable, holding
 
         if budget and not budget.strip(" ,"):
             raise UsageError(f"--budget {budget!r} names no share", expected="e.g. 25%,6.25%", remedy="correct it")
@@ -56,8 +59,12 @@ def compare(
             work_dir=work_dir,
             thorough=not quick,
         )
-        result = run_comparison(model, options)
-        result.save(output)
+        check_writable(output / "comparison.json", "--output")
+        if work_dir is not None:
+            check_writable(work_dir / "stats", "--work-dir")
+        with holding(output, *([work_dir] if work_dir is not None else [])):
+            result = run_comparison(model, options)
+            result.save(output)
         if as_json:
             print(json.dumps(result.to_json()))
             return

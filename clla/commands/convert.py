@@ -32,6 +32,7 @@ from clla.commands.shared import (
     Window,
     as_object,
     errors,
+    path,
     show_error,
     show_healing,
     start,
@@ -42,7 +43,8 @@ from clla.errors import CllaError, UsageError
 def convert(
     model: Annotated[str, typer.Argument(help="Hub id (user/repo[@revision]), directory, .gguf file, or 'demo'.")],
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT)
+        Optional[Path],
+        typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT, parser=path),
     ] = None,
     recipe: RecipeName = "balanced",
     kv_budget: KVBudget = None,
@@ -99,7 +101,9 @@ def convert(
     ] = False,
     work_dir: Annotated[
         Optional[Path],
-        typer.Option(help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN),
+        typer.Option(
+            help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN, parser=path
+        ),
     ] = None,
     report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
     placement: Annotated[

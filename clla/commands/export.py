@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clla import console
-from clla.commands.shared import OUTPUT, RUN, Device, errors, start
+from clla.commands.shared import OUTPUT, RUN, Device, errors, path, start
 from clla.errors import UsageError
 
 FORMATS = ("deepseek",)
@@ -17,7 +17,9 @@ FORMATS = ("deepseek",)
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert or clla heal wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=OUTPUT)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=OUTPUT, parser=path)
+    ],
     format: Annotated[
         str, typer.Option(help="deepseek: DeepseekV3, as other engines run it.", rich_help_panel=OUTPUT)
     ] = "deepseek",
@@ -37,7 +39,6 @@ def export(
         from clla.source import pick_device
 
         folder = output.resolve()
-        folder.parent.mkdir(parents=True, exist_ok=True)
         done = export_checkpoint(checkpoint, folder, device=pick_device(device), dtype=dtype, overwrite=overwrite)
         if as_json:
             told = {"output": str(folder), "config": done.config, "kl_to_checkpoint": done.kl, "healed": done.healed}

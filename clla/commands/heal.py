@@ -9,24 +9,14 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import (
-    HEAL,
-    OUTPUT,
-    RUN,
-    TRAINED,
-    Device,
-    Dtype,
-    Tracker,
-    errors,
-    show_healing,
-    start,
-)
+from clla.commands.shared import HEAL, OUTPUT, RUN, TRAINED, Device, Dtype, Tracker, errors, path, show_healing, start
 
 
 def heal(
     checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo[@revision].")],
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT)
+        Optional[Path],
+        typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT, parser=path),
     ] = None,
     tokens: Annotated[Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)] = None,
     train: Annotated[
@@ -72,7 +62,9 @@ def heal(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last saved step.", rich_help_panel=RUN)
     ] = False,
-    work_dir: Annotated[Optional[Path], typer.Option(help="Keep text and states here.", rich_help_panel=RUN)] = None,
+    work_dir: Annotated[
+        Optional[Path], typer.Option(help="Keep text and states here.", rich_help_panel=RUN, parser=path)
+    ] = None,
     report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,

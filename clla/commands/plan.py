@@ -22,6 +22,7 @@ from clla.commands.shared import (
     Window,
     errors,
     one_of,
+    path,
 )
 from clla.errors import UsageError
 
@@ -29,7 +30,7 @@ SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
 
 
 def plan(
-    statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.")],
+    statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.", parser=path)],
     recipe: RecipeName = "balanced",
     kv_budget: KVBudget = None,
     at_context: Annotated[
@@ -56,13 +57,16 @@ def plan(
     budgets: Annotated[str, typer.Option(help="Of --sweep, comma-separated.", rich_help_panel=PLAN)] = SWEEP,
     plot: Annotated[
         Optional[Path],
-        typer.Option(help="Draw the plan, or with --sweep the frontier, as .png.", rich_help_panel=OUTPUT),
+        typer.Option(help="Draw the plan, or with --sweep the frontier, as .png.", rich_help_panel=OUTPUT, parser=path),
     ] = None,
-    save: Annotated[Optional[Path], typer.Option(help="Write the plan as JSON.", rich_help_panel=OUTPUT)] = None,
+    save: Annotated[
+        Optional[Path], typer.Option(help="Write the plan as JSON.", rich_help_panel=OUTPUT, parser=path)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Plan other budgets from the statistics of a conversion, in seconds."""
     with errors(as_json):
+        from clla.places import PICTURES, check_file
         from clla.recipe import load_recipe, plan_changes
 
         chosen = load_recipe(recipe).override(
@@ -84,6 +88,10 @@ def plan(
             )
         if not sweep and budgets != SWEEP:
             raise UsageError("--budgets without --sweep", remedy="add --sweep, or use --kv-budget")
+        if plot is not None:
+            check_file(plot, "--plot", PICTURES)
+        if save is not None:
+            check_file(save, "--save")
         from clla.convert.explore import Explorer, find_kept
 
         explorer = Explorer(find_kept(statistics), chosen)

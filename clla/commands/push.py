@@ -9,11 +9,11 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import errors
+from clla.commands.shared import errors, path
 
 
 def push(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory that clla convert or heal wrote.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Directory that clla convert or heal wrote.", parser=path)],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub: user/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     adapter_only: Annotated[
@@ -29,16 +29,18 @@ def push(
     """Upload a converted checkpoint to the Hub."""
     with errors(as_json, interrupted="the checkpoint on disk is as it was"):
         from clla import hub
+        from clla.places import holding
 
         what = hub.Push(
-            checkpoint.expanduser().resolve(),
+            checkpoint.resolve(),
             repo,
             private=private,
             adapter_only=adapter_only,
             revision=revision,
             base_model=base_model,
         )
-        outgoing, done = (hub.prepare(what, ask=False), None) if dry_run else hub.push(what)
+        with holding(what.folder, needed=False):
+            outgoing, done = (hub.prepare(what, ask=False), None) if dry_run else hub.push(what)
         if as_json:
             print(json.dumps(_as_json(what, outgoing, done)))
             return

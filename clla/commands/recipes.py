@@ -10,10 +10,7 @@ from typing import Annotated
 import typer
 
 from clla import console
-from clla.commands.shared import (
-    errors,
-    recipe_names,
-)
+from clla.commands.shared import errors, path, recipe_names
 from clla.errors import UsageError
 
 
@@ -45,7 +42,7 @@ def show(
 
 def cp(
     name: Annotated[str, typer.Argument(help="Built-in recipe.", autocompletion=recipe_names)],
-    destination: Annotated[Path, typer.Argument(help="File or directory.")] = Path("."),
+    destination: Annotated[Path, typer.Argument(help="File or directory.", parser=path)] = Path("."),
 ) -> None:
     """Copy a built-in recipe to start your own from."""
     with errors():

@@ -11,13 +11,21 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import OUTPUT, Device, Dtype, errors, start
+from clla.commands.shared import OUTPUT, Device, Dtype, errors, path, start
 
 
 def report(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
-    html: Annotated[
-        Optional[Path], typer.Option(help="File to write; default: CHECKPOINT-report.html.", rich_help_panel=OUTPUT)
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--output",
+            "-o",
+            "--html",
+            help="File to write; default: CHECKPOINT-report.html.",
+            rich_help_panel=OUTPUT,
+            parser=path,
+        ),
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.", rich_help_panel=OUTPUT)] = False,
     samples: Annotated[
@@ -46,9 +54,9 @@ def report(
         from clla.report import Options, make_page
         from clla.revision import beside
 
-        path = (html or beside(checkpoint, "-report.html")).resolve()
+        page = (output or beside(checkpoint, "-report.html")).resolve()
         options = Options(
-            html=path,
+            html=page,
             samples=samples if samples is not None else 0 if prompt else 3,
             prompts=tuple(prompt or ()),
             new_tokens=max_new_tokens,
@@ -62,7 +70,7 @@ def report(
         data = make_page(checkpoint, options)
         if as_json:
             found = {
-                "output": str(path),
+                "output": str(page),
                 "layers": [asdict(error) for error in data.errors],
                 "samples": [asdict(sample) for sample in data.samples],
                 "missing": [asdict(item) for item in data.missing],
@@ -71,6 +79,6 @@ def report(
             print(json.dumps(found))
         for item in data.missing:
             console.say(f"{item.what}: not on the page. {item.why} {item.how}")
-        console.say(f"Wrote {path}")
-        if open_it and not webbrowser.open(path.as_uri()):
+        console.say(f"Wrote {page}")
+        if open_it and not webbrowser.open(page.as_uri()):
             console.say("No browser could be opened; open the file yourself")

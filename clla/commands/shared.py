@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from clla import console
 from clla.errors import CllaError, UsageError
+from clla.places import expanded
 from clla.recipes import builtin_recipes
 
 CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
@@ -24,6 +26,14 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
 def recipe_names(incomplete: str) -> list[str]:
     """Completion of a built-in recipe's name."""
     return [name for name in builtin_recipes() if name.startswith(incomplete)]
+
+
+def path(text: str) -> Path:
+    """A path option or argument, `~` taken for the home directory: the shell leaves `--output=~/x` alone."""
+    try:
+        return expanded(text)
+    except CllaError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 Device = Annotated[

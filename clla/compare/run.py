@@ -15,6 +15,8 @@ from clla import console
 from clla.artifacts import write_text
 from clla.baselines.stored import SourceCache
 from clla.calibrate.data import evaluation_windows
+from clla.calibrate.reading import check_text
+from clla.calibrate.seen import fitted_text, unseen
 from clla.compare.bench import BYTES_CHUNK, Bench, Setting
 from clla.compare.methods import METHODS, pick_methods
 from clla.convert.run import Run, resolve
@@ -22,6 +24,7 @@ from clla.evaluate.comparison import Row, comparison_table, draw_comparison, par
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject
 from clla.evaluate.perplexity import compare as measure
+from clla.evaluate.report import UNSEEN
 from clla.evaluate.retrieval import make_trials, retrieve
 from clla.recipe import Recipe
 from clla.source import open_source, pick_device
@@ -64,12 +67,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Attributes: model: its name; rows: the source first; left_out: (method, setting, why); options."""
+    """One table.
+
+    Attributes:
+        model: its name.
+        rows: the source first.
+        left_out: (method, setting, why).
+        options: what was asked for.
+        unseen: calibration did not read the text; None where that is not known.
+    """
 
     model: str
     rows: list[Row]
     left_out: list[tuple[str, str, str]]
     options: Options
+    unseen: bool | None = None
 
     def recommendations(self) -> list[tuple[float, Row | None]]:
         """For each budget the row of least KL that keeps to it, by this table alone."""
@@ -82,7 +94,9 @@ class Comparison:
                 advice.add_row(f"{100 * budget:g} %", "no setting keeps to it", "", "")
             else:
                 advice.add_row(f"{100 * budget:g} %", row.name, f"{100 * row.share:.1f} %", f"{row.kl:.4f}")
-        found = [comparison_table(self.rows, context=self.options.context, long_context=self.options.long_context)]
+        options = self.options
+        found = [comparison_table(self.rows, context=options.context, long_context=options.long_context)]
+        found[0].caption = f"{options.windows} windows of the text, {UNSEEN[self.unseen]}"
         if self.left_out:
             gone = Table("method", "setting", "why", title="Left out")
             for entry in self.left_out:
@@ -95,6 +109,7 @@ class Comparison:
         return {
             "model": self.model,
             **options,
+            "unseen": self.unseen,
             "rows": [asdict(row) for row in self.rows],
             "left_out": [dict(zip(("method", "setting", "why"), entry, strict=True)) for entry in self.left_out],
             "pareto": [row.name for row in pareto(self.rows)],
@@ -118,6 +133,8 @@ def run_comparison(name: str, options: Options) -> Comparison:
         CllaError: bad input.
     """
     names = pick_methods(options.methods)
+    check_text(options.dataset)
+    check_text(options.text)
     source, where = open_source(name), pick_device(options.device)
     calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
     # `first`, so that the inputs are collected, which several methods need.
@@ -141,7 +158,8 @@ def run_comparison(name: str, options: Options) -> Comparison:
             thorough=options.thorough,
         )
         rows, left_out = run_methods(bench, names, windows, options)
-    return Comparison(source.name, rows, left_out, options)
+        known = unseen(options.text, [fitted_text(options.dataset)], left_out=options.text == "bundled")
+    return Comparison(source.name, rows, left_out, options, known)
 
 
 def run_methods(

@@ -5,7 +5,10 @@ Everything is written into a partial directory that takes the final name only wh
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,44 +18,86 @@ from typing import Any
 import psutil
 from safetensors.torch import save_file
 
-from clla.checksums import write_checksums
+from clla.checksums import CHECKSUMS, known_checksums, write_checksums
 from clla.errors import CllaError, UsageError
 from clla.modeling.modeling_clla import CODEC_FILE, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
+from clla.places import check_writable, writing
 
+REPORT = "clla_report.json"
+UNLISTED = ("README.md", "clla_plan.png", "clla_quality.png", "clla_healing.png", "__pycache__")  # have no checksums
+PARTIAL, OLD = ".partial", ".old"  # of directories beside the output, with a random part before
 FREE_SPACE_MARGIN = 1.1
 
 
 def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuse an output directory that holds something.
+    """Refuse an output directory that cannot be written, or that holds something; nothing is read for it.
 
     Args:
         path: of the output.
-        source: of the model that is converted, if it is a directory.
+        source: of the model that is converted, a directory or a file, if it is on this machine.
         overwrite: replace an earlier conversion.
 
     Raises:
-        UsageError: it is a file, part of the source, or not empty and `overwrite` was not given.
+        UsageError: it is a file, is or holds the source, cannot be written, or is not empty and `overwrite` was not
+            given or would remove something that clla did not write.
     """
     own, model = path.resolve(), source.resolve()
-    if source.is_dir() and (own == model or own in model.parents or model in own.parents):
+    if source.exists() and own in (model, *model.parents):
         raise UsageError(
-            f"{path} and the source model in {source} lie inside each other",
-            expected="a directory apart from the source",
+            f"{path} {'is' if own == model else 'holds'} the source {source}, which would be replaced",
+            expected="a directory without the source",
             remedy="choose another --output",
         )
     if path.is_file():
         raise UsageError(f"{path} is a file", expected="a directory to write to", remedy="choose another --output")
+    if path.is_mount():
+        raise UsageError(
+            f"{path} is where a disk is mounted, which cannot be replaced by a finished directory",
+            expected="a directory",
+            remedy=f"choose one in it: --output {path / 'model'}",
+        )
+    check_writable(path, "--output")
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"{path} is not empty", expected="a new or empty directory", remedy="pass --overwrite")
-    if not (path / "clla_report.json").is_file():
+    if foreign := _foreign(path):
         raise UsageError(
-            f"{path} holds something that clla did not write",
+            f"{path} holds something that clla did not write: {foreign}",
             expected="a checkpoint of an earlier conversion, for --overwrite to replace",
-            remedy="choose another --output, or remove the directory yourself",
+            remedy="choose another --output, or move it away yourself",
         )
+
+
+def check_work_dir(work: Path | None, output: Path) -> None:
+    """Refuse a work directory in the output, with which it would be replaced, or one that cannot be written to.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if work is None:
+        return
+    own = work.resolve()
+    if output.resolve() in (own, *own.parents):
+        raise UsageError(
+            f"--work-dir {work} lies in the output {output}",
+            expected="a directory apart from it",
+            remedy="choose another --work-dir",
+        )
+    if work.is_file():
+        raise UsageError(f"--work-dir {work} is a file", expected="a directory", remedy="choose another --work-dir")
+    check_writable(work / "stats", "--work-dir")
+
+
+def _foreign(folder: Path) -> str | None:
+    """A name in a directory that is not of a checkpoint or an export of ours."""
+    names = sorted(file.name for file in folder.iterdir())
+    if REPORT not in names:
+        return names[0]
+    listed = known_checksums(folder)
+    ours = {*listed, CHECKSUMS, *UNLISTED}
+    return next((name for name in names if listed and name not in ours), None)
 
 
 def check_disk(path: Path, needed: int, *, instead: str = "save the codec alone with --adapter-only") -> None:
@@ -76,6 +121,20 @@ def check_disk(path: Path, needed: int, *, instead: str = "save the codec alone 
         )
 
 
+def check_room(needed: dict[Path, int]) -> None:
+    """`check_disk` of several places, of which some may lie on the same disk.
+
+    Args:
+        needed: bytes by path.
+    """
+    disks: dict[int, list[Path]] = {}
+    for path in needed:
+        parent = next(p for p in (path, *path.parents) if p.exists())
+        disks.setdefault(parent.stat().st_dev, []).append(path)
+    for paths in disks.values():
+        check_disk(paths[0], sum(needed[path] for path in paths))
+
+
 def check_memory(needed: int) -> None:
     """Refuse a model whose moments do not fit.
 
@@ -92,24 +151,44 @@ def check_memory(needed: int) -> None:
 
 
 @contextmanager
-def finished_directory(path: Path) -> Iterator[Path]:
-    """A partial directory beside `path` that gets checksums and replaces it once the block ends without an error."""
-    partial = path.with_name(path.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+def finished_directory(path: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """A partial directory beside `path` that gets checksums and replaces it once the block ends without an error.
+
+    Args:
+        path: held by this run alone (`clla.places.holding`).
+        needed: bytes that are going to be written, for the message where that fails.
+
+    Raises:
+        CllaError: the system refused to write.
+    """
+    name = secrets.token_hex(4)
+    partial, old = (path.with_name(f"{path.name}.{name}{suffix}") for suffix in (PARTIAL, OLD))
     try:
-        yield partial
-        write_checksums(partial)
+        with writing(path, needed=needed):
+            partial.mkdir(parents=True)
+            yield partial
+            write_checksums(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def tidy(path: Path) -> None:
+    """Remove what a killed run left beside `path`, and put back what it was about to replace.
+
+    Args:
+        path: held by this run alone.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*"):
+        if re.fullmatch(rf"\.[0-9a-f]{{8}}({re.escape(PARTIAL)}|{re.escape(OLD)})", left.name[len(path.name) :]):
+            if left.suffix == OLD and not path.exists():
+                os.replace(left, path)
+            else:
+                shutil.rmtree(left)
 
 
 def write_checkpoint(

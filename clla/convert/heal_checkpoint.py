@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from clla.artifacts import read_json, write_text
 from clla.calibrate.data import report_text, report_windows
+from clla.calibrate.reading import check_text
+from clla.calibrate.seen import fitted_of, unseen
 from clla.card import write_card
-from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
+from clla.convert.checkpoint import check_output, check_work_dir, finished_directory, tidy, write_checkpoint
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.convert.healing_text import healed_on
 from clla.evaluate.report import Report, write_report
 from clla.heal.sharding import launched_sharded
 from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
+from clla.places import expanded, holding
 from clla.recipe import Recipe
 from clla.source import pick_device, start_processes
 
@@ -61,18 +67,38 @@ def heal_checkpoint(
     Raises:
         CllaError: bad input; nothing is left half-written.
     """
-    folder = checkpoint_folder(path)
     processes, device = start_processes(pick_device(options.device))
     launched_sharded()  # refuses what cannot be, before weights are read
-    check_output(options.output, folder, overwrite=options.overwrite)
+    places = (options.output, options.work_dir) if options.work_dir else (options.output,)
+    with holding(*places) if processes.is_main_process else nullcontext():
+        return _heal(path, changes, options, processes, device)
+
+
+def _heal(
+    path: str, changes: dict[str, Any], options: CheckpointOptions, processes: PartialState, device: torch.device
+) -> tuple[Recipe, Report | None, Healing]:
+    """`heal_checkpoint` once nobody else writes to the same places."""
+    if processes.is_main_process:
+        tidy(options.output)
+    check_work_dir(options.work_dir, options.output)
+    check_output(options.output, expanded(path), overwrite=options.overwrite)
+    check_text(changes.get("dataset"))
+    folder = checkpoint_folder(path)
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})
     assert recipe.heal is not None
     teacher = teacher_of(loaded, recipe, options.teacher, device)
     measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
+    check_text(text)
+    fitted = fitted_of(folder)
+    if fitted is not None:
+        fitted = [*fitted, healed_on(text, loaded.tokenizer, length=recipe.heal.sequence_length)]
     if options.report:
         longest = recipe.heal.sequence_length
-        measured = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=longest)
+        windows, left_out = report_windows(
+            text, loaded.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=longest
+        )
+        measured = windows, unseen(report_text(text), fitted, left_out=left_out)
     work = options.work_dir or options.output.with_name(options.output.name + ".work")
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
@@ -84,7 +110,8 @@ def heal_checkpoint(
     earlier = _earlier_report(folder)
     if not processes.is_main_process:
         return recipe, report, healing
-    with finished_directory(options.output) as out:
+    needed = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
+    with finished_directory(options.output, needed=needed) as out:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)
         write_checkpoint(out, model, loaded.tokenizer, base_model=None)
@@ -101,6 +128,7 @@ def heal_checkpoint(
             origin=earlier.get("origin"),
             calibration_tokens=earlier.get("calibration_tokens"),
             text=report_text(text),
+            fitted=None if fitted is None else [one.to_json() for one in fitted],
         )
         write_card(out, options.output.name)
     if options.work_dir is None:

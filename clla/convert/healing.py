@@ -127,7 +127,7 @@ def heal_and_measure(
     tokenizer: Any,
     plan: Plan,
     recipe: Recipe,
-    measured: tuple[Tensor, bool] | None,
+    measured: tuple[Tensor, bool | None] | None,
     options: HealOptions,
 ) -> tuple[CllaForCausalLM, Report | None, Healing]:
     """Heal, and measure before and after.
@@ -138,7 +138,7 @@ def heal_and_measure(
         tokenizer: its own.
         plan: that it runs on.
         recipe: whose `heal` is not None.
-        measured: windows [N, T] to measure on and whether calibration left them out; None measures nothing.
+        measured: windows [N, T] to measure on and whether they are unseen, as of `unseen`; None measures nothing.
         options: how to run.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from transformers import PreTrainedModel
 
 from clla import console
 from clla.artifacts import digest, load_verified, save_verified
-from clla.calibrate.data import fingerprint, load_documents, self_written, split_held_out, token_batches, whole_windows
+from clla.calibrate.data import (
+    calibration_blocks,
+    held_out_blocks,
+    holds_back,
+    self_written,
+    token_batches,
+    whole_windows,
+)
+from clla.calibrate.reading import read_documents
+from clla.calibrate.seen import FittedText, fingerprint, fitted_text
 from clla.errors import CorruptArtifactError, DatasetError
 from clla.recipe import HealConfig
 
@@ -52,6 +62,13 @@ def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, wor
     return sequences, held
 
 
+def healed_on(dataset: str, tokenizer: Any, *, length: int) -> FittedText:
+    """What healing on a text trains on, in sequences of `length` tokens: all of it, where it is too short to keep one
+    back.
+    """
+    return fitted_text(dataset, held_out=dataset == "self" or holds_back(dataset, tokenizer, length=length))
+
+
 def _counted(batch: Tensor, advance: console.Advance) -> Tensor:
     advance(batch.numel())
     return batch
@@ -60,19 +77,19 @@ def _counted(batch: Tensor, advance: console.Advance) -> Tensor:
 def _packed(config: HealConfig, tokenizer: Any, wanted: int) -> tuple[Tensor, Tensor]:
     """Sequences [wanted, T] of a text, and windows [M, T] of what is kept back of it."""
     assert config.dataset
-    documents, length = load_documents(config.dataset), config.sequence_length
+    dataset, length = config.dataset, config.sequence_length
 
-    def pack(texts: list[str]) -> Tensor:
+    def pack(texts: Iterable[str]) -> Tensor:
         return torch.cat(
             token_batches(texts, tokenizer, tokens=wanted * length, sequence_length=length, seed=config.seed)
         )
 
-    kept, left_out = split_held_out(documents)
-    try:
+    if holds_back(dataset, tokenizer, length=length):
+        left_out = held_out_blocks(read_documents(dataset, tell=False))
         held = whole_windows(left_out, tokenizer, count=HELD_OUT_WINDOWS, length=length)
-        sequences = pack(kept)
-    except DatasetError:  # too short for that: keep the last sequences back
-        sequences = pack(documents)
+        sequences = pack(calibration_blocks(read_documents(dataset)))
+    else:  # too short for that: keep the last sequences back
+        sequences = pack(read_documents(dataset))
         count = min(HELD_OUT_WINDOWS, len(sequences) // 2)
         if count == 0:
             raise DatasetError(

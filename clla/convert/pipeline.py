@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,35 @@ from accelerate import PartialState
 from clla import console
 from clla.artifacts import Plan, write_text
 from clla.calibrate.data import report_text
+from clla.calibrate.reading import check_text
+from clla.calibrate.seen import fitted_text, unseen
 from clla.card import write_card
 from clla.checksums import WEIGHTS, base_checksums
 from clla.convert.assemble import attach
-from clla.convert.checkpoint import check_disk, check_memory, check_output, finished_directory, write_checkpoint
+from clla.convert.checkpoint import (
+    check_memory,
+    check_output,
+    check_room,
+    check_work_dir,
+    finished_directory,
+    tidy,
+    write_checkpoint,
+)
 from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_measure
-from clla.convert.run import Run, moment_bytes, resolve
+from clla.convert.healing_text import healed_on
+from clla.convert.run import Run, moment_bytes, resolve, stats_bytes
 from clla.convert.surrogates import weigh
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.heal.sharding import launched_sharded
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.origin import origin_of
+from clla.places import check_writable, expanded, holding
 from clla.recipe import Recipe, load_recipe
 from clla.source import Source, model_folder, open_source, pick_device, start_processes
+
+# What a run keeps in its work directory.
+KEPT = ("stats-*", "plan-*", "codec-*", "spectra-*", "heal", "spill", "offload-*")
 
 
 @dataclass(frozen=True)
@@ -99,9 +114,26 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     Raises:
         CllaError: bad input; nothing is left half-written.
     """
-    source = open_source(name)
     processes, device = start_processes(pick_device(options.device))
     launched_sharded()  # refuses what cannot be, before weights are read
+    places = {options.output, _work_path(options)} if options.work_dir else {options.output}
+    with holding(*places) if processes.is_main_process else nullcontext():
+        return _prepared(name, recipe, options, processes, device)
+
+
+def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialState, device: torch.device) -> Conversion:
+    """`convert` once nobody else writes to the same places: all that can be is checked before anything is read."""
+    if processes.is_main_process:
+        tidy(options.output)
+    check_work_dir(options.work_dir, options.output)
+    if options.dry_run:
+        check_writable(options.output, "--output")
+    else:
+        resumed = options.resume and (options.output / "clla_recipe.yaml").is_file()  # more is known later
+        check_output(options.output, expanded(name), overwrite=options.overwrite or resumed)
+    check_text(recipe.calibration.dataset)
+    check_text(recipe.heal.dataset if recipe.heal is not None else None)
+    source = open_source(name)
     recipe = resolve(recipe, source, device)
     if options.adapter_only and recipe.heal is not None and recipe.heal.train != "codec":
         raise UsageError(
@@ -124,8 +156,8 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
                 expected="an interrupted run",
                 remedy="use it, or pass --overwrite to make it anew",
             )
-        check_output(options.output, Path(source.path), overwrite=options.overwrite or ours)
-        check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
+        check_output(options.output, expanded(name), overwrite=options.overwrite or ours)
+    check_room(_bytes_needed(source, recipe, options))
     check_memory(moment_bytes(source, recipe, streamed=True))
     with _work_dir(options, processes) as work:
         return _convert(source, recipe, options, processes, device, work)
@@ -149,15 +181,20 @@ def _convert(
     codec = run.codec(stats, spectra, plan)
     processes.wait_for_everyone()
     if options.dry_run or (recipe.heal is None and not processes.is_main_process):
-        if options.work_dir is None and processes.is_main_process:
-            shutil.rmtree(work)
         return Conversion(options.output, plan, recipe, codec.predicted_kl, None, None)
 
     converted = attach(run.model_as_stored(), codec, run.block(plan))
     tokenizer = run.tokenizer
     report = healing = None
-    measured = run.report_windows() if options.report and run.placement != "stream" else None
-    if options.report and measured is None:
+    fitted, text = [fitted_text(recipe.calibration.dataset)], report_text(recipe.calibration.dataset)
+    if recipe.heal is not None:
+        learned = recipe.heal.dataset or recipe.calibration.dataset
+        fitted.append(healed_on(learned, tokenizer, length=recipe.heal.sequence_length))
+    measured = None
+    if options.report and run.placement != "stream":
+        windows, left_out = run.report_windows()
+        measured = windows, unseen(text, fitted, left_out=left_out)
+    elif options.report:
         console.say("Nothing is measured, since layers are read from disk; where the model fits: clla eval")
     if recipe.heal is not None:
         logs = options.output.with_name(options.output.name + "-logs")
@@ -165,11 +202,12 @@ def _convert(
         converted, report, healing = heal_and_measure(converted, run.model(), tokenizer, plan, recipe, measured, how)
         recipe = recipe.model_copy(update={"heal": healing.config})
     elif measured is not None:
-        windows, unseen = measured
-        report = before_and_after(converted, tokenizer, plan, windows, unseen=unseen)
+        windows, known = measured
+        report = before_and_after(converted, tokenizer, plan, windows, unseen=known)
     if not processes.is_main_process:
         return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
-    with finished_directory(options.output) as folder:
+    needed = sum(tensor.numel() for tensor in converted.state_dict().values()) * source.dtype.itemsize
+    with finished_directory(options.output, needed=needed) as folder:
         for parameter in converted.parameters():  # buffers keep the precision that the model wants
             parameter.data = parameter.data.to(source.dtype)
         write_checkpoint(
@@ -191,7 +229,8 @@ def _convert(
             healing=healing.to_json() if healing else None,
             origin=origin_of(source).to_json(),
             calibration_tokens=stats.tokens,
-            text=report_text(recipe.calibration.dataset),
+            text=text,
+            fitted=[one.to_json() for one in fitted],
         )
         write_card(folder, options.output.name)
     if options.work_dir is None:
@@ -205,23 +244,42 @@ def _work_path(options: Options) -> Path:
 
 @contextmanager
 def _work_dir(options: Options, processes: PartialState) -> Iterator[Path]:
-    """Where an unfinished run keeps its parts; gone afterwards if it has none."""
+    """Where an unfinished run keeps its parts; gone afterwards if it has none, or after a dry run that made it."""
     work = _work_path(options)
     if not processes.is_main_process:
         yield work
         return
-    if work.exists() and options.work_dir is None:
+    before = work.exists()
+    if before and options.work_dir is None:
+        _check_ours(work)
         if options.resume:
             console.say(f"Resuming from {work}")
-        else:
+        elif not options.dry_run:
             console.say(f"Starting afresh; --resume would have taken up the unfinished run in {work}")
             shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     try:
         yield work
+        if options.dry_run and options.work_dir is None and not before:
+            shutil.rmtree(work)
     finally:
         if options.work_dir is None and work.exists() and not any(work.iterdir()):
             work.rmdir()
+
+
+def _check_ours(work: Path) -> None:
+    """A directory of the name that a run would take, and delete, must be of an earlier run.
+
+    Raises:
+        UsageError: something else lies in it.
+    """
+    foreign = [file.name for file in work.iterdir() if not any(map(file.match, KEPT))]
+    if foreign:
+        raise UsageError(
+            f"{work}, where this run would keep its parts, holds something that clla did not write: {min(foreign)}",
+            expected="no such directory, or that of an unfinished run",
+            remedy="choose another --output, or name a --work-dir",
+        )
 
 
 def _is_result(output: Path, recipe: Recipe) -> bool:
@@ -234,14 +292,23 @@ def _is_result(output: Path, recipe: Recipe) -> bool:
     return found.model_copy(update={"heal": recipe.heal} if healed else {}) == recipe
 
 
-def _bytes_needed(source: Source, *, adapter_only: bool) -> int:
-    """Rough size of what will be written: the weights as they are now, the stats and the codec."""
-    stats = len(source.layers) * 8 * source.kv.values**2 * 4
-    if adapter_only or not Path(source.path).is_dir():
-        return stats
+def _bytes_needed(source: Source, recipe: Recipe, options: Options) -> dict[Path, int]:
+    """Size of what will be written: stats, unless they are there, and the weights as they are now."""
+    work = _work_path(options)
+    kept = sum(file.stat().st_size for file in work.glob("stats-*.safetensors"))
+    needed = {work: max(0, stats_bytes(source, recipe) - kept)}
+    if not options.dry_run:
+        needed[options.output] = 0 if options.adapter_only else _weights_bytes(source)
+    return needed
+
+
+def _weights_bytes(source: Source) -> int:
+    """Of a model on this machine, as it will be written; 0 for one on the Hub, whose download tells."""
+    if not Path(source.path).is_dir():
+        return 0
     names = [source.gguf_file] if source.gguf_file else WEIGHTS
     weights = sum(f.stat().st_size for name in names for f in Path(source.path).glob(name))
-    return stats + weights * (4 if source.gguf_file else 1)
+    return weights * (4 if source.gguf_file else 1)
 
 
 def _base_model(source: Source) -> dict[str, Any]:

@@ -21,15 +21,10 @@ from clla import console
 from clla.artifacts import Codec, Plan, Stats, digest
 from clla.baselines.stored import SourceCache
 from clla.calibrate.collect import Collector, collect
-from clla.calibrate.data import (
-    fingerprint,
-    load_documents,
-    report_windows,
-    self_written,
-    split_held_out,
-    token_batches,
-)
+from clla.calibrate.data import calibration_blocks, report_windows, self_written, token_batches
 from clla.calibrate.positions import rope_settings
+from clla.calibrate.reading import read_documents
+from clla.calibrate.seen import fingerprint
 from clla.calibrate.stream import StreamedCollector
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
@@ -206,9 +201,9 @@ class Run:
         assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
         if c.dataset == "self":
             return self_written(self.model(), self.tokenizer, tokens=c.tokens, sequence_length=length, seed=c.seed)
-        documents = load_documents(c.dataset)
+        documents = read_documents(c.dataset)
         batches = token_batches(
-            split_held_out(documents)[0] if self.hold_out else documents,
+            calibration_blocks(documents) if self.hold_out else documents,
             self.tokenizer,
             tokens=c.tokens,
             sequence_length=length,
@@ -290,7 +285,7 @@ class Run:
         return result
 
     def report_windows(self) -> tuple[Tensor, bool]:
-        """Token ids [N, T] to measure on, and whether calibration left them out.
+        """Token ids [N, T] to measure on, and whether they are of the blocks that calibration leaves out.
 
         A text too short to keep enough back is measured on as a whole, and the report says so.
         """
@@ -315,6 +310,19 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
         hidden = source.config.get_text_config().hidden_size
         total += layers * hidden * (12 * band * n + 28 * hidden)
     return total
+
+
+def stats_bytes(source: Source, recipe: Recipe) -> int:
+    """Size of the stats as they are written, fp32: what `Stats` says of its tensors."""
+    layers, values = len(source.layers), source.kv.values
+    width, band = min(values, recipe.calibration.basis), min(recipe.plan.max_group_size, layers)
+    numbers = layers * ((band + 1) * width**2 + values)
+    if values > width:
+        numbers += 2 * layers * width * values
+    if needs_inputs(recipe.plan.metric, recipe.plan.source):
+        hidden = source.config.get_text_config().hidden_size
+        numbers += layers * hidden * (hidden + band * width + 1)
+    return 4 * numbers
 
 
 def _kept(path: Path, load: Callable[[Path], T], made_from: str, doing: str) -> T | None:

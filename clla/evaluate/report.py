@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from clla.evaluate.retrieval import make_trials, retrieve
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 NAMES = ("source", "int4", "converted")
+UNSEEN = {  # what is said of a text
+    True: "not the calibration text",
+    False: "part of the calibration text",
+    None: "perhaps part of the calibration text: that is not known",
+}
 LABELS = {"source": "source", "int4": "source, int4 cache", "converted": "converted"}
 
 
@@ -38,7 +43,7 @@ class Report:
         cache_bytes: measured and planned bytes of the converted cache by context length.
         source_bytes: measured bytes of the source's cache by context length.
         retrieval: nll and exact by name, where it was asked for.
-        unseen: calibration left the text out.
+        unseen: calibration and training did not read the text; None where that is not known.
     """
 
     quality: dict[str, dict[str, float]]
@@ -48,7 +53,7 @@ class Report:
     cache_bytes: dict[int, dict[str, float]] = field(default_factory=dict)
     source_bytes: dict[int, float] = field(default_factory=dict)
     retrieval: dict[str, dict[str, float]] = field(default_factory=dict)
-    unseen: bool = True
+    unseen: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as nested objects, figures a token."""
@@ -82,13 +87,13 @@ class Report:
             cache_bytes={int(k): v for k, v in data["cache"]["by_context"].items()},
             source_bytes={int(k): v for k, v in data["source_bytes_by_context"].items()},
             retrieval=data.get("retrieval") or {},
-            unseen=data.get("unseen", True),
+            unseen=data.get("unseen"),
         )
 
     def tables(self) -> list[Table]:
         """Tables for the terminal."""
-        seen = "" if self.unseen else ", calibrated on too"
-        quality = Table(title=f"{self.windows} windows of {self.context} tokens, {self.chunk} a step{seen}")
+        what = f"{self.windows} windows of {self.context} tokens, {self.chunk} a step"
+        quality = Table(title=f"{what}, {UNSEEN[self.unseen]}")
         for title in ("model", "perplexity", "ratio", "KL (nats)", "cache bytes/token", "of source"):
             quality.add_column(title, justify="left" if title == "model" else "right")
         base = self.quality["source"]
@@ -145,7 +150,7 @@ def before_and_after(
     contexts: tuple[int, ...] = (),
     retrieval_context: int = 0,
     retrieval_trials: int = 16,
-    unseen: bool = True,
+    unseen: bool | None = None,
     source_model: PreTrainedModel | None = None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Report:
@@ -161,7 +166,7 @@ def before_and_after(
         contexts: lengths at which caches are measured; T is always among them.
         retrieval_context: tokens around a planted code; 0 leaves retrieval out.
         retrieval_trials: number of codes.
-        unseen: calibration left the windows out.
+        unseen: calibration and training did not read the windows; None where that is not known.
         source_model: the reference instead, where the weights were trained.
         on_step: called with 1 after each window.
     """
@@ -218,6 +223,7 @@ def write_report(
     origin: dict[str, Any] | None = None,
     calibration_tokens: int | None = None,
     text: str = "bundled",
+    fitted: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """`clla_report.json`, and the plan, the quality and the healing as pictures.
 
@@ -234,11 +240,13 @@ def write_report(
         origin: of the source, from `Origin.to_json`.
         calibration_tokens: whose moments were taken, where known.
         text: that was measured on, as the recipe names it.
+        fitted: texts that the model was calibrated and healed on, from `FittedText.to_json`; None where not known.
     """
     data = {
         "plan": plan.to_json(),
         "origin": origin,
         "calibration_tokens": calibration_tokens,
+        "fitted": fitted,
         "predicted_kl": predicted_kl,
         "reduction": reduction,
         "outlook": outlook or None,

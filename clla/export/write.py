@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from clla.artifacts import write_text
 from clla.calibrate.lossless import RawLayout
-from clla.convert.checkpoint import check_disk, check_output, finished_directory
+from clla.convert.checkpoint import check_disk, check_output, finished_directory, tidy
 from clla.errors import CllaError
 from clla.export.deepseek import as_deepseek, check_expressible
 from clla.heal.losses import kl_of_logits
 from clla.load import checkpoint_folder, load_checkpoint
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.places import expanded, holding
 
 CHECK_TOKENS = 64
 WRONG = 0.05  # nats a token: 16-bit weights, rounded in another order, differ by far less
@@ -49,15 +50,22 @@ def export_checkpoint(
     Raises:
         CllaError: the checkpoint has something that DeepseekV3 cannot express, or the result is not the same model.
     """
+    with holding(output):
+        tidy(output)
+        check_output(output, expanded(path), overwrite=overwrite)
+        return _export(path, output, device, dtype)
+
+
+def _export(path: str, output: Path, device: torch.device, dtype: str) -> Export:
     folder = checkpoint_folder(path)
-    check_output(output, folder, overwrite=overwrite)
     loaded = load_checkpoint(str(folder), device=device, dtype="float32")
     model = loaded.model
     check_expressible(model, loaded.plan)
     stored = getattr(torch, model.config.clla["kv_dtype"]) if dtype == "auto" else getattr(torch, dtype)
     stored = torch.bfloat16 if stored == torch.float16 else stored  # which the scale of latents would underflow
     exported = as_deepseek(model, stored)
-    check_disk(output, sum(p.nbytes for p in exported.parameters()), instead="choose a smaller dtype")
+    needed = sum(p.nbytes for p in exported.parameters())
+    check_disk(output, needed, instead="choose a smaller dtype")
     kl = difference(model, as_deepseek(model, torch.float32).to(device))  # type: ignore[arg-type]
     if not kl < WRONG:
         raise CllaError(
@@ -66,7 +74,7 @@ def export_checkpoint(
             remedy="open an issue naming the source model",
         )
     healed = bool(model.config.clla.get("healed"))
-    with finished_directory(output) as partial:
+    with finished_directory(output, needed=needed) as partial:
         exported.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
         report = {"format": "deepseek", "exported_from": Path(path).name, "kl_to_checkpoint": kl, "healed": healed}

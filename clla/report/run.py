@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 import clla
 from clla import console
 from clla.calibrate.data import evaluation_windows
+from clla.calibrate.reading import check_text
+from clla.calibrate.seen import fitted_of, unseen
 from clla.errors import CllaError, UsageError
 from clla.evaluate.layer_errors import layer_errors
-from clla.evaluate.report import before_and_after
+from clla.evaluate.report import UNSEEN, before_and_after
 from clla.load import Checkpoint, checkpoint_folder, load_checkpoint, teacher_of
+from clla.places import check_file, holding
 from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.render import GENERATOR, render, write_page
@@ -67,13 +70,15 @@ def make_page(name: str, options: Options) -> PageData:
     Raises:
         CllaError: it is no converted checkpoint, or damaged, or the file is not ours to replace.
     """
-    _check_file(options.html)
+    _check_page(options.html)
     if not 0 <= options.samples <= len(PROMPTS):
         raise UsageError(
             f"--samples {options.samples}", expected=f"0 to {len(PROMPTS)} built-in prompts", remedy="add --prompt"
         )
     if any(not prompt.strip() for prompt in options.prompts):
         raise UsageError("the prompt is empty", expected="some text", remedy='pass --prompt "…"')
+    if options.windows or options.samples or options.prompts:
+        check_text(options.text)
     folder = checkpoint_folder(name)
     today = datetime.now(UTC).date().isoformat()
     data = read_checkpoint(folder, made=today, version=clla.__version__)
@@ -81,7 +86,8 @@ def make_page(name: str, options: Options) -> PageData:
     if options.windows or options.samples or options.prompts:
         data = _measured(data, folder, options)
     data = replace(data, missing=data.missing + _not_wanted(data, options))
-    write_page(options.html, render(data))
+    with holding(options.html):
+        write_page(options.html, render(data))
     return data
 
 
@@ -94,7 +100,8 @@ def _measured(data: PageData, folder: Path, options: Options) -> PageData:
     length = options.window_length or min(LONGEST, longest)
     windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.windows), length=length)
     if options.windows:
-        data = _with_errors(data, loaded, source, windows, options.text)
+        known = unseen(options.text, fitted_of(folder), left_out=options.text == "bundled")
+        data = _with_errors(data, loaded, source, windows, options.text, known)
     if source is not None and (options.samples or options.prompts):
         prompts = [*options.prompts, *built_in(loaded.tokenizer, windows.flatten(), options.samples, longest=longest)]
         with console.progress("Writing samples (prompts)", len(prompts)) as advance:
@@ -113,20 +120,30 @@ def _measured(data: PageData, folder: Path, options: Options) -> PageData:
 
 
 def _with_errors(
-    data: PageData, loaded: Checkpoint, source: PreTrainedModel | None, windows: Tensor, text: str
+    data: PageData,
+    loaded: Checkpoint,
+    source: PreTrainedModel | None,
+    windows: Tensor,
+    text: str,
+    known: bool | None,
 ) -> PageData:
-    """Errors of layers over windows [N, T], and quality on them, where it is not known."""
+    """Errors of layers over windows [N, T], and quality on them, where it is not known.
+
+    `known` says whether the model was fitted to them, as of `unseen`.
+    """
     plan, chunk = data.plan, data.plan.window or loaded.model.prefill_chunk
     with console.progress("Measuring layers (windows)", len(windows)) as advance:
         errors = layer_errors(loaded.model, windows, chunk=chunk, on_window=advance)
-    data = replace(data, errors=errors, error_text=_described(windows, text))
+    data = replace(data, errors=errors, error_text=_described(windows, text, known))
     if not errors:
         why = f"No token of {windows.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
         data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --window-length.")))
     if data.report is not None or source is None:
         return data
     with console.progress("Measuring quality (windows)", len(windows)) as advance:
-        report = before_and_after(loaded.model, loaded.tokenizer, plan, windows, source_model=source, on_step=advance)
+        report = before_and_after(
+            loaded.model, loaded.tokenizer, plan, windows, unseen=known, source_model=source, on_step=advance
+        )
     return replace(data, report=report)
 
 
@@ -141,8 +158,8 @@ def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTr
         return None, (Missing("Text of the source beside the converted model's", error.got + ".", how),)
 
 
-def _described(windows: Tensor, text: str) -> str:
-    own = "the bundled text, left out of the calibration" if text == "bundled" else Path(text).name
+def _described(windows: Tensor, text: str, known: bool | None) -> str:
+    own = f"{'the bundled text' if text == 'bundled' else Path(text).name}, {UNSEEN[known]}"
     many = "one window" if len(windows) == 1 else f"{len(windows)} windows"
     return f"{many} of {windows.shape[1]:,} tokens of {own}"
 
@@ -160,19 +177,18 @@ def _not_wanted(data: PageData, options: Options) -> tuple[Missing, ...]:
     return tuple(lacking)
 
 
-def _check_file(path: Path) -> None:
-    """Refuse to replace what is no page of ours.
+def _check_page(path: Path) -> None:
+    """Refuse what cannot be written, and to replace what is no page of ours.
 
     Raises:
-        UsageError: it is a directory, or another file.
+        UsageError: it is a directory, or another file, or its place cannot be written to.
     """
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory", expected="a file to write to", remedy="choose another --html")
+    check_file(path, "--output")
     if path.is_file():
         with path.open("rb") as stream:
             if GENERATOR.encode() not in stream.read(2048):
                 raise UsageError(
                     f"{path} is no page that clla wrote",
                     expected="a new file, or an earlier page to replace",
-                    remedy="choose another --html",
+                    remedy="choose another --output",
                 )

@@ -1,0 +1,121 @@
+"""Whether a model was fitted to the text that it is measured on, as far as its checkpoint's own record tells."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clla.artifacts import read_json
+from clla.calibrate.data import holds_back
+from clla.calibrate.reading import hub_dataset, local_file, open_text
+from clla.errors import CorruptArtifactError, DatasetError
+from clla.recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class FittedText:
+    """A text that a model was calibrated or healed on.
+
+    Attributes:
+        dataset: as it was named.
+        sha256: of its contents, unpacked; empty for a Hub data set and for `self`, None in older checkpoints.
+        held_out: every 16th block was left out.
+    """
+
+    dataset: str
+    sha256: str | None
+    held_out: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fingerprint(dataset: str) -> str:
+    """SHA-256 of what a local or bundled file holds, unpacked; empty for a Hub data set and for `self`.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    path = local_file(dataset)
+    if path is None or not path.is_file():
+        return ""
+    try:
+        with open_text(path) as stream:
+            sha = hashlib.sha256()
+            while piece := stream.read(1 << 20):
+                sha.update(piece)
+        return sha.hexdigest()
+    except Exception as error:  # of whatever unpacks it
+        raise DatasetError(f"{path} cannot be read: {error}", remedy="check the file") from error
+
+
+def fitted_text(dataset: str, *, held_out: bool | None = None) -> FittedText:
+    """A text that a model is fitted to now.
+
+    Args:
+        dataset: as it is named.
+        held_out: every 16th block is left out; None: as calibration does, wherever the text is long enough.
+    """
+    if held_out is None:
+        held_out = dataset == "self" or holds_back(dataset)
+    return FittedText(dataset, fingerprint(dataset), held_out)
+
+
+def unseen(text: str, fitted: Sequence[FittedText] | None, *, left_out: bool) -> bool | None:
+    """Whether windows of a text are new to a model: False if it was fitted to them, None if that cannot be known.
+
+    Args:
+        text: that is measured on.
+        fitted: texts that the model was fitted to; None if they are not known.
+        left_out: the windows are of the blocks that are kept back of every text.
+    """
+    if fitted is None:
+        return None
+    found = [_apart(text, one, left_out) for one in fitted]
+    return False if False in found else None if None in found else True
+
+
+def _apart(text: str, fitted: FittedText, left_out: bool) -> bool | None:
+    same = _same(text, fitted)
+    return None if same is None else (left_out and fitted.held_out) if same else True
+
+
+def _same(text: str, fitted: FittedText) -> bool | None:
+    """Whether two names stand for the same text, whatever its file is called."""
+    if fitted.dataset == "self":
+        return False
+    theirs = fingerprint("bundled") if fitted.dataset == "bundled" else fitted.sha256
+    if theirs and (own := fingerprint(text)):
+        return own == theirs
+    ours, other = hub_dataset(text), None if theirs else hub_dataset(fitted.dataset)
+    if ours is None or other is None or replace(ours, split=other.split) != other:
+        return None
+    return ours == other
+
+
+def fitted_of(folder: Path) -> list[FittedText] | None:
+    """Texts that a checkpoint was calibrated and healed on, by its report, or by its recipe where that is older.
+
+    None where neither says.
+    """
+    report, recipe = folder / "clla_report.json", folder / "clla_recipe.yaml"
+    noted = read_json(report).get("fitted") if report.is_file() else None
+    try:
+        if noted is not None:
+            return [FittedText(**one) for one in noted]
+    except TypeError as error:
+        raise CorruptArtifactError(
+            f"{report} does not say what the model was fitted to: {error}",
+            expected="a report as clla wrote it",
+            remedy="copy or download the checkpoint again",
+        ) from error
+    if not recipe.is_file():
+        return None
+    found = load_recipe(str(recipe))
+    names = [found.calibration.dataset]
+    if found.heal is not None:
+        names.append(found.heal.dataset or found.calibration.dataset)
+    return [FittedText(name, None, True) for name in names]
