@@ -13,10 +13,17 @@ from clla.artifacts import read_json, write_text
 from clla.calibrate.data import report_text, report_windows
 from clla.card import write_card
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
-from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.convert.healing import (
+    HEAL_LENGTH,
+    REPORT_LENGTH,
+    REPORT_WINDOWS,
+    Healing,
+    HealOptions,
+    heal_and_measure,
+)
 from clla.evaluate.report import Report, write_report
 from clla.heal.sharding import launched_sharded
-from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
+from clla.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.recipe import Recipe
 from clla.source import pick_device, start_processes
 
@@ -65,14 +72,18 @@ def heal_checkpoint(
     processes, device = start_processes(pick_device(options.device))
     launched_sharded()  # refuses what cannot be, before weights are read
     check_output(options.output, folder, overwrite=options.overwrite)
-    loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
-    recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})
+    reach = checkpoint_reach(folder)
+    reach.check_option("--sequence-length", changes.get("sequence_length"))
+    length = changes.get("sequence_length") or reach.fit(HEAL_LENGTH)
+    recipe = recipe_of(folder).model_copy(update={"heal": None})
+    recipe = recipe.override({"heal": {**changes, "sequence_length": length}})
     assert recipe.heal is not None
+    loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     teacher = teacher_of(loaded, recipe, options.teacher, device)
     measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
     if options.report:
-        longest = recipe.heal.sequence_length
-        measured = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=longest)
+        wanted = reach.fit(REPORT_LENGTH)
+        measured = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=wanted, fallback=length)
     work = options.work_dir or options.output.with_name(options.output.name + ".work")
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)

@@ -225,7 +225,7 @@ class CllaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that is kept between forward passes, counted by storage."""
-        kept = [t for layer in self.kept.values() for t in _tensors_of(layer)]
+        kept = [t for layer in self.kept.values() for _, t in kept_tensors(layer)]
         held = kept + self.timeline.tensors() + [t for group in self.groups for t in group.tensors()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
@@ -262,7 +262,10 @@ class CllaCache(Cache):
             group.rebatch(select)
 
 
-def _tensors_of(layer: Any) -> "list[Tensor]":
-    """Keys and values, or states, of a layer of transformers' own caches."""
-    values = [v for value in vars(layer).values() for v in (value if isinstance(value, list) else [value])]
-    return [value for value in values if isinstance(value, Tensor)]
+def kept_tensors(layer: Any) -> "list[tuple[str, Tensor]]":
+    """What a layer of transformers' own caches keeps, by attribute: keys and values, states of any number and form."""
+    found: "list[tuple[str, Tensor]]" = []
+    for name, value in vars(layer).items():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        found += [(name, part) for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    return found

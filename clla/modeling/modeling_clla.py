@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from .cache_clla import CllaCache
 from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
-from .hooks_clla import CACHE, attention_modules, rope_of
+from .hooks_clla import CACHE, attention_modules, position_slots, rope_of
 from .observe_clla import LISTENER, is_observed, listening, observed
 from .quantize_clla import tensor_digest
 
@@ -82,6 +82,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.codec = CodecModule(config)
         self._no_split_modules = getattr(self.source, "_no_split_modules", None)
         self.prefill_chunk = config.clla["prefill_chunk"]
+        self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
         self.select_tokens: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
         self.watch_source()
@@ -241,7 +242,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             Loss, logits and cache; hidden states of all chunks where asked for.
 
         Raises:
-            ValueError: two caches, or one of another class, or an attention mask that is not two-dimensional.
+            ValueError: two caches, or one of another class, an attention mask that is not two-dimensional, or more
+                tokens than the source has positions for.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -258,6 +260,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
         position_ids = position_ids.expand(inputs.shape[0], -1)
+        if self.position_slots is not None and past + count > self.position_slots:  # padding takes no position
+            self._check_length(int(position_ids.max()) + 1)
         name = "input_ids" if input_ids is not None else "inputs_embeds"
         keep = _kept_from(count, logits_to_keep) if labels is None else 0
         outputs = []
@@ -304,6 +308,18 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
+    def _check_length(self, tokens: int) -> None:
+        """Refuse more tokens than the source has positions for, which it would fail at with an index error.
+
+        Raises:
+            ValueError: there are more.
+        """
+        if self.position_slots is not None and tokens > self.position_slots:
+            raise ValueError(
+                f"{tokens} tokens, prompt and new ones together, are more than the {self.position_slots} that this "
+                "model has positions for: shorten the prompt, or lower max_new_tokens"
+            )
+
     @staticmethod
     def create_masks_for_generate(
         config: Any, inputs_embeds: Tensor, attention_mask: Optional[Tensor], **_: Any
@@ -315,6 +331,10 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: "dict[str, Any]", *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate` the compressed cache (versions differ in the parameters that follow)."""
+        mask, length = model_kwargs.get("attention_mask"), generation_config.max_length
+        if self.position_slots is not None and length is not None and length > self.position_slots:
+            padding = 0 if mask is None else int((mask == 0).sum(-1).min())
+            self._check_length(length - padding)
         if generation_config.use_cache is False:
             return
         if generation_config.cache_implementation not in (None, "static"):
