@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from clla.api import evaluate as evaluate
     from clla.api import heal as heal
     from clla.api import load as load
+    from clla.language_model import extract_language_model as extract_language_model
 
 __version__ = "0.1.0"
-__all__ = ["CllaError", "__version__", "convert", "evaluate", "heal", "load", "register"]
+__all__ = ["CllaError", "__version__", "convert", "evaluate", "extract_language_model", "heal", "load", "register"]
 CALLED = ("convert", "evaluate", "heal", "load")  # modules that can be called (clla.calling), imported when needed
 
 
@@ -38,11 +39,13 @@ def register() -> None:
 def __getattr__(name: str) -> Any:
     if name in CALLED:
         return importlib.import_module(f"clla.{name}")
+    if name == "extract_language_model":
+        return importlib.import_module("clla.language_model").extract_language_model
     raise AttributeError(f"module 'clla' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *CALLED})
+    return sorted({*globals(), *CALLED, "extract_language_model"})
 
 
 # The command line must answer --help without importing torch; its commands register when they need to.

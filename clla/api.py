@@ -20,7 +20,8 @@ from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after
-from clla.load import load_checkpoint, recipe_of, teacher_of
+from clla.evaluate.retrieval import plantable
+from clla.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.places import expanded
 from clla.recipe import Recipe, load_recipe, plan_changes
@@ -28,6 +29,8 @@ from clla.revision import beside, plain_name
 from clla.source import pick_device
 
 __all__ = ["Conversion", "Healed", "Healing", "Report", "convert", "evaluate", "heal", "load"]
+
+EVAL_LENGTH, EVAL_CONTEXTS, RETRIEVAL_LENGTH = 2048, (512, 2048, 8192), 4096  # where the model takes as many tokens
 
 
 @dataclass(frozen=True)
@@ -220,12 +223,12 @@ def evaluate(
     *,
     text: str = "bundled",
     windows: int = 4,
-    window_length: int = 2048,
+    window_length: int | None = None,
     chunk: int | None = None,
     select_tokens: int | None = None,
-    contexts: Sequence[int] = (512, 2048, 8192),
+    contexts: Sequence[int] | None = None,
     retrieval: bool = True,
-    retrieval_context: int = 4096,
+    retrieval_context: int | None = None,
     retrieval_trials: int = 8,
     teacher: str | None = None,
     device: str = "auto",
@@ -238,26 +241,37 @@ def evaluate(
         text: to measure on: a file, a Hub data set, or `bundled`, of which that part is taken that calibration
             leaves out. The report's `unseen` says what the checkpoint's record tells of it.
         windows: of text.
-        window_length: tokens a window.
+        window_length: tokens per window; default 2048, or what the model takes.
         chunk: tokens a forward pass; default: the exact window.
         select_tokens: old tokens read in full; a forward pass then takes as few tokens as that needs.
-        contexts: lengths in tokens at which caches are measured.
-        retrieval: also plant codes in `retrieval_context` tokens, `retrieval_trials` times, and ask for them.
+        contexts: lengths in tokens at which caches are measured; default 512, 2048 and 8192, as far as the model goes.
+        retrieval: also plant codes in `retrieval_context` tokens (default 4096, or what the model takes),
+            `retrieval_trials` times, and ask for them.
         teacher: source model, where the weights were trained; default: from the recipe.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16.
 
     Raises:
-        CllaError: no such checkpoint, it is damaged, or there is too little text.
+        CllaError: no such checkpoint, it is damaged, the model has no positions for a length, or there is too little
+            text.
     """
     where = pick_device(device)
     check_text(text)
-    loaded = load_checkpoint(str(checkpoint), device=where, dtype=dtype)
+    folder = checkpoint_folder(str(checkpoint))
+    reach = checkpoint_reach(folder)
+    reach.check_option("--window-length", window_length)
+    reach.check_option("--contexts", max(contexts) if contexts else None)
+    reach.check_option("--retrieval-context", retrieval_context if retrieval else None)
+    loaded = load_checkpoint(str(folder), device=where, dtype=dtype)
     if select_tokens is not None:
         chunk = _select(loaded.model, select_tokens, chunk)
     trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
     source = teacher_of(loaded, recipe_of(loaded.folder), teacher, where) if trained else None
-    ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=window_length)
+    length = window_length or reach.fit(EVAL_LENGTH)
+    around = 0
+    if retrieval:  # a length that was asked for is refused where it has no room, not shortened
+        around = retrieval_context or plantable(loaded.tokenizer, reach.fit(RETRIEVAL_LENGTH))
+    ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=length)
     with console.progress("Measuring (windows)", len(ids)) as advance:
         return before_and_after(
             loaded.model,
@@ -265,8 +279,8 @@ def evaluate(
             loaded.plan,
             ids,
             chunk=chunk,
-            contexts=tuple(contexts),
-            retrieval_context=retrieval_context if retrieval else 0,
+            contexts=tuple(map(reach.fit, EVAL_CONTEXTS)) if contexts is None else tuple(contexts),
+            retrieval_context=around,
             retrieval_trials=retrieval_trials,
             unseen=unseen(text, fitted_of(loaded.folder), left_out=text == "bundled"),
             source_model=source,

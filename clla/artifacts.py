@@ -31,6 +31,7 @@ from clla.modeling.quantize_clla import layout_of, tensor_digest
 from clla.places import writing
 
 ARTIFACT_VERSION = 1
+NEWER = {"capacity", "rope_bits", "kept_slot_bytes", "kept_state_bytes"}  # fields that older checkpoints lack
 EVICT_BYTES = 6  # a row of a group with a capacity: position (int32) and score (half)
 
 
@@ -152,8 +153,11 @@ class Plan:
         sinks: first tokens kept exact.
         flush_block: tokens that leave the window at once.
         capacity: latents a group keeps at most, the least attended leave; None keeps all.
-        kept_layers: layers left with the source's own cache (bounded by a sliding window).
-        kept_window: that sliding window.
+        kept_layers: layers left with the source's own cache (bounded by a sliding window, or a state of fixed size).
+        kept_window: that sliding window; 0 where none has one.
+        kept_slot_bytes: of one token in the windows of all these layers; None (of older checkpoints): as if they
+            cached what the converted layers do.
+        kept_state_bytes: of the states of all these layers.
         source: `group` or `first`, where the latent comes from.
         budget_bytes: bytes a token that were asked for, at `at_context`.
         at_context: context length in tokens at which the budget holds; None counts latents only.
@@ -175,6 +179,8 @@ class Plan:
     made_from: str
     kept_layers: tuple[int, ...] = ()
     kept_window: int = 0
+    kept_slot_bytes: int | None = None
+    kept_state_bytes: int = 0
     capacity: int | None = None
     rope_bits: int | None = None
 
@@ -246,9 +252,18 @@ class Plan:
         return next((c for c in range(1, longest + 1) if self.bytes_at(c) < source * c), None)
 
     def kept_bytes_at(self, context: int) -> int:
-        """Cache bytes of the layers left alone: a sliding window keeps one token less than its width."""
-        slots = min(context, max(0, self.kept_window - 1))
-        return len(self.kept_layers) * slots * self.kv.values * self.kv_itemsize
+        """Cache bytes of the layers left alone: their states, and one token less than the width of their windows."""
+        slots, slot_bytes = min(context, max(0, self.kept_window - 1)), self.kept_slot_bytes
+        if slot_bytes is None:
+            slot_bytes = len(self.kept_layers) * self.kv.values * self.kv_itemsize
+        return slots * slot_bytes + self.kept_state_bytes
+
+    @property
+    def bound(self) -> str:
+        """In words, what bounds the cache of the layers left alone, and whether it is counted."""
+        window = [f"a window of {self.kept_window:,} tokens"] if self.kept_window else []
+        state = [f"a state of {self.kept_state_bytes:,} bytes"] if self.kept_state_bytes else []
+        return " or ".join(window + state) or "a state of fixed size, which is not counted"  # in an older checkpoint
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -257,7 +272,7 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys."""
         names = {f.name for f in fields(cls)}
-        if lacking := names - data.keys() - {"capacity", "rope_bits"}:  # older checkpoints have none
+        if lacking := names - data.keys() - NEWER:  # older checkpoints have none
             raise KeyError(", ".join(sorted(lacking)))
         data = {k: v for k, v in data.items() if k in names}
         groups = tuple(

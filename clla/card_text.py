@@ -74,10 +74,9 @@ def memory(facts: Facts) -> str:
         _gain(plan),
     ]
     if plan.kept_layers:
-        bounded = f"a window of {plan.kept_window} tokens" if plan.kept_window else "a state of fixed size"
-        counted = "it is counted in the table" if plan.kept_window else "it is not counted in what is planned"
+        counted = "; it is counted in the table" if plan.kept_bytes_at(plan.kept_window) else ""
         layers = ", ".join(map(str, plan.kept_layers))
-        parts.append(f"Layers {layers} are as they were: their cache is bounded by {bounded}; {counted}.")
+        parts.append(f"Layers {layers} are as they were: their cache is bounded by {plan.bound}{counted}.")
     return "\n\n".join([*parts, *_picture(facts, "clla_plan.png", "Latent components and bits of each layer group")])
 
 
@@ -233,8 +232,8 @@ def _gain(plan: Plan) -> str:
     if least is None:
         return "At this budget nothing is gained over the source's cache."
     return (
-        f"The exact tokens take up to {plan.exact_bytes:,.0f} bytes per sequence. Sequences below {least:,} tokens gain "
-        "nothing: all their tokens are exact."
+        f"The exact tokens take up to {plan.exact_bytes:,.0f} bytes per sequence. Below {least:,} tokens nothing is "
+        "gained: all tokens are exact."
     )
 
 

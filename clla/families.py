@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clla.artifacts import KVShape
 from clla.errors import UnsupportedModelError
@@ -69,6 +70,14 @@ REFUSED: dict[str, str] = {
     "zamba2": _BOTH,
     "zaya": _BOTH,
 }
+# Language models within others that have no class of their own: the kind that they are when there is only text, and
+# what they do that this kind must be told.
+TEXT_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_vl_text": ("qwen3", {}),
+}
 ATTENTION, LEFT_ALONE = "full_attention", ("sliding_attention", "chunked_attention", "linear_attention", "conv")
 NO_CACHE = ("mlp", "moe")
 
@@ -96,11 +105,14 @@ def check_family(config: Any) -> None:
             f"{kind!r} is made of several models", expected=supported, remedy="convert a decoder-only model"
         ) from error
     if text is not config:
+        remedy = "convert another model: transformers has no class for its language model alone"
+        if text_only(config) is not None:
+            remedy = (
+                "save its language model as a checkpoint of its own, in Python: "
+                "clla.extract_language_model('MODEL', 'text-model'), and convert that (docs/models.md)"
+            )
         raise UnsupportedModelError(
-            f"{kind!r} is made of a language model and others, for images or sound",
-            expected=supported,
-            remedy="save its language model as a checkpoint of its own, in the five lines that docs/models.md gives, "
-            "and convert that",
+            f"{kind!r} is made of a language model and others, for images or sound", expected=supported, remedy=remedy
         )
     architectures = getattr(config, "architectures", None) or []
     causal = [name for name in architectures if "CausalLM" in name or "LMHead" in name]
@@ -134,6 +146,13 @@ def check_family(config: Any) -> None:
             expected="weights in 16 or 32 bits, or a .gguf file, which is unpacked",
             remedy="convert the model that was quantized; the converted one can be quantized afterwards",
         )
+
+
+def text_only(config: Any) -> tuple[str, dict[str, Any]] | None:
+    """Model type, and settings, that compute the language model within one for images or sound; None if none does."""
+    text = config.get_text_config()
+    found = TEXT_ONLY.get(text.model_type, (text.model_type, {}))
+    return found if found[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def _check_rope(text: Any) -> None:

@@ -16,6 +16,7 @@ from clla.calling import make_callable
 from clla.checksums import CHECKSUMS, check_base, check_files
 from clla.errors import CllaError, CorruptArtifactError
 from clla.hub_errors import explain
+from clla.lengths import Reach, reach_of
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
@@ -105,6 +106,27 @@ def checkpoint_folder(name: str) -> Path:
         return Path(snapshot_download(repo, revision=commit))
     except Exception as error:  # classes of huggingface_hub, its HTTP client and OSError
         raise explain(error, f"{name} cannot be downloaded") from error
+
+
+def checkpoint_reach(folder: Path) -> Reach:
+    """The tokens that a checkpoint takes, from its config alone.
+
+    Args:
+        folder: from `checkpoint_folder`.
+
+    Raises:
+        CllaError: it is no converted model, or its config is damaged.
+    """
+    check_folder(folder)
+    try:
+        config = CllaConfig.from_pretrained(folder)
+    except Exception as error:  # classes of transformers and of the family's config
+        raise CorruptArtifactError(
+            f"{folder}/config.json cannot be read: {error}",
+            expected="a complete checkpoint written by clla convert",
+            remedy="copy or download it again, or convert the source model anew",
+        ) from error
+    return reach_of(config.text_config)
 
 
 def recipe_of(folder: Path) -> Recipe:

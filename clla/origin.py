@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, metadata_load
 
+from clla.lengths import reach_of
 from clla.source import Source
 
 CARD = "README.md"
@@ -60,7 +61,7 @@ def origin_of(source: Source) -> Origin:
         license_name=_text(said.get("license_name")),
         license_link=link,
         language=_languages(said.get("language")),
-        longest_context=getattr(source.config.get_text_config(), "max_position_embeddings", None),
+        longest_context=reach_of(source.config).tokens,
     )
 
 

@@ -43,7 +43,9 @@ class CalibrationConfig(_Section):
 
     dataset: str = Field("bundled", description="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub data set id")
     tokens: int | None = Field(None, gt=0, description="tokens to read; by default 16384 on CPU, 262144 on GPU")
-    sequence_length: int = Field(1024, ge=32, description="tokens a sequence")
+    sequence_length: int | None = Field(
+        None, ge=32, description="tokens a sequence; by default 1024, or as many as the model takes"
+    )
     batch_size: int | None = Field(None, ge=1, description="sequences a forward pass; by default 1 on CPU, 8 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
     metric_every: int = Field(
@@ -184,7 +186,9 @@ class HealConfig(_Section):
     weight_lr: float | None = Field(
         None, gt=0, description="highest learning rate of the weights; default a tenth of the codec's"
     )
-    sequence_length: int = Field(2048, ge=64, description="tokens a sequence")
+    sequence_length: int | None = Field(
+        None, ge=64, description="tokens a sequence; by default 2048, or as many as the model takes"
+    )
     batch_tokens: int | None = Field(None, gt=0, description="tokens a step; by default 2048 on CPU, 65536 on GPU")
     codec_share: float = Field(
         0.0, ge=0, lt=1, description="share of the tokens that first trains codecs alone, against attention outputs"

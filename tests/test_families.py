@@ -23,6 +23,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clla.artifacts import Plan, Stats
+from clla.baselines.measured import with_kept_bytes
+from clla.baselines.stored import SourceCache
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.lossless import check_lossless
 from clla.calibrate.positions import rope_settings
@@ -63,7 +65,7 @@ def case(name: str) -> Case:
     stats = stats_of(model, band=2)
     groups = tuple(stats.layers[i : i + 2] for i in range(0, len(stats.layers), 2))
     plan = plan_of(stats, model, groups=groups)
-    plan = replace(plan, kept_window=source_of(model).kept_window)
+    plan = with_kept_bytes(replace(plan, kept_window=source_of(model).kept_window), model, itemsize=4)
     converted = converted_of(model, plan, stats)
     return Case(model, stats, plan, converted, converted.config.clla["rope"])
 
@@ -131,20 +133,25 @@ def test_left_padding_and_batch_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_planned_bytes_are_the_measured_bytes(name: str) -> None:
-    """Of the latents and the exact tokens; other layers keep what they keep in the source."""
+    """Of the latents and the exact tokens, and of what other layers keep as in the source: a window, or states."""
     found, (layers, kept) = case(name), split_layers(case(name).model.config)
     cache = found.converted.new_cache()
     logits_of(found.converted, tokens(1, 77), past_key_values=cache)
     assert sorted(cache.kept) == list(kept) and sorted(cache.group_of_layer) == list(layers)
     latent = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for g in cache.groups for t in g.tensors()}
     assert sum(latent.values()) == found.plan.bytes_at(77)
+    bookkeeping = sum(tensor.nbytes for tensor in cache.timeline.tensors())
+    assert cache.nbytes == found.plan.bytes_at(77) + found.plan.kept_bytes_at(77) + bookkeeping
+    source = SourceCache(found.model.config, torch.float32)
+    found.model(tokens(1, 77), use_cache=True, **{CACHE: source})
+    assert source.nbytes == 77 * found.plan.source_bytes_per_token + found.plan.kept_bytes_at(77)
     text = str([list(column.cells) for table in plan_tables(found.plan, 0.0) for column in table.columns])
     assert ("left alone" in text) == bool(kept)
     if kept:
         bounded = [found.model.config.layer_types[i] in ("sliding_attention", "chunked_attention") for i in kept]
         window = source_of(found.model).kept_window
         assert (f"a window of {window} tokens" in text) == any(bounded) == bool(window)
-        assert ("a state of fixed size" in text) == (not window)
+        assert (f"a state of {found.plan.kept_state_bytes:,} bytes" in text) == (not all(bounded))
     TABLE.passed(name, "bytes")
 
 

@@ -235,7 +235,10 @@ def test_layers_that_are_kept(data: PageData) -> None:
     assert "cache of the 4 converted layers" in page.text and "6 layers kept as they are" in page.text
     assert page.text.count("layers 8–9: not converted") == 2
     stateful = Page(render(replace(data, plan=replace(plan, kept_window=0), outlook={})))
-    assert "a state of fixed size, not counted" in stateful.text and "6 layers kept as" not in stateful.text
+    assert "a state of fixed size, which is not counted" in stateful.text and "6 layers kept as" not in stateful.text
+    plan = replace(plan, kept_window=0, kept_state_bytes=12_345)
+    stateful = Page(render(replace(data, plan=plan, outlook={})))
+    assert "bounded by a state of 12,345 bytes" in stateful.text and "6 layers kept as they are" in stateful.text
 
 
 @pytest.mark.parametrize("layers", [1, 30, 126])

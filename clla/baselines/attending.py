@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from clla.baselines.measured import MeasuredCache, plain_nbytes
+from clla.baselines.measured import MeasuredCache, layer_nbytes
 from clla.errors import UsageError
 from clla.families import split_layers
 
@@ -45,7 +45,7 @@ class AttendingLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Keys and values; a layer that holds more adds it."""
-        return plain_nbytes(self)
+        return layer_nbytes(self)
 
 
 class AttendingCache(MeasuredCache):

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from transformers import Cache
+import torch
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+
+from clla.artifacts import Plan
+from clla.modeling.cache_clla import kept_tensors
+from clla.modeling.hooks_clla import CACHE
+
+GROWING = ("keys", "values")  # attributes of a layer that hold something of every token
+FULL_PRECISION = "recurrent_states"  # that models keep in the dtype in which they sum them up
 
 
 class MeasuredCache(Cache):
-    """Some layers are a method's own; the others, among them sliding-window layers, stay as the model has them.
+    """Some layers are a method's own; the others, with a sliding window or a state, stay as the model has them.
 
     Args:
         config: the model's text config.
-        own: the method's layers by index; those that keep more than `keys` and `values` have `nbytes`.
+        own: the method's layers by index; those that keep more than transformers' own layers have `nbytes`.
     """
 
     def __init__(self, config: Any, own: Mapping[int, Any]) -> None:
@@ -24,9 +33,32 @@ class MeasuredCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept between forward passes."""
-        return sum(layer.nbytes if hasattr(layer, "nbytes") else plain_nbytes(layer) for layer in self.layers)
+        return sum(layer.nbytes if hasattr(layer, "nbytes") else layer_nbytes(layer) for layer in self.layers)
 
 
-def plain_nbytes(layer: Any) -> int:
-    """Bytes of a layer's `keys` and `values`."""
-    return sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
+def layer_nbytes(layer: Any) -> int:
+    """Bytes of what a layer of transformers' own caches keeps: keys and values, recurrent and convolutional states."""
+    return sum(tensor.nbytes for _, tensor in kept_tensors(layer))
+
+
+@torch.no_grad()
+def with_kept_bytes(plan: Plan, model: PreTrainedModel, *, itemsize: int) -> Plan:
+    """A plan that knows what its layers left alone keep, found by running one token through the model.
+
+    Args:
+        plan: whose `kept_slot_bytes` and `kept_state_bytes` are replaced.
+        model: the source.
+        itemsize: bytes of a component in the dtype in which the model is served.
+    """
+    if not plan.kept_layers:
+        return plan
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True, **{CACHE: cache})
+    growing = fixed = 0
+    for name, tensor in (found for layer in plan.kept_layers for found in kept_tensors(cache.layers[layer])):
+        served = itemsize if tensor.dtype == model.dtype and name != FULL_PRECISION else tensor.itemsize
+        if name in GROWING:
+            growing += tensor.numel() * served
+        else:
+            fixed += tensor.numel() * served
+    return replace(plan, kept_slot_bytes=growing, kept_state_bytes=fixed)

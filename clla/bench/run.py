@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from clla import console
+from clla.baselines.measured import with_kept_bytes
 from clla.bench.pair import Pair, load_pair, random_pair
 from clla.errors import UsageError
 from clla.evaluate.figures import draw_speed
@@ -17,8 +18,11 @@ from clla.evaluate.generating import generate_speed
 from clla.evaluate.largest_batch import largest_batches
 from clla.evaluate.machine import machine_facts
 from clla.evaluate.peak import how_measured
+from clla.evaluate.shapes import shape_config
 from clla.evaluate.speed import Work, measure, run_pass
 from clla.evaluate.speed_report import NAMES, SpeedReport, SpeedRow
+from clla.lengths import Reach, reach_of
+from clla.load import checkpoint_folder, checkpoint_reach
 from clla.places import PICTURES, check_file
 from clla.recipe import BudgetConfig, PlanConfig
 from clla.source import pick_device
@@ -77,9 +81,9 @@ def run_bench(checkpoint: str | None, options: Options) -> SpeedReport:
     """
     device = pick_device(options.device)
     _check(checkpoint, options, device)
+    contexts = _contexts(_reach(checkpoint, options), options, device)
     pair = _pair(checkpoint, options, device)
     model: Any = pair.converted
-    contexts = _contexts(pair, options, device)
     if options.prefill_chunk is not None:
         model.prefill_chunk = options.prefill_chunk
     if options.select_tokens is not None:
@@ -95,7 +99,8 @@ def run_bench(checkpoint: str | None, options: Options) -> SpeedReport:
 
 def _measure(pair: Pair, contexts: tuple[int, ...], options: Options, on_pass: Callable[[int], None]) -> SpeedReport:
     """Contexts by batches, then `generate` at the longest context that fits, then the largest batch."""
-    model, plan, device = pair.converted, pair.plan, pair.converted.device
+    model, device = pair.converted, pair.converted.device
+    plan = with_kept_bytes(pair.plan, model.source, itemsize=model.dtype.itemsize)  # in the dtype that it runs in
     new_tokens, repeats = options.new_tokens, options.repeats
     contenders = pair.contenders(static=options.static, source_chunk=options.prefill_chunk)
 
@@ -135,6 +140,12 @@ def _measure(pair: Pair, contexts: tuple[int, ...], options: Options, on_pass: C
         largest=largest,
         largest_basis=_basis(limit),
     )
+
+
+def _reach(checkpoint: str | None, options: Options) -> Reach:
+    if checkpoint is not None:
+        return checkpoint_reach(checkpoint_folder(checkpoint))
+    return reach_of(shape_config(str(options.shape)))
 
 
 def _pair(checkpoint: str | None, options: Options, device: torch.device) -> Pair:
@@ -179,31 +190,21 @@ def _check(checkpoint: str | None, options: Options, device: torch.device) -> No
         check_file(options.plot, "--plot", PICTURES)
 
 
-def _contexts(pair: Pair, options: Options, device: torch.device) -> tuple[int, ...]:
+def _contexts(reach: Reach, options: Options, device: torch.device) -> tuple[int, ...]:
     """Those asked for, or the default ones that the model was made for, in order.
 
     Raises:
         UsageError: the model has no positions for them.
     """
-    config = pair.converted.config
-    most = int(getattr(config.text_config, "max_position_embeddings", None) or 2**31)
-    learned = config.clla["rope"] is None  # positions that are not in the model cannot be used, angles can
     if options.contexts is None:
-        room = most - options.new_tokens if learned else most
-        return tuple(context for context in CONTEXTS[device.type] if context <= room) or (max(1, room // 2),)
-    longest = max(options.contexts)
-    if learned and longest + options.new_tokens > most:
-        raise UsageError(
-            f"--contexts {longest} and {options.new_tokens} new tokens",
-            expected=f"at most {most} tokens, for which the model has positions",
-            remedy="lower --contexts or --new-tokens",
-        )
-    if longest > most:
-        console.say(
-            f"[yellow]Warning:[/yellow] a context of {longest} is beyond the {most} positions that the model is made "
-            "for: bytes and speed are what they are, text would not be"
-        )
-    return tuple(sorted(set(options.contexts)))
+        fitting = tuple(c for c in CONTEXTS[device.type] if reach.fit(c, new_tokens=options.new_tokens) == c)
+        contexts = fitting or (reach.fit(CONTEXTS[device.type][0], new_tokens=options.new_tokens),)
+    else:
+        contexts = tuple(sorted(set(options.contexts)))
+    longest = contexts[-1]
+    got, remedy = f"--contexts {longest} and {options.new_tokens} new tokens", "lower --contexts or --new-tokens"
+    reach.check(got, longest + options.new_tokens, remedy=remedy)
+    return contexts
 
 
 def _settings(pair: Pair, contexts: tuple[int, ...], options: Options) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from clla.errors import UnsupportedModelError
 from clla.families import kv_shape, split_layers
+from clla.lengths import reach_of
 from clla.modeling.configuration_clla import CllaConfig
 from clla.modeling.hooks_clla import attention_modules
 from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
@@ -51,7 +52,8 @@ def check_lossless(model: PreTrainedModel, layers: tuple[int, ...], rope: dict[s
         UnsupportedModelError: the logits differ, or the model cannot run on the cache at all.
     """
     config: Any = model.config
-    ids = torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7919 % config.get_text_config().vocab_size
+    count = reach_of(config).fit(TOKENS)
+    ids = torch.arange(2 * count, device=model.device).view(2, count) * 7919 % config.get_text_config().vocab_size
     expected = model(input_ids=ids).logits
     ran: set[int] = set()
     modules = attention_modules(model)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from clla.calibrate.lossless import check_lossless
 from clla.errors import UnsupportedModelError
 from clla.families import kv_shape
+from clla.lengths import reach_of
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
 from clla.modeling.rotary_clla import ROPE_FORMS
 from clla.passing import RecordingCache
@@ -48,8 +49,7 @@ def rope_settings(model: PreTrainedModel, layers: tuple[int, ...], *, trusted: b
 
 
 def _find_rope(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, Any] | None:
-    text_config: Any = model.config.get_text_config()
-    far = min(FAR, int(getattr(text_config, "max_position_embeddings", None) or FAR) - 1)
+    far = reach_of(model.config).fit(FAR + 1) - 1
     near_kv, far_kv = _single_tokens(model, layers, 0), _single_tokens(model, layers, far)
     _check_shapes(model.config, layers, near_kv)
     plain = {i: _difference(near_kv[i][0], far_kv[i][0]) for i in layers}

@@ -23,8 +23,14 @@ def compare(
         bool, typer.Option("--quick", help="Two windows, two budgets, two codes, main variants only.")
     ] = False,
     windows: Annotated[Optional[int], typer.Option(min=1, help="Default 24, or 2 with --quick.")] = None,
-    context: Annotated[int, typer.Option(min=64, help="Tokens a window; budgets hold here.")] = 2048,
-    long_context: Annotated[int, typer.Option(min=64, help="Where bytes are measured too.")] = 8192,
+    context: Annotated[
+        Optional[int],
+        typer.Option(min=64, help="Tokens per window; budgets hold here. Default: 2048, or what the model takes."),
+    ] = None,
+    long_context: Annotated[
+        Optional[int],
+        typer.Option(min=64, help="Where bytes are measured too; default: 8192, or what the model takes."),
+    ] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 128,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
     retrieval_trials: Annotated[Optional[int], typer.Option(min=0, help="Planted codes; default 16, or 2.")] = None,

@@ -21,14 +21,22 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
-    window_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 2048,
+    window_length: Annotated[
+        Optional[int], typer.Option(min=2, help="Tokens per window; default: 2048, or what the model takes.")
+    ] = None,
     chunk: Annotated[Optional[int], typer.Option(min=1, help="Tokens a step; default: the exact window.")] = None,
     select_tokens: Annotated[
         Optional[int], typer.Option(min=1, help="Old tokens read in full; steps then are as short as that takes.")
     ] = None,
-    contexts: Annotated[str, typer.Option(help="Context lengths at which caches are measured.")] = "512,2048,8192",
+    contexts: Annotated[
+        Optional[str],
+        typer.Option(help="Context lengths at which caches are measured; default: 512,2048,8192, as far as it goes."),
+    ] = None,
     retrieval: Annotated[bool, typer.Option(help="Also plant codes and ask for them.")] = True,
-    retrieval_context: Annotated[int, typer.Option(min=128, help="Tokens around a planted code.")] = 4096,
+    retrieval_context: Annotated[
+        Optional[int],
+        typer.Option(min=128, help="Tokens around a planted code; default: 4096, or what the model takes."),
+    ] = None,
     retrieval_trials: Annotated[int, typer.Option(min=1, help="Number of codes.")] = 8,
     teacher: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
@@ -49,7 +57,7 @@ def evaluate(
             window_length=window_length,
             chunk=chunk,
             select_tokens=select_tokens,
-            contexts=integers(contexts),
+            contexts=integers(contexts) if contexts is not None else None,
             retrieval=retrieval,
             retrieval_context=retrieval_context,
             retrieval_trials=retrieval_trials,

@@ -16,11 +16,15 @@ from clla.commands.shared import (
 )
 from clla.errors import UsageError
 
+NEW_TOKENS = 100  # by default, where the model takes as many after the prompt
+
 
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
     prompt: Annotated[str, typer.Option(help="What to continue, or '-' for standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
+    max_new_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens to write; default: 100, or what the model takes.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Use the chat template where there is one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams.")] = 1,
@@ -36,6 +40,7 @@ def generate(
         start()
         import torch
 
+        from clla.lengths import reach_of
         from clla.load import load_checkpoint
         from clla.modeling.hooks_clla import CACHE
         from clla.source import pick_device
@@ -51,13 +56,18 @@ def generate(
         else:
             inputs = loaded.tokenizer(text, return_tensors="pt")
         inputs = inputs.to(loaded.model.device)
+        reach, length = reach_of(loaded.model.config.text_config), inputs["input_ids"].shape[1]
+        new_tokens = max_new_tokens or reach.fit(length + NEW_TOKENS) - length
+        new_tokens = new_tokens if new_tokens > 0 else NEW_TOKENS  # the prompt alone is too long
+        got, remedy = f"a prompt of {length} tokens and {new_tokens} new ones", "shorten it, or lower --max-new-tokens"
+        reach.check(got, length + new_tokens, remedy=remedy)
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         model: Any = loaded.model
         model.select_tokens = select_tokens
         output = model.generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens,
             num_beams=num_beams,
             return_dict_in_generate=True,
             **sampling,

@@ -53,6 +53,7 @@ class Bench:
         recipe: resolved; plan settings of our own method.
         sequences: calibration text in sequences [1, T] of a length T.
         context: tokens at which budgets hold and quality is measured.
+        long_context: tokens at which bytes are measured too.
         chunk: tokens a forward pass.
         thorough: all variants of a method, not only its main ones.
     """
@@ -65,6 +66,7 @@ class Bench:
     recipe: Recipe
     sequences: Callable[[int], Iterator[Tensor]]
     context: int
+    long_context: int
     chunk: int
     thorough: bool = True
 

@@ -25,9 +25,12 @@ from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject
 from clla.evaluate.perplexity import compare as measure
 from clla.evaluate.report import UNSEEN
-from clla.evaluate.retrieval import make_trials, retrieve
+from clla.evaluate.retrieval import make_trials, plantable, retrieve
+from clla.lengths import reach_of
 from clla.recipe import Recipe
 from clla.source import open_source, pick_device
+
+CONTEXT, LONG_CONTEXT = 2048, 8192  # where the model takes as many tokens
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Options:
         text: to measure on.
         dataset: to calibrate on.
         windows: N, of `context` tokens each.
-        context: tokens at which budgets hold and quality is measured.
-        long_context: at which bytes are measured too.
+        context: tokens at which budgets hold and quality is measured; default 2048, or what the model takes.
+        long_context: at which bytes are measured too; default 8192, or what the model takes.
         chunk: tokens a forward pass.
         calibration_tokens: None for the recipe's default.
         retrieval_trials: number of planted codes; 0 leaves retrieval out.
@@ -55,8 +58,8 @@ class Options:
     text: str = "bundled"
     dataset: str = "bundled"
     windows: int = 24
-    context: int = 2048
-    long_context: int = 8192
+    context: int | None = None
+    long_context: int | None = None
     chunk: int = 128
     calibration_tokens: int | None = None
     retrieval_trials: int = 16
@@ -67,13 +70,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One table.
+    """What was found.
 
     Attributes:
         model: its name.
         rows: the source first.
-        left_out: (method, setting, why).
-        options: what was asked for.
+        left_out: method, setting and why.
+        options: as they were asked for.
+        context: tokens that quality was measured at.
+        long_context: tokens that bytes were measured at, too.
         unseen: calibration did not read the text; None where that is not known.
     """
 
@@ -81,6 +86,8 @@ class Comparison:
     rows: list[Row]
     left_out: list[tuple[str, str, str]]
     options: Options
+    context: int
+    long_context: int
     unseen: bool | None = None
 
     def recommendations(self) -> list[tuple[float, Row | None]]:
@@ -94,9 +101,8 @@ class Comparison:
                 advice.add_row(f"{100 * budget:g} %", "no setting keeps to it", "", "")
             else:
                 advice.add_row(f"{100 * budget:g} %", row.name, f"{100 * row.share:.1f} %", f"{row.kl:.4f}")
-        options = self.options
-        found = [comparison_table(self.rows, context=options.context, long_context=options.long_context)]
-        found[0].caption = f"{options.windows} windows of the text, {UNSEEN[self.unseen]}"
+        found = [comparison_table(self.rows, context=self.context, long_context=self.long_context)]
+        found[0].caption = f"{self.options.windows} windows of the text, {UNSEEN[self.unseen]}"
         if self.left_out:
             gone = Table("method", "setting", "why", title="Left out")
             for entry in self.left_out:
@@ -109,6 +115,8 @@ class Comparison:
         return {
             "model": self.model,
             **options,
+            "context": self.context,
+            "long_context": self.long_context,
             "unseen": self.unseen,
             "rows": [asdict(row) for row in self.rows],
             "left_out": [dict(zip(("method", "setting", "why"), entry, strict=True)) for entry in self.left_out],
@@ -121,7 +129,7 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "comparison.json", json.dumps(self.to_json(), indent=1))
         write_csv(self.rows, folder / "comparison.csv")
-        title = f"{self.model}, {self.options.context} tokens of context"
+        title = f"{self.model}, {self.context} tokens of context"
         for suffix in ("png", "svg"):
             draw_comparison(self.rows[1:], folder / f"comparison.{suffix}", title=title)
 
@@ -136,6 +144,10 @@ def run_comparison(name: str, options: Options) -> Comparison:
     check_text(options.dataset)
     check_text(options.text)
     source, where = open_source(name), pick_device(options.device)
+    reach = reach_of(source.config)
+    reach.check_option("--context", options.context)
+    reach.check_option("--long-context", options.long_context)
+    context, long_context = options.context or reach.fit(CONTEXT), options.long_context or reach.fit(LONG_CONTEXT)
     calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
     # `first`, so that the inputs are collected, which several methods need.
     recipe = Recipe().override({"calibration": calibration, "plan": {"source": "first"}})
@@ -144,7 +156,7 @@ def run_comparison(name: str, options: Options) -> Comparison:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         run = Run(source, recipe, where, work)
-        windows = evaluation_windows(options.text, run.tokenizer, count=options.windows, length=options.context)
+        windows = evaluation_windows(options.text, run.tokenizer, count=options.windows, length=context)
         bench = Bench(
             source=source,
             model=run.model(),
@@ -153,13 +165,14 @@ def run_comparison(name: str, options: Options) -> Comparison:
             stats=run.stats(),
             recipe=recipe.override({"plan": {"source": "group"}}),
             sequences=lambda length: (row for batch in run.batches(length) for row in batch.split(1)),
-            context=options.context,
+            context=context,
+            long_context=long_context,
             chunk=options.chunk,
             thorough=options.thorough,
         )
         rows, left_out = run_methods(bench, names, windows, options)
         known = unseen(options.text, [fitted_text(options.dataset)], left_out=options.text == "bundled")
-    return Comparison(source.name, rows, left_out, options, known)
+    return Comparison(source.name, rows, left_out, options, context, long_context, known)
 
 
 def run_methods(
@@ -189,10 +202,10 @@ def run_methods(
     with console.progress("Quality (windows)", len(windows)) as advance:
         quality = measure(labels, windows.to(device), chunk=bench.chunk, on_window=advance)
     trials = []
-    if options.retrieval_trials:
+    if options.retrieval_trials and plantable(bench.tokenizer, bench.context):
         count, filler = options.retrieval_trials, windows.flatten()
         trials = make_trials(bench.tokenizer, filler, context=bench.context, count=count)
-    rows, base, far = [], 0.0, options.long_context
+    rows, base, far = [], 0.0, bench.long_context
     with console.progress("Bytes and retrieval (settings)", len(subjects)) as advance:
         for (method, name), subject in subjects.items():
             found = quality[f"{method}\0{name}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ class Explorer:
         """
         recipe, old = self.settle(recipe), self.kept.plan
         assert recipe.budget.window is not None
-        return make_plan(
+        plan = make_plan(
             self.spectra.stats,
             recipe.plan,
             budget=parse_budget(recipe.budget.kv_budget, source_bytes=self.kept.source_bytes),
@@ -193,6 +193,7 @@ class Explorer:
             made_from=plan_digest(self.kept.shapes.made_from, recipe),
             spectra=self.spectra,
         )
+        return replace(plan, kept_slot_bytes=old.kept_slot_bytes, kept_state_bytes=old.kept_state_bytes)
 
 
 def summary(budget: str, plan: Plan) -> dict[str, Any]:

@@ -17,11 +17,18 @@ from clla.calibrate.reading import check_text
 from clla.calibrate.seen import fitted_of, unseen
 from clla.card import write_card
 from clla.convert.checkpoint import check_output, check_work_dir, finished_directory, tidy, write_checkpoint
-from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.convert.healing import (
+    HEAL_LENGTH,
+    REPORT_LENGTH,
+    REPORT_WINDOWS,
+    Healing,
+    HealOptions,
+    heal_and_measure,
+)
 from clla.convert.healing_text import healed_on
 from clla.evaluate.report import Report, write_report
 from clla.heal.sharding import launched_sharded
-from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
+from clla.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.places import expanded, holding
 from clla.recipe import Recipe
 from clla.source import pick_device, start_processes
@@ -84,9 +91,13 @@ def _heal(
     check_output(options.output, expanded(path), overwrite=options.overwrite)
     check_text(changes.get("dataset"))
     folder = checkpoint_folder(path)
-    loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
-    recipe = recipe_of(folder).model_copy(update={"heal": None}).override({"heal": changes})
+    reach = checkpoint_reach(folder)
+    reach.check_option("--sequence-length", changes.get("sequence_length"))
+    length = changes.get("sequence_length") or reach.fit(HEAL_LENGTH)
+    recipe = recipe_of(folder).model_copy(update={"heal": None})
+    recipe = recipe.override({"heal": {**changes, "sequence_length": length}})
     assert recipe.heal is not None
+    loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     teacher = teacher_of(loaded, recipe, options.teacher, device)
     measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
     check_text(text)
@@ -94,10 +105,8 @@ def _heal(
     if fitted is not None:
         fitted = [*fitted, healed_on(text, loaded.tokenizer, length=recipe.heal.sequence_length)]
     if options.report:
-        longest = recipe.heal.sequence_length
-        windows, left_out = report_windows(
-            text, loaded.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=longest
-        )
+        wanted = reach.fit(REPORT_LENGTH)
+        windows, left_out = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=wanted, fallback=length)
         measured = windows, unseen(report_text(text), fitted, left_out=left_out)
     work = options.work_dir or options.output.with_name(options.output.name + ".work")
     logs = options.output.with_name(options.output.name + "-logs")

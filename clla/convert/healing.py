@@ -24,6 +24,7 @@ from clla.convert.healing_text import healing_text
 from clla.errors import CllaError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after
+from clla.evaluate.retrieval import plantable
 from clla.heal.sharding import launched_sharded, sharded_distiller
 from clla.heal.student import Distiller, make_student
 from clla.heal.targets import fit_codec
@@ -37,7 +38,8 @@ DEFAULTS = ((0.10, "codec", 131_072, 4_000_000), (0.04, "all", 131_072, 20_000_0
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 CODEC_LR = 1e-3  # for the GPU's batch
 
-REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after
+HEAL_LENGTH = 2048  # of training sequences, where the model takes as many
+REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after, likewise
 WORTH = 0.1  # of the held-out KL, below which healing was not worth its while
 STATE_BYTES = 32  # a trained parameter: two states with Adam's moments in fp32, and twice the best state
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "bf16"}
@@ -156,7 +158,7 @@ def heal_and_measure(
             tokenizer,
             plan,
             windows,
-            retrieval_context=windows.shape[1],
+            retrieval_context=plantable(tokenizer, windows.shape[1]),
             retrieval_trials=RETRIEVAL_TRIALS,
             unseen=unseen,
             source_model=teacher,
@@ -180,14 +182,15 @@ def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torc
     share = plan.row_bytes * (1 - (recipe.budget.evict or 0)) / plan.source_bytes_per_token
     share = 0.0 if plan.decoupled else share  # these start far from the source, whatever their size
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
-    on_cpu = device.type == "cpu"
-    batch_tokens = config.batch_tokens or max(BATCH_TOKENS["cpu" if on_cpu else "cuda"], config.sequence_length)
+    on_cpu, length = device.type == "cpu", config.sequence_length or HEAL_LENGTH
+    batch_tokens = config.batch_tokens or max(BATCH_TOKENS["cpu" if on_cpu else "cuda"], length)
     # Small batches have noisy gradients: Adam's steps shrink with the square root (docs/lab-notes.md).
     codec_lr = config.codec_lr or CODEC_LR * min(1.0, batch_tokens / BATCH_TOKENS["cuda"]) ** 0.5
     return config.model_copy(
         update={
             "tokens": config.tokens or (cpu_tokens if on_cpu else gpu_tokens),
             "train": config.train or what,
+            "sequence_length": length,
             "codec_lr": codec_lr,
             "weight_lr": config.weight_lr or codec_lr / 10,
             "batch_tokens": batch_tokens,
@@ -200,7 +203,7 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
     """Refuse, before anything is computed, what could not be trained.
 
     Args:
-        config: resolved or not.
+        config: with its length.
         window: W of the plan.
         flush_block: tokens that leave the window at once.
         tracker: as in `HealOptions`.
@@ -209,11 +212,12 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
         UsageError: sequences without a latent, a batch or a run below one sequence, a tracker that is not installed.
     """
     length = config.sequence_length
+    assert length is not None, "the length is not resolved"
     if window and length < 2 * window + 2 * flush_block:
         raise UsageError(
             f"sequences of {length} tokens with an exact window of {window}",
             expected=f"at least {2 * window + 2 * flush_block} tokens, so that there are latents to learn from",
-            remedy="raise heal.sequence_length (--sequence-length)",
+            remedy="raise heal.sequence_length (--sequence-length), or convert with a smaller --window",
         )
     for name, value in (("batch_tokens", config.batch_tokens), ("tokens", config.tokens)):
         if value is not None and value < length:
@@ -253,8 +257,8 @@ def heal(
         CllaError: too little text, a batch smaller than one sequence, or processes that cannot shard as asked.
     """
     assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
-    assert config.codec_lr and config.weight_lr
-    codec_lr, settings = config.codec_lr, converted.config.clla
+    assert config.sequence_length and config.codec_lr and config.weight_lr
+    length, codec_lr, settings = config.sequence_length, config.codec_lr, converted.config.clla
     window = settings["window"]
     check_healing(config, window=window, flush_block=settings["flush_block"], tracker=options.tracker)
     work, resume = options.work, options.resume
@@ -265,12 +269,11 @@ def heal(
     _check_same_run(work / "run.json", converted, config, resume=resume)
     with processes.main_process_first():
         sequences, held = healing_text(config, teacher, tokenizer, work)
-    batch = config.batch_tokens // config.sequence_length
-    steps = min(config.tokens // config.sequence_length, len(sequences)) // max(1, batch)
+    batch = config.batch_tokens // length
+    steps = min(config.tokens // length, len(sequences)) // max(1, batch)
     if batch < 1 or steps < 1:
         raise UsageError(
-            f"heal.batch_tokens {config.batch_tokens} and heal.tokens {config.tokens} with sequences of "
-            f"{config.sequence_length}",
+            f"heal.batch_tokens {config.batch_tokens} and heal.tokens {config.tokens} with sequences of {length}",
             expected="at least one sequence a step and one step",
             remedy="raise heal.tokens or heal.batch_tokens, or lower heal.sequence_length",
         )
@@ -285,7 +288,7 @@ def heal(
     codec_steps = round(config.codec_share * steps)
 
     def fit_codecs() -> int:
-        count = codec_steps * batch * config.sequence_length
+        count = codec_steps * batch * length
         with console.progress("Fitting codecs (tokens)", count) as advance:
             fit_codec(
                 distiller,
@@ -318,7 +321,7 @@ def heal(
         with accelerator.autocast():
             return distiller.gathered(lambda: compare(subjects, held, chunk=chunk)["student"].kl)
 
-    total = schedule.steps * batch * config.sequence_length
+    total = schedule.steps * batch * length
     with console.progress("Healing (tokens)", total) as advance:
 
         def on_step(step: int, tokens: int, kl: float, held_out: float, seconds: float) -> None:

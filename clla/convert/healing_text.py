@@ -37,7 +37,7 @@ def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, wor
     Raises:
         DatasetError: the text has less than one sequence.
     """
-    assert config.tokens and config.dataset
+    assert config.tokens and config.dataset and config.sequence_length, "the config is not resolved"
     length = config.sequence_length
     text = config.dataset, fingerprint(config.dataset), model.config._name_or_path
     key = digest(*text, config.tokens, length, config.seed)
@@ -76,7 +76,7 @@ def _counted(batch: Tensor, advance: console.Advance) -> Tensor:
 
 def _packed(config: HealConfig, tokenizer: Any, wanted: int) -> tuple[Tensor, Tensor]:
     """Sequences [wanted, T] of a text, and windows [M, T] of what is kept back of it."""
-    assert config.dataset
+    assert config.dataset and config.sequence_length
     dataset, length = config.dataset, config.sequence_length
 
     def pack(texts: Iterable[str]) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import clla
 from clla import console
 from clla.artifacts import Codec, Plan, Stats, digest
+from clla.baselines.measured import with_kept_bytes
 from clla.baselines.stored import SourceCache
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.data import calibration_blocks, report_windows, self_written, token_batches
@@ -30,7 +31,7 @@ from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
 from clla.convert.decouple import DecoupledSpectra, settle_decoupled
 from clla.convert.factor import make_codec
-from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS
+from clla.convert.healing import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS
 from clla.convert.kept_spectra import save_spectra, spectra_file
 from clla.convert.outlook import make_outlook
 from clla.convert.planners import count_candidates, make_plan, plan_digest, settle_budget
@@ -39,13 +40,15 @@ from clla.convert.surrogates import needs_inputs
 from clla.errors import CorruptArtifactError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.families import FAMILIES
+from clla.lengths import reach_of
 from clla.placement import choose_placement
 from clla.recipe import Provenance, Recipe, parse_budget
 from clla.source import Source, pick_dtype
 
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
+DEFAULT_LENGTH = 1024  # of calibration sequences
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
-MAX_DEFAULT_CONTEXT = 32_768
+DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT = 4096, 32_768  # where the model names no length, and where it names a longer one
 DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
 HIDDEN_ROOM = 0.2  # of the free memory, that hidden states may take before they are spilled to disk
 T = TypeVar("T", Stats, Plan, Codec)
@@ -55,20 +58,27 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     """Fill in every derived default, check the budget against the model, and note where it ran.
 
     Raises:
-        UsageError: the budget does not fit the model.
+        UsageError: the budget does not fit the model, or it has no positions for a length.
     """
-    longest = min(getattr(source.config, "max_position_embeddings", None) or 4096, MAX_DEFAULT_CONTEXT)
+    reach = reach_of(source.config)
+    reach.check_option("--sequence-length", recipe.calibration.sequence_length)
+    reach.check_option("--at-context", recipe.budget.at_context)
+    if recipe.heal is not None:
+        reach.check_option("heal.sequence_length", recipe.heal.sequence_length)
+    longest = min(reach.tokens or DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT)
     recipe = settle_decoupled(recipe, head_dim=source.kv.head_dim)
     recipe = settle_budget(recipe, source_bytes=source.bytes_per_token, context=longest, layers=len(source.layers))
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
     batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
     dtype = str(pick_dtype(recipe.runtime.compute_dtype, source.dtype, device)).removeprefix("torch.")
-    filled = recipe.override(
-        {
-            "calibration": {"tokens": tokens, "batch_size": batch_size},
-            "runtime": {"compute_dtype": dtype},
-        }
-    )
+    length = recipe.calibration.sequence_length or reach.fit(DEFAULT_LENGTH)
+    changes: dict[str, dict[str, Any]] = {
+        "calibration": {"tokens": tokens, "batch_size": batch_size, "sequence_length": length},
+        "runtime": {"compute_dtype": dtype},
+    }
+    if recipe.heal is not None:
+        changes["heal"] = {"sequence_length": recipe.heal.sequence_length or reach.fit(HEAL_LENGTH)}
+    filled = recipe.override(changes)
     # Not from the metadata of installed packages: clla may run from a checkout.
     versions = {package.__name__: str(package.__version__) for package in (clla, torch, transformers)}
     where = Provenance(model=source.name, revision=source.revision, versions=versions)
@@ -172,7 +182,8 @@ class Run:
         if isinstance(batches, list):
             total = sum(batch.numel() for batch in batches)
         else:
-            total = -(-(calibration.tokens or 0) // calibration.sequence_length) * calibration.sequence_length
+            length = calibration.sequence_length or DEFAULT_LENGTH
+            total = -(-(calibration.tokens or 0) // length) * length
         collector = Collector(self.model(), checkpointing=self.recipe.runtime.gradient_checkpointing, **options)
         with console.progress("Calibrating (tokens)", total) as advance:
             return collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
@@ -198,7 +209,7 @@ class Run:
         """
         c = self.recipe.calibration
         length = sequence_length or c.sequence_length
-        assert c.tokens is not None and c.batch_size is not None, "the recipe is not resolved"
+        assert c.tokens is not None and c.batch_size is not None and length is not None, "the recipe is not resolved"
         if c.dataset == "self":
             return self_written(self.model(), self.tokenizer, tokens=c.tokens, sequence_length=length, seed=c.seed)
         documents = read_documents(c.dataset)
@@ -239,6 +250,8 @@ class Run:
                 measure=self.damage(stats, spectra) if config.planner == "kvsharer" else None,
                 on_step=advance,
             )
+        if plan.kept_layers:  # the model is loaded for them alone
+            plan = with_kept_bytes(plan, self.model(), itemsize=self.source.dtype.itemsize)
         if PartialState().is_main_process:
             plan.save(path)
             if not isinstance(spectra, DecoupledSpectra):  # of which eigenvalues alone are not enough to plan again
@@ -289,9 +302,9 @@ class Run:
 
         A text too short to keep enough back is measured on as a whole, and the report says so.
         """
-        c = self.recipe.calibration
+        c, length = self.recipe.calibration, reach_of(self.source.config).fit(REPORT_LENGTH)
         return report_windows(
-            c.dataset, self.tokenizer, count=REPORT_WINDOWS, length=REPORT_LENGTH, fallback=c.sequence_length
+            c.dataset, self.tokenizer, count=REPORT_WINDOWS, length=length, fallback=c.sequence_length or DEFAULT_LENGTH
         )
 
 

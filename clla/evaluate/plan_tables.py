@@ -43,8 +43,7 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
     if predicted_kl is not None:
         rows.append(("predicted KL", f"{predicted_kl:.4f} nats a token if no token were exact"))
     if plan.kept_layers:
-        bounded = f"a window of {plan.kept_window} tokens" if plan.kept_window else "a state of fixed size"
-        rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by {bounded}"))
+        rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by {plan.bound}"))
     for row in rows:
         summary.add_row(*row)
     return [table, summary]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Plan, write_text
+from clla.baselines.measured import with_kept_bytes
 from clla.baselines.stored import SourceCache
 from clla.evaluate.figures import draw_healing, draw_plan, draw_quality
 from clla.evaluate.memory import measured_bytes
@@ -175,6 +176,8 @@ def before_and_after(
     chunk = chunk or plan.window or converted.prefill_chunk
     kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
     models = subjects(converted, kv_dtype, source_model)
+    # What is measured is in the dtype that is computed in, so what is planned is told in it, too.
+    plan = with_kept_bytes(plan, converted.source, itemsize=converted.dtype.itemsize)
     length = windows.shape[1]
     quality = {
         name: {

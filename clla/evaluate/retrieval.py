@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clla import console
+from clla.errors import UsageError
 from clla.evaluate.perplexity import Subject, stream_logits
 
 STATEMENT = "\nThe secret code is {code}. Remember it.\n"
@@ -31,6 +33,16 @@ class Retrieval:
     exact: float
 
 
+def plantable(tokenizer: Any, context: int) -> int:
+    """The tokens around a planted code, or 0, with a word why, where the context has no room for one."""
+    try:
+        make_trials(tokenizer, torch.zeros(1, dtype=torch.long), context=context, count=1)
+    except UsageError as error:
+        console.say(f"No codes are planted: {error.got}")
+        return 0
+    return context
+
+
 def make_trials(tokenizer: Any, filler: Tensor, *, context: int, count: int, seed: int = 0) -> list[Trial]:
     """Plant codes at evenly spread depths of filler text.
 
@@ -40,6 +52,9 @@ def make_trials(tokenizer: Any, filler: Tensor, *, context: int, count: int, see
         context: T, tokens in all.
         count: of trials.
         seed: of the codes.
+
+    Raises:
+        UsageError: the context has no room for text around a code and its question.
     """
     rng = random.Random(seed)
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
@@ -48,6 +63,12 @@ def make_trials(tokenizer: Any, filler: Tensor, *, context: int, count: int, see
         code = str(rng.randrange(10000, 100000))
         statement, answer = encode(STATEMENT.format(code=code)), encode(code)
         room = context - len(prefix) - len(statement) - len(question) - len(answer)
+        if room < 1:
+            raise UsageError(
+                f"a code planted in {context} tokens, of which it takes {context - room} with its question",
+                expected="some text around it",
+                remedy="raise --retrieval-context, or pass --no-retrieval",
+            )
         start = rng.randrange(max(1, len(filler) - room))
         text = filler.repeat(room // len(filler) + 1)[start : start + room].tolist()
         depth = int(len(text) * (i + 0.5) / count)

@@ -323,7 +323,7 @@ class CllaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor that is kept between forward passes, counted by storage."""
-        kept = [t for layer in self.kept.values() for t in _tensors_of(layer)]
+        kept = [t for layer in self.kept.values() for _, t in kept_tensors(layer)]
         held = kept + self.timeline.tensors() + [t for group in self.groups for t in group.tensors()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
@@ -401,12 +401,12 @@ def _refuse_length(tokens_to_remove: int) -> None:
 # Layers of transformers' own caches hold keys and values, or states in lists or dicts.
 
 
-def _tensors_of(layer: Any) -> "list[Tensor]":
-    """Keys and values, or states, of a layer of transformers' own caches."""
-    found: "list[Tensor]" = []
-    for value in vars(layer).values():
+def kept_tensors(layer: Any) -> "list[tuple[str, Tensor]]":
+    """What a layer of transformers' own caches keeps, by attribute: keys and values, states of any number and form."""
+    found: "list[tuple[str, Tensor]]" = []
+    for name, value in vars(layer).items():
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        found += [part for part in parts if isinstance(part, Tensor)]
+        found += [(name, part) for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
     return found
 
 

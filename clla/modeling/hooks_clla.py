@@ -1,6 +1,7 @@
 """Find a source model's attention and rotary modules by their public marks, and how it names its cache."""
 
 import inspect
+import re
 from dataclasses import fields
 from functools import partial
 from typing import Any, Callable, Optional
@@ -12,6 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .rotary_clla import Rope
 
+# What tables of learned positions are called: wpe, embed_positions, position_embeddings, pos_embed, …
+POSITIONS = re.compile(r"(^|_)(wpe|pos|position|positions|positional)(_|$)")
 # How models of the installed transformers name their cache, as an argument and in their output: 5.24 renamed it.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
@@ -93,3 +96,17 @@ def rotary_module(model: nn.Module) -> nn.Module | None:
     if len(found) > 1:
         raise ValueError(f"expected one rotary embedding, found {len(found)}")
     return found[0] if found else None
+
+
+def position_slots(model: nn.Module) -> Optional[int]:
+    """Positions that a model holds in a table, learned or of biases; None where it computes them for any length.
+
+    A position beyond the table is an index error in the model's own code, and on a GPU the end of the process.
+    """
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and POSITIONS.search(last):
+            return module.num_embeddings - getattr(module, "offset", 0)  # OPT leaves out the first two
+        if hasattr(module, "build_mpt_alibi_tensor"):
+            return int(module.config.max_seq_len)
+    return None

@@ -24,7 +24,7 @@ from .cache_clla import CllaCache
 from .chunks_clla import Chunks, cut, joined
 from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
-from .hooks_clla import CACHE, attention_modules, decoder_of, rope_of
+from .hooks_clla import CACHE, attention_modules, decoder_of, position_slots, rope_of
 from .observe_clla import LISTENER, is_observed, listening, observed
 from .quantize_clla import tensor_digest
 
@@ -88,6 +88,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self._no_split_modules = getattr(self.source, "_no_split_modules", None)
         self.loss_type = self.source.loss_type
         self.prefill_chunk = config.clla["prefill_chunk"]
+        self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
         self.select_tokens: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
         self.watch_source()
@@ -297,7 +298,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: two caches, or one of another class or model; an attention mask that is not two-dimensional;
-                gradient checkpointing; an output that is asked for cannot be joined over chunks.
+                gradient checkpointing; an output that is asked for cannot be joined over chunks; more tokens than the
+                source has positions for.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -315,6 +317,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
         position_ids = position_ids.expand(inputs.shape[0], -1)
+        if self.position_slots is not None and past + count > self.position_slots:  # padding takes no position
+            self._check_length(int(position_ids.max()) + 1)
 
         begin = partial(_begin, cache, position_ids, attention_mask, past)
         call = {
@@ -356,6 +360,18 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                 "shorter sequences, a smaller batch, or `clla heal --gradient-checkpointing`"
             )
 
+    def _check_length(self, tokens: int) -> None:
+        """Refuse more tokens than the source has positions for, which it would fail at with an index error.
+
+        Raises:
+            ValueError: there are more.
+        """
+        if self.position_slots is not None and tokens > self.position_slots:
+            raise ValueError(
+                f"{tokens} tokens, prompt and new ones together, are more than the {self.position_slots} that this "
+                "model has positions for: shorten the prompt, or lower max_new_tokens"
+            )
+
     @staticmethod
     def create_masks_for_generate(
         config: Any, inputs_embeds: Tensor, attention_mask: Optional[Tensor], **_: Any
@@ -369,8 +385,12 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         """Give `generate` the compressed cache (versions differ in the parameters that follow).
 
         Raises:
-            ValueError: another kind of cache is asked for, or was passed.
+            ValueError: another kind of cache is asked for, or was passed; or more tokens than there are positions for.
         """
+        mask, length = model_kwargs.get("attention_mask"), generation_config.max_length
+        if self.position_slots is not None and length is not None and length > self.position_slots:
+            padding = 0 if mask is None else int((mask == 0).sum(-1).min())
+            self._check_length(length - padding)
         wanted, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
         if wanted not in CACHES or generation_config.cache_config is not None:
             raise ValueError(

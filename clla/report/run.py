@@ -17,7 +17,8 @@ from clla.calibrate.seen import fitted_of, unseen
 from clla.errors import CllaError, UsageError
 from clla.evaluate.layer_errors import layer_errors
 from clla.evaluate.report import UNSEEN, before_and_after
-from clla.load import Checkpoint, checkpoint_folder, load_checkpoint, teacher_of
+from clla.lengths import Reach
+from clla.load import Checkpoint, checkpoint_folder, checkpoint_reach, load_checkpoint, teacher_of
 from clla.places import check_file, holding
 from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
@@ -26,7 +27,6 @@ from clla.report.samples import PROMPTS, built_in, make_samples
 from clla.source import pick_device
 
 LONGEST = 2048  # tokens of a window, where the model takes as many
-ENDLESS = 1 << 40  # tokens that a model without learned positions takes
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Options:
         new_tokens: to write after each.
         text: to measure on.
         windows: of it; 0 measures nothing.
-        window_length: tokens each; default 2048, or what the model takes.
+        window_length: tokens per window; default 2048, or what the model takes.
         teacher: source model, where the weights were trained; default: from the recipe.
         device: `auto`, `cpu`, …
         dtype: `auto`, `float32`, …
@@ -80,30 +80,31 @@ def make_page(name: str, options: Options) -> PageData:
     if options.windows or options.samples or options.prompts:
         check_text(options.text)
     folder = checkpoint_folder(name)
+    reach = checkpoint_reach(folder)
+    reach.check_option("--window-length", options.window_length)
     today = datetime.now(UTC).date().isoformat()
     data = read_checkpoint(folder, made=today, version=clla.__version__)
     data = replace(data, missing=what_is_missing(data))
     if options.windows or options.samples or options.prompts:
-        data = _measured(data, folder, options)
+        data = _measured(data, folder, reach, options)
     data = replace(data, missing=data.missing + _not_wanted(data, options))
     with holding(options.html):
         write_page(options.html, render(data))
     return data
 
 
-def _measured(data: PageData, folder: Path, options: Options) -> PageData:
+def _measured(data: PageData, folder: Path, reach: Reach, options: Options) -> PageData:
     """What takes the model: quality, where the conversion did not measure it, errors of layers, samples."""
     loaded = load_checkpoint(str(folder), device=pick_device(options.device), dtype=options.dtype)
     source, missing = _source(loaded, data, options)
     data = replace(data, missing=data.missing + missing)
-    longest = getattr(loaded.model.config.text_config, "max_position_embeddings", None) or ENDLESS
-    length = options.window_length or min(LONGEST, longest)
+    length = options.window_length or reach.fit(LONGEST)
     windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.windows), length=length)
     if options.windows:
         known = unseen(options.text, fitted_of(folder), left_out=options.text == "bundled")
         data = _with_errors(data, loaded, source, windows, options.text, known)
     if source is not None and (options.samples or options.prompts):
-        prompts = [*options.prompts, *built_in(loaded.tokenizer, windows.flatten(), options.samples, longest=longest)]
+        prompts = [*options.prompts, *built_in(loaded.tokenizer, windows.flatten(), options.samples, reach)]
         with console.progress("Writing samples (prompts)", len(prompts)) as advance:
             samples = make_samples(
                 source,
@@ -112,10 +113,13 @@ def _measured(data: PageData, folder: Path, options: Options) -> PageData:
                 data.plan,
                 prompts,
                 new_tokens=options.new_tokens,
-                longest=longest,
+                reach=reach,
                 on_sample=advance,
             )
         data = replace(data, samples=samples)
+        if not samples:
+            why = f"No built-in prompt fits into the {reach.tokens:,} tokens that the model takes."
+            data = replace(data, missing=(*data.missing, Missing("Samples of text", why, "clla report --prompt …")))
     return data
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Plan
-from clla.errors import UsageError
+from clla.lengths import Reach
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 PASSAGE = "{passage}"  # is replaced by text that calibration leaves out
@@ -58,10 +58,25 @@ class Sample:
     coded_from: int | None
 
 
-def built_in(tokenizer: Any, passage: Tensor, count: int, *, longest: int) -> list[str]:
-    """The first `count` prompts, with a passage of text [T] in them that takes at most half of what a model takes."""
-    text = tokenizer.decode(passage[: min(PASSAGE_TOKENS, longest // 2)].tolist(), skip_special_tokens=True).strip()
-    return [prompt.replace(PASSAGE, text) for prompt in PROMPTS[:count]]
+def built_in(tokenizer: Any, passage: Tensor, count: int, reach: Reach) -> list[str]:
+    """The first `count` prompts, as far as the model takes them, with a passage of text [T] in them.
+
+    The passage has at most half of the tokens that the model takes.
+    """
+    most = reach.fit(2 * PASSAGE_TOKENS) // 2
+    text = tokenizer.decode(passage[:most].tolist(), skip_special_tokens=True).strip()
+    prompts = [prompt.replace(PASSAGE, text) for prompt in PROMPTS[:count]]
+    lengths = [encoded(tokenizer, prompt)["input_ids"].shape[1] for prompt in prompts]
+    return [prompt for prompt, length in zip(prompts, lengths, strict=True) if reach.fit(length + 1) > length]
+
+
+def encoded(tokenizer: Any, prompt: str) -> Any:
+    """Token ids and mask [1, T] of a prompt, in the chat template where there is one."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)
 
 
 @torch.no_grad()
@@ -73,7 +88,7 @@ def make_samples(
     prompts: Sequence[str],
     *,
     new_tokens: int,
-    longest: int,
+    reach: Reach,
     on_sample: Callable[[int], None] = lambda _: None,
 ) -> tuple[Sample, ...]:
     """Let both models continue prompts, greedily.
@@ -85,34 +100,28 @@ def make_samples(
         plan: for the exact window.
         prompts: text.
         new_tokens: to write, at most.
-        longest: tokens that the models take, prompt and text together.
+        reach: what the models take, prompt and text together.
         on_sample: called with 1 after each prompt.
 
     Raises:
-        UsageError: a prompt leaves no room to write.
+        UsageError: the models have no positions for a prompt and a token after it.
     """
     found = []
     for prompt in prompts:
-        text, special = prompt, True
-        if tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            special = False
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special).to(converted.device)
+        inputs = encoded(tokenizer, prompt).to(converted.device)
         length = inputs["input_ids"].shape[1]
-        if length >= longest:
-            raise UsageError(
-                f"the prompt {prompt[:40]!r} has {length:,} tokens",
-                expected=f"fewer than the {longest:,} that the model takes",
-                remedy="shorten it",
-            )
+        room = reach.fit(length + new_tokens) - length
+        if room < 1:
+            room = new_tokens
+            got = f"the prompt {prompt[:40]!r} of {length:,} tokens, and {room} new ones"
+            reach.check(got, length + room, remedy="shorten it, or lower --max-new-tokens")
         written = []
         for model in (source, converted):
             torch.manual_seed(0)
             generate: Any = model.generate
             output = generate(
                 **inputs,
-                max_new_tokens=min(new_tokens, longest - length),
+                max_new_tokens=room,
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
