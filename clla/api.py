@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from clla import console
-from clla.calibrate.data import evaluation_windows
+from clla.arguments import Count, Dtype, Name, Place, Word, checked, parse_size
+from clla.calibrate.data import evaluation_windows, hub_dataset, load_documents
 from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
 from clla.convert.healing import Healing
 from clla.convert.pipeline import Conversion, Options
@@ -36,11 +39,12 @@ class Healed:
     healing: Healing
 
 
+@checked
 def convert(
-    model: str | Path,
+    model: Place,
     *,
-    output: str | Path | None = None,
-    recipe: str | Path | Recipe = "balanced",
+    output: Place | None = None,
+    recipe: Place | Recipe = "balanced",
     kv_budget: str | float | None = None,
     at_context: int | None = None,
     window: int | None = None,
@@ -50,20 +54,20 @@ def convert(
     bits: str | Sequence[int] | None = None,
     source: str | None = None,
     planner: str | None = None,
-    dataset: str | None = None,
+    dataset: Name | None = None,
     calibration_tokens: int | None = None,
     sequence_length: int | None = None,
     seed: int | None = None,
     heal: bool = False,
     heal_tokens: int | None = None,
     heal_train: str | None = None,
-    tracker: str | None = None,
+    tracker: Word | None = None,
     dtype: str | None = None,
     placement: str | None = None,
-    device: str = "auto",
+    device: Word = "auto",
     dry_run: bool = False,
     resume: bool = False,
-    work_dir: str | Path | None = None,
+    work_dir: Place | None = None,
     report: bool = True,
     max_shard_size: str | None = None,
     adapter_only: bool = False,
@@ -123,8 +127,11 @@ def convert(
     )
     if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
         raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
+    if max_shard_size is not None and adapter_only:
+        raise UsageError(
+            "--max-shard-size with --adapter-only", expected="one of them: no weights are saved", remedy="leave one out"
+        )
     folder = Path(output or f"{plain_name(str(model))}-clla").resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     options = Options(
         output=folder,
         device=device,
@@ -135,15 +142,16 @@ def convert(
         dry_run=dry_run,
         report=report,
         tracker=tracker,
-        max_shard_size=max_shard_size,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
     )
     return run_conversion(str(model), chosen, options)
 
 
+@checked
 def heal(
-    checkpoint: str | Path,
+    checkpoint: Place,
     *,
-    output: str | Path | None = None,
+    output: Place | None = None,
     tokens: int | None = None,
     train: str | None = None,
     codec_lr: float | None = None,
@@ -153,15 +161,15 @@ def heal(
     codec_share: float | None = None,
     cache_share: float | None = None,
     evaluations: int | None = None,
-    dataset: str | None = None,
+    dataset: Name | None = None,
     gradient_checkpointing: bool = False,
     seed: int | None = None,
-    teacher: str | None = None,
-    tracker: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    teacher: Name | None = None,
+    tracker: Word | None = None,
+    device: Word = "auto",
+    dtype: Dtype = "auto",
     resume: bool = False,
-    work_dir: str | Path | None = None,
+    work_dir: Place | None = None,
     report: bool = True,
     overwrite: bool = False,
 ) -> Healed:
@@ -198,7 +206,6 @@ def heal(
         "seed": seed,
     }
     folder = Path(output or beside(str(checkpoint), "-healed")).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     options = CheckpointOptions(
         output=folder,
         device=device,
@@ -214,21 +221,22 @@ def heal(
     return Healed(folder, after, healing)
 
 
+@checked
 def evaluate(
-    checkpoint: str | Path,
+    checkpoint: Place,
     *,
-    text: str = "bundled",
-    windows: int = 4,
-    window_length: int = 2048,
-    chunk: int | None = None,
-    select_tokens: int | None = None,
-    contexts: Sequence[int] = (512, 2048, 8192),
+    text: Name = "bundled",
+    windows: Count = 4,
+    window_length: Annotated[Count, Field(ge=2)] = 2048,
+    chunk: Count | None = None,
+    select_tokens: Count | None = None,
+    contexts: Annotated[Sequence[Count], Field(min_length=1)] = (512, 2048, 8192),
     retrieval: bool = True,
-    retrieval_context: int = 4096,
-    retrieval_trials: int = 8,
-    teacher: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    retrieval_context: Annotated[Count, Field(ge=128)] = 4096,
+    retrieval_trials: Count = 8,
+    teacher: Name | None = None,
+    device: Word = "auto",
+    dtype: Dtype = "auto",
 ) -> Report:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source.
 
@@ -250,6 +258,8 @@ def evaluate(
         CllaError: no such checkpoint, it is damaged, or there is too little text.
     """
     where = pick_device(device)
+    if hub_dataset(text) is None:
+        load_documents(text)  # that it is there and can be read is known before the model is loaded
     loaded = load_checkpoint(str(checkpoint), device=where, dtype=dtype)
     if select_tokens is not None:
         chunk = _select(loaded.model, select_tokens, chunk)
@@ -271,7 +281,8 @@ def evaluate(
         )
 
 
-def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -> tuple[CllaForCausalLM, Any]:
+@checked
+def load(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto") -> tuple[CllaForCausalLM, Any]:
     """A converted model, ready to generate, and its tokenizer; all files are compared with their checksums.
 
     Args:

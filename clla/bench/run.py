@@ -203,9 +203,11 @@ def _contexts(pair: Pair, options: Options, device: torch.device) -> tuple[int, 
             remedy="lower --contexts or --new-tokens",
         )
     if longest > most:
-        console.say(
-            f"[yellow]Warning:[/yellow] a context of {longest} is beyond the {most} positions that the model is made "
-            "for: bytes and speed are what they are, text would not be"
+        console.label(
+            "Warning:",
+            "yellow",
+            f" a context of {longest} is beyond the {most} positions that the model is made "
+            "for: bytes and speed are what they are, text would not be",
         )
     return tuple(sorted(set(options.contexts)))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import Device, errors, start
+from clla.commands.shared import MOST, Device, errors, start
 from clla.errors import UsageError
 
 
@@ -22,19 +22,21 @@ def compare(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two windows, two budgets, two codes, main variants only.")
     ] = False,
-    windows: Annotated[Optional[int], typer.Option(min=1, help="Default 24, or 2 with --quick.")] = None,
-    context: Annotated[int, typer.Option(min=64, help="Tokens a window; budgets hold here.")] = 2048,
-    long_context: Annotated[int, typer.Option(min=64, help="Where bytes are measured too.")] = 8192,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 128,
+    windows: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Default 24, or 2 with --quick.")] = None,
+    context: Annotated[int, typer.Option(min=64, max=MOST, help="Tokens a window; budgets hold here.")] = 2048,
+    long_context: Annotated[int, typer.Option(min=64, max=MOST, help="Where bytes are measured too.")] = 8192,
+    chunk: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens a step.")] = 128,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
-    retrieval_trials: Annotated[Optional[int], typer.Option(min=0, help="Planted codes; default 16, or 2.")] = None,
+    retrieval_trials: Annotated[
+        Optional[int], typer.Option(min=0, max=MOST, help="Planted codes; default 16, or 2.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of table and pictures.")] = Path("comparison"),
     work_dir: Annotated[Optional[Path], typer.Option(help="Keep the moments here.")] = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Run published methods and ours side by side on one model, at equal measured bytes."""
-    with errors(as_json):
+    with errors(as_json, interrupted="no table was written; moments that were complete stay in --work-dir"):
         start()
         from clla.compare import Options, run_comparison
 

@@ -14,6 +14,7 @@ from clla.calibrate.data import report_text, report_windows
 from clla.card import write_card
 from clla.convert.checkpoint import check_output, finished_directory, write_checkpoint
 from clla.convert.healing import REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.errors import resumable
 from clla.evaluate.report import Report, write_report
 from clla.heal.sharding import launched_sharded
 from clla.load import checkpoint_folder, load_checkpoint, recipe_of, teacher_of
@@ -77,9 +78,10 @@ def heal_checkpoint(
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
     stored = getattr(torch, loaded.model.config.clla["kv_dtype"])
-    model, report, healing = heal_and_measure(
-        loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
-    )
+    with resumable(work):
+        model, report, healing = heal_and_measure(
+            loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
+        )
     recipe = recipe.model_copy(update={"heal": healing.config})
     earlier = _earlier_report(folder)
     if not processes.is_main_process:

@@ -22,7 +22,7 @@ from clla.convert.checkpoint import check_disk, check_memory, check_output, fini
 from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_measure
 from clla.convert.run import Run, moment_bytes, resolve
 from clla.convert.surrogates import weigh
-from clla.errors import UsageError
+from clla.errors import UsageError, resumable
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.heal.sharding import launched_sharded
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -45,7 +45,7 @@ class Options:
         dry_run: stop after the plan.
         report: measure before and after.
         tracker: of accelerate, for healing.
-        max_shard_size: of the weight files; by default 5 GB, or one layer where layers are read from disk.
+        max_shard_size: bytes of a weight file; by default 5 GB, or one layer where layers are read from disk.
     """
 
     output: Path
@@ -57,7 +57,7 @@ class Options:
     dry_run: bool = False
     report: bool = True
     tracker: str | None = None
-    max_shard_size: str | None = None
+    max_shard_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
         check_output(options.output, Path(source.path), overwrite=options.overwrite or ours)
         check_disk(options.output, _bytes_needed(source, adapter_only=options.adapter_only))
     check_memory(moment_bytes(source, recipe, streamed=True))
-    with _work_dir(options, processes) as work:
+    with _work_dir(options, processes) as work, resumable(work):
         return _convert(source, recipe, options, processes, device, work)
 
 
