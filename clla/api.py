@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from clla import console
+from clla.arguments import Count, Dtype, Name, Place, Word, checked, parse_size
 from clla.calibrate.data import evaluation_windows
 from clla.calibrate.reading import check_text
 from clla.calibrate.seen import fitted_of, unseen
@@ -42,11 +45,12 @@ class Healed:
     healing: Healing
 
 
+@checked
 def convert(
-    model: str | Path,
+    model: Place,
     *,
-    output: str | Path | None = None,
-    recipe: str | Path | Recipe = "balanced",
+    output: Place | None = None,
+    recipe: Place | Recipe = "balanced",
     kv_budget: str | float | None = None,
     at_context: int | None = None,
     window: int | None = None,
@@ -56,20 +60,20 @@ def convert(
     bits: str | Sequence[int] | None = None,
     source: str | None = None,
     planner: str | None = None,
-    dataset: str | None = None,
+    dataset: Name | None = None,
     calibration_tokens: int | None = None,
     sequence_length: int | None = None,
     seed: int | None = None,
     heal: bool = False,
     heal_tokens: int | None = None,
     heal_train: str | None = None,
-    tracker: str | None = None,
+    tracker: Word | None = None,
     dtype: str | None = None,
     placement: str | None = None,
-    device: str = "auto",
+    device: Word = "auto",
     dry_run: bool = False,
     resume: bool = False,
-    work_dir: str | Path | None = None,
+    work_dir: Place | None = None,
     report: bool = True,
     max_shard_size: str | None = None,
     adapter_only: bool = False,
@@ -129,6 +133,10 @@ def convert(
     )
     if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
         raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
+    if max_shard_size is not None and adapter_only:
+        raise UsageError(
+            "--max-shard-size with --adapter-only", expected="one of them: no weights are saved", remedy="leave one out"
+        )
     folder = expanded(output or f"{plain_name(str(model))}-clla").resolve()
     options = Options(
         output=folder,
@@ -140,15 +148,16 @@ def convert(
         dry_run=dry_run,
         report=report,
         tracker=tracker,
-        max_shard_size=max_shard_size,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
     )
     return run_conversion(str(model), chosen, options)
 
 
+@checked
 def heal(
-    checkpoint: str | Path,
+    checkpoint: Place,
     *,
-    output: str | Path | None = None,
+    output: Place | None = None,
     tokens: int | None = None,
     train: str | None = None,
     codec_lr: float | None = None,
@@ -158,15 +167,15 @@ def heal(
     codec_share: float | None = None,
     cache_share: float | None = None,
     evaluations: int | None = None,
-    dataset: str | None = None,
+    dataset: Name | None = None,
     gradient_checkpointing: bool = False,
     seed: int | None = None,
-    teacher: str | None = None,
-    tracker: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    teacher: Name | None = None,
+    tracker: Word | None = None,
+    device: Word = "auto",
+    dtype: Dtype = "auto",
     resume: bool = False,
-    work_dir: str | Path | None = None,
+    work_dir: Place | None = None,
     report: bool = True,
     overwrite: bool = False,
 ) -> Healed:
@@ -218,21 +227,22 @@ def heal(
     return Healed(folder, after, healing)
 
 
+@checked
 def evaluate(
-    checkpoint: str | Path,
+    checkpoint: Place,
     *,
-    text: str = "bundled",
-    windows: int = 4,
-    window_length: int | None = None,
-    chunk: int | None = None,
-    select_tokens: int | None = None,
-    contexts: Sequence[int] | None = None,
+    text: Name = "bundled",
+    windows: Count = 4,
+    window_length: Annotated[Count, Field(ge=2)] | None = None,
+    chunk: Count | None = None,
+    select_tokens: Count | None = None,
+    contexts: Annotated[Sequence[Count], Field(min_length=1)] | None = None,
     retrieval: bool = True,
-    retrieval_context: int | None = None,
-    retrieval_trials: int = 8,
-    teacher: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    retrieval_context: Annotated[Count, Field(ge=128)] | None = None,
+    retrieval_trials: Count = 8,
+    teacher: Name | None = None,
+    device: Word = "auto",
+    dtype: Dtype = "auto",
 ) -> Report:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source.
 
@@ -288,7 +298,8 @@ def evaluate(
         )
 
 
-def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -> tuple[CllaForCausalLM, Any]:
+@checked
+def load(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto") -> tuple[CllaForCausalLM, Any]:
     """A converted model, ready to generate, and its tokenizer; all files are compared with their checksums.
 
     Args:

@@ -22,8 +22,10 @@ from clla.commands import (
     recipes,
     report,
 )
+from clla.commands.shared import Commands
 
 app = typer.Typer(
+    cls=Commands,
     help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,10 +1,16 @@
-"""One Rich console for messages and progress (stderr) and one for results (stdout)."""
+"""One Rich console for messages and progress (stderr) and one for results (stdout).
+
+What they print is taken literally: paths, prompts and names may hold brackets or colons. Colour is given by `Text`.
+"""
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -21,8 +27,33 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-messages = Console(stderr=True, highlight=False)
-results = Console(highlight=False)
+LITERAL: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+# What stands for signs that an output's encoding lacks.
+PLAIN = {"–": "-", "—": "-", "→": "->", "×": "x", "…": "...", "·": "*", "≤": "<=", "≥": ">=", "²": "^2"}
+
+messages = Console(stderr=True, **LITERAL)
+results = Console(**LITERAL)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Handler of encoding errors: signs in ASCII, all else, also what is no Unicode, as escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    sign = error.object[error.start]
+    if sign not in PLAIN:
+        return codecs.backslashreplace_errors(
+            UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+        )
+    return PLAIN[sign], error.start + 1
+
+
+codecs.register_error("clla.plain", _plain)
+
+
+def write_anything() -> None:
+    """Let stdout and stderr take any text, whatever their encoding: nothing fails that has been done already."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="clla.plain")
 
 
 class Advance:
@@ -41,14 +72,14 @@ class Advance:
 
 def _for_bars() -> Console:
     """In a pipe or a log a bar is written once, at its end, also where FORCE_COLOR asks for colours."""
-    return messages if sys.stderr.isatty() else Console(stderr=True, highlight=False, force_terminal=False)
+    return messages if sys.stderr.isatty() else Console(stderr=True, force_terminal=False, **LITERAL)
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
     """A progress bar with the time left, on stderr."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -61,13 +92,13 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 def wide(least: int) -> Console:
     """The console of results, at least so many characters wide; a narrow terminal wraps the lines."""
-    return Console(highlight=False, width=max(results.width, least))
+    return Console(width=max(results.width, least), **LITERAL)
 
 
 def show(table: Table) -> None:
     """A table of results, at least as wide as its longest words: a narrow terminal wraps lines, nothing is cut."""
     for column in table.columns:
-        cells = [Text.from_markup(str(cell)).plain for cell in (column.header, *column.cells)]
+        cells = [str(cell) for cell in (column.header, *column.cells)]
         column.min_width = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
     unlimited = results.options.update(max_width=10_000)
     wide(Measurement.get(results, unlimited, table).minimum).print(table)
@@ -76,3 +107,8 @@ def show(table: Table) -> None:
 def say(text: str) -> None:
     """One line of message on stderr."""
     messages.print(text)
+
+
+def label(word: str, style: str, text: str) -> None:
+    """A line on stderr that begins with a coloured word and is not broken."""
+    messages.print(Text.assemble((word, style), text), soft_wrap=True)

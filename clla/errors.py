@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to|failed to) allocate|bad_alloc", re.IGNORECASE)
+
 
 class CllaError(Exception):
     """A mistake in the input or a limit of the tool: what was got, what was expected, what to do.
@@ -35,3 +42,45 @@ class DatasetError(CllaError):
 
 class CorruptArtifactError(CllaError):
     """A saved artifact or checkpoint is damaged or was written by a newer version."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line; its class where it says nothing or no more than a key."""
+    text = " ".join(str(error).split())[:500]
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) or not text else text
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))
+
+
+@contextmanager
+def blamed(got: str, *, expected: str, remedy: str, kind: type[CllaError] = CllaError) -> Iterator[None]:
+    """Whatever a library raises in the block is a fault of the input that it was given, unless memory ran out.
+
+    Args:
+        got: what is wrong; the reason is added.
+        expected: what would have been accepted.
+        remedy: the next step for the user.
+        kind: of the error.
+    """
+    try:
+        yield
+    except CllaError:
+        raise
+    except Exception as error:
+        if is_memory(error):
+            raise
+        raise kind(f"{got}: {reason(error)}", expected=expected, remedy=remedy) from error
+
+
+@contextmanager
+def resumable(work: Path) -> Iterator[None]:
+    """Whatever ends the block, the user is told where the finished stages are, if there are any."""
+    try:
+        yield
+    except BaseException as error:
+        if work.is_dir() and any(path.is_file() for path in work.rglob("*")):
+            error.add_note(f"what is finished is kept in {work}: the same command with --resume goes on from there")
+        raise

@@ -115,6 +115,12 @@ def check_family(config: Any) -> None:
             f"{kind!r} is made of a language model and others, for images or sound", expected=supported, remedy=remedy
         )
     architectures = getattr(config, "architectures", None) or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UnsupportedModelError(
+            f"the config says architectures {architectures!r}",
+            expected="a list of names of classes",
+            remedy="correct it, or copy the config again",
+        )
     causal = [name for name in architectures if "CausalLM" in name or "LMHead" in name]
     if (architectures and not causal) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
@@ -132,8 +138,15 @@ def check_family(config: Any) -> None:
             expected="a cache of the key-value heads alone",
             remedy="convert a model without new_decoder_architecture",
         )
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        if not isinstance(getattr(text, name, None), int):
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and not 1 <= value < 2**31:
+            raise UnsupportedModelError(
+                f"the config says {name} {value}",
+                expected="at least 1, and a size that a model can have",
+                remedy="correct it, or copy the config again",
+            )
+        if not isinstance(value, int):
             raise UnsupportedModelError(
                 f"the config of model type {kind!r} has no {name}",
                 expected=supported,

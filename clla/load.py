@@ -14,7 +14,7 @@ from clla import console
 from clla.artifacts import Plan, read_json
 from clla.calling import make_callable
 from clla.checksums import CHECKSUMS, check_base, check_files
-from clla.errors import CllaError, CorruptArtifactError
+from clla.errors import CllaError, CorruptArtifactError, is_memory, reason
 from clla.hub_errors import explain
 from clla.lengths import Reach, reach_of
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
@@ -22,7 +22,7 @@ from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import Recipe, load_recipe
 from clla.revision import find_config, split_revision
-from clla.source import Source, check_complete, model_folder, open_source, pick_dtype
+from clla.source import Source, check_complete, check_directory, model_folder, open_source, pick_dtype
 
 make_callable(__name__)
 
@@ -52,6 +52,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         CorruptArtifactError: damaged, incomplete, or written by a newer version.
         CllaError: it is no converted checkpoint.
     """
+    pick_dtype(dtype, torch.float32, device)  # a wrong word is told first
     folder = checkpoint_folder(path)
     check_folder(folder)
     checked = check_files(folder)
@@ -63,13 +64,15 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         loaded: Any = CllaForCausalLM.from_pretrained(folder, config=config, dtype=compute, output_loading_info=True)
         model, info = loaded
         check_complete(info, path)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         _check_base_model(config.base_model)
     except CllaError:
         raise
     except Exception as error:  # safetensors, huggingface_hub and transformers raise classes of their own
+        if is_memory(error):
+            raise
         raise CorruptArtifactError(
-            f"{path} cannot be loaded: {error}",
+            f"{path} cannot be loaded: {reason(error)}",
             expected="a complete checkpoint written by clla convert",
             remedy="copy or download it again, or convert the source model anew",
         ) from error
@@ -193,13 +196,9 @@ def check_folder(folder: Path, name: str | None = None) -> None:
         folder: of its files.
         name: for the messages, where it is not the folder's.
     """
-    if not (folder / "config.json").is_file():
-        raise CllaError(
-            f"{folder} has no config.json",
-            expected="a directory written by clla convert",
-            remedy="check the path, or convert a model first",
-        )
-    config, name = read_json(folder / "config.json"), name or str(folder)
+    name = name or str(folder)
+    check_directory(folder, name)
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "clla":
         raise CllaError(
             f"{name} holds a {config.get('model_type')!r} model that is not converted",

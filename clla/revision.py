@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from clla.errors import CllaError, UsageError
 from clla.hub_errors import explain
@@ -60,6 +66,14 @@ def find_config(repo: str, revision: str | None, *, expected: str = SOURCES) -> 
         CllaError: no such model or revision, no access, or no way to the Hub and nothing downloaded before.
     """
     try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise CllaError(
+            f"{repo} does not exist on this machine, and a model on the Hub cannot have that name",
+            expected=expected,
+            remedy="check the path",
+        ) from error
+    try:
         config = Path(hf_hub_download(repo, "config.json", revision=revision))
     except RevisionNotFoundError as error:
         raise CllaError(
@@ -72,11 +86,13 @@ def find_config(repo: str, revision: str | None, *, expected: str = SOURCES) -> 
             raise CllaError(
                 f"{repo}{f' at {revision}' if revision else ''} has no config.json",
                 expected="a repository that holds a model in the format of transformers",
-                remedy="check the name and the revision",
+                remedy="check the name and the revision; an adapter (LoRA) must be merged into its model first",
             ) from error
         found = explain(error, f"{repo!r} is no model that can be opened")
         raise CllaError(
-            found.got, expected=expected, remedy=f"{found.remedy}; offline, give a local directory"
+            f"{found.got}; nor is there a directory of that name here",
+            expected=expected,
+            remedy=f"{found.remedy}; offline, give a local directory",
         ) from error
     return config.parent, config.parent.name
 

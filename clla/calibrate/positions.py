@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.calibrate.lossless import check_lossless
-from clla.errors import UnsupportedModelError
+from clla.errors import UnsupportedModelError, blamed
 from clla.families import kv_shape
 from clla.lengths import reach_of
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
@@ -42,9 +42,15 @@ def rope_settings(model: PreTrainedModel, layers: tuple[int, ...], *, trusted: b
         UnsupportedModelError: keys depend on the position in another way, are not what the config says, or the
             model computes something else when they pass through our cache.
     """
-    settings = _find_rope(model, layers)
-    if not trusted:
-        check_lossless(model, layers, settings)
+    with blamed(
+        f"this {model.config.model_type!r} model cannot be run on a few tokens",
+        expected="a config that fits the weights and the code of transformers",
+        remedy="correct in its config.json what the reason names, or copy it again",
+        kind=UnsupportedModelError,
+    ):
+        settings = _find_rope(model, layers)
+        if not trusted:
+            check_lossless(model, layers, settings)
     return settings
 
 
@@ -52,6 +58,12 @@ def _find_rope(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, Any
     far = reach_of(model.config).fit(FAR + 1) - 1
     near_kv, far_kv = _single_tokens(model, layers, 0), _single_tokens(model, layers, far)
     _check_shapes(model.config, layers, near_kv)
+    if not all(tensor.isfinite().all() for kv in (near_kv, far_kv) for pair in kv.values() for tensor in pair):
+        raise UnsupportedModelError(
+            f"this {model.config.model_type!r} model makes keys or values that are NaN or infinite",
+            expected="finite numbers",
+            remedy="pass --dtype float32; if that does not help, the model is damaged",
+        )
     plain = {i: _difference(near_kv[i][0], far_kv[i][0]) for i in layers}
     if all(value < SAME for value in plain.values()):
         return None

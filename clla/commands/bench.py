@@ -9,8 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import OUTPUT, Device, Dtype, errors, integers, path, start
-from clla.errors import UsageError
+from clla.commands.shared import MOST, OUTPUT, Device, Dtype, errors, integers, path, start
 
 SHAPE = "A shape instead of a checkpoint"
 
@@ -28,18 +27,20 @@ def bench(
         Optional[str], typer.Option(help="Of the shape's latents: '6.25%', '1440B', …", rich_help_panel=SHAPE)
     ] = None,
     max_group_size: Annotated[
-        Optional[int], typer.Option(min=1, help="Layers that share a latent.", rich_help_panel=SHAPE)
+        Optional[int], typer.Option(min=1, max=MOST, help="Layers that share a latent.", rich_help_panel=SHAPE)
     ] = None,
     contexts: Annotated[
         Optional[str], typer.Option(help="Tokens in the cache; default 512,2048, on a GPU 2048,8192,32768.")
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Sequences at once, e.g. 1,8.")] = "1",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in each pass.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes of each model.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, max=MOST, help="Tokens decoded in each pass.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST, help="Timed passes of each model.")] = 3,
     prefill_chunk: Annotated[
         Optional[int],
         typer.Option(
-            min=1, help="Tokens a call of the prefill; default as in generate(): the source takes all at once."
+            min=1,
+            max=MOST,
+            help="Tokens a call of the prefill; default as in generate(): the source takes all at once.",
         ),
     ] = None,
     largest_batch: Annotated[
@@ -49,10 +50,10 @@ def bench(
         Optional[str], typer.Option(help="For the caches of the largest batch, on a CPU: e.g. 2GB.")
     ] = None,
     select_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Only so many old tokens are decoded in full, the best.")
+        Optional[int], typer.Option(min=1, max=MOST, help="Only so many old tokens are decoded in full, the best.")
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Tell the converted cache its length beforehand.")] = False,
-    seed: Annotated[int, typer.Option(help="Of tokens and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of tokens and random weights.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     plot: Annotated[
@@ -61,8 +62,9 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Measure speed and memory, source and converted model side by side."""
-    with errors(as_json):
+    with errors(as_json, interrupted="nothing was written; the checkpoint is as it was"):
         start()
+        from clla.arguments import parse_size
         from clla.bench import Options, run_bench
 
         options = Options(
@@ -75,7 +77,7 @@ def bench(
             repeats=repeats,
             prefill_chunk=prefill_chunk,
             largest_batch=largest_batch,
-            memory_limit=_bytes(memory_limit) if memory_limit is not None else None,
+            memory_limit=parse_size(memory_limit, "--memory-limit") if memory_limit is not None else None,
             select_tokens=select_tokens,
             static=static,
             device=device,
@@ -91,15 +93,3 @@ def bench(
             console.show(table)
         if plot is not None:
             console.say(f"Wrote {plot}")
-
-
-def _bytes(text: str) -> int:
-    from accelerate.utils import convert_file_size_to_int
-
-    try:
-        found = int(text) if text.strip().isdecimal() else convert_file_size_to_int(text.strip())
-    except ValueError:
-        found = 0
-    if found < 1:
-        raise UsageError(f"--memory-limit {text}", expected="bytes, e.g. 500MB or 2GiB", remedy="correct it")
-    return found

@@ -21,7 +21,7 @@ def card(
     ] = False,
 ) -> None:
     """Make the model card of a checkpoint anew from its report."""
-    with errors():
+    with errors(interrupted="the card is as it was"):
         from clla.card import render, write_card
 
         name = repo_id or checkpoint.resolve().name

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import Device, errors, path, start
+from clla.commands.shared import MOST, Device, errors, path, start
 from clla.errors import UsageError
 
 
@@ -22,18 +22,22 @@ def compare(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two windows, two budgets, two codes, main variants only.")
     ] = False,
-    windows: Annotated[Optional[int], typer.Option(min=1, help="Default 24, or 2 with --quick.")] = None,
+    windows: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Default 24, or 2 with --quick.")] = None,
     context: Annotated[
         Optional[int],
-        typer.Option(min=64, help="Tokens per window; budgets hold here. Default: 2048, or what the model takes."),
+        typer.Option(
+            min=64, max=MOST, help="Tokens per window; budgets hold here. Default: 2048, or what the model takes."
+        ),
     ] = None,
     long_context: Annotated[
         Optional[int],
-        typer.Option(min=64, help="Where bytes are measured too; default: 8192, or what the model takes."),
+        typer.Option(min=64, max=MOST, help="Where bytes are measured too; default: 8192, or what the model takes."),
     ] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens a step.")] = 128,
+    chunk: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens a step.")] = 128,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
-    retrieval_trials: Annotated[Optional[int], typer.Option(min=0, help="Planted codes; default 16, or 2.")] = None,
+    retrieval_trials: Annotated[
+        Optional[int], typer.Option(min=0, max=MOST, help="Planted codes; default 16, or 2.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of table and pictures.", parser=path)] = Path(
         "comparison"
     ),
@@ -42,7 +46,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Run published methods and ours side by side on one model, at equal measured bytes."""
-    with errors(as_json):
+    with errors(as_json, interrupted="no table was written; moments that were complete stay in --work-dir"):
         start()
         from clla.compare import Options, run_comparison
         from clla.places import check_writable, holding

@@ -126,7 +126,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Convert a model to shared latents within a KV byte budget."""
-    with errors(as_json):
+    with errors(as_json, interrupted="nothing was written and nothing is kept"):
         start()
         from accelerate import PartialState
 
@@ -134,7 +134,11 @@ def convert(
         from clla.evaluate.plan_tables import plan_tables
 
         target = None
-        if push_to_hub and not dry_run:
+        if private and not push_to_hub:
+            raise UsageError("--private without --push-to-hub", expected="a repository", remedy="add --push-to-hub ID")
+        if push_to_hub and dry_run:
+            console.say("A dry run uploads nothing: --push-to-hub has no effect")
+        elif push_to_hub:
             target = _target(model, push_to_hub, private=private, adapter_only=adapter_only)
         done = api.convert(
             model,
@@ -173,6 +177,7 @@ def convert(
             return
         plan_file = folder.with_name(folder.name + "-plan.json")
         if dry_run:
+            plan_file.parent.mkdir(parents=True, exist_ok=True)
             done.plan.save(plan_file)
         if as_json:
             pushed, failed = _pushed(folder, target, private=private)

@@ -22,7 +22,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Look for what is missing or broken, here and with a model; exit code 1 if something is."""
-    with errors(as_json):
+    with errors(as_json, interrupted="nothing was changed"):
         from clla.doctor import Finding, environment, guarded
 
         found = environment(hub=hub)
@@ -38,13 +38,12 @@ def doctor(
         if as_json:
             print(json.dumps([asdict(finding) for finding in found]))
         else:
-            from rich.markup import escape
+            from rich.text import Text
 
             for finding in found:
-                mark = f"[{COLOURS[finding.status]}]{finding.status:8}[/]"
-                line = f"{mark} {finding.topic}: {escape(finding.text)}"
-                console.results.print(line, soft_wrap=True)
+                mark = (f"{finding.status:8}", COLOURS[finding.status])
+                console.results.print(Text.assemble(mark, f" {finding.topic}: {finding.text}"), soft_wrap=True)
                 if finding.remedy:
-                    console.results.print(f"         → {escape(finding.remedy)}", soft_wrap=True)
+                    console.results.print(f"         → {finding.remedy}", soft_wrap=True)
         if any(finding.status == "problem" for finding in found):
             raise typer.Exit(1)

@@ -9,6 +9,7 @@ import typer
 
 from clla import console
 from clla.commands.shared import (
+    MOST,
     Device,
     Dtype,
     errors,
@@ -20,13 +21,16 @@ from clla.commands.shared import (
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
+    windows: Annotated[int, typer.Option(min=1, max=MOST, help="Windows of text.")] = 4,
     window_length: Annotated[
-        Optional[int], typer.Option(min=2, help="Tokens per window; default: 2048, or what the model takes.")
+        Optional[int], typer.Option(min=2, max=MOST, help="Tokens per window; default: 2048, or what the model takes.")
     ] = None,
-    chunk: Annotated[Optional[int], typer.Option(min=1, help="Tokens a step; default: the exact window.")] = None,
+    chunk: Annotated[
+        Optional[int], typer.Option(min=1, max=MOST, help="Tokens a step; default: the exact window.")
+    ] = None,
     select_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Old tokens read in full; steps then are as short as that takes.")
+        Optional[int],
+        typer.Option(min=1, max=MOST, help="Old tokens read in full; steps then are as short as that takes."),
     ] = None,
     contexts: Annotated[
         Optional[str],
@@ -35,9 +39,9 @@ def evaluate(
     retrieval: Annotated[bool, typer.Option(help="Also plant codes and ask for them.")] = True,
     retrieval_context: Annotated[
         Optional[int],
-        typer.Option(min=128, help="Tokens around a planted code; default: 4096, or what the model takes."),
+        typer.Option(min=128, max=MOST, help="Tokens around a planted code; default: 4096, or what the model takes."),
     ] = None,
-    retrieval_trials: Annotated[int, typer.Option(min=1, help="Number of codes.")] = 8,
+    retrieval_trials: Annotated[int, typer.Option(min=1, max=MOST, help="Number of codes.")] = 8,
     teacher: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
     ] = None,
@@ -46,7 +50,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source."""
-    with errors(as_json):
+    with errors(as_json, interrupted="nothing was written; the checkpoint is as it was"):
         start()
         from clla import api
 

@@ -29,7 +29,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
 ) -> None:
     """Write a strict conversion in the form of a model that other engines know; its latents are not quantized there."""
-    with errors(as_json):
+    with errors(as_json, interrupted="nothing was written; the checkpoint is as it was"):
         if format not in FORMATS:
             raise UsageError(f"--format {format}", expected=" or ".join(FORMATS), remedy="use one of them")
         if dtype not in ("auto", "float32", "bfloat16"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Annotated, Any, Optional
 
@@ -9,12 +10,13 @@ import typer
 
 from clla import console
 from clla.commands.shared import (
+    MOST,
     Device,
     Dtype,
     errors,
     start,
 )
-from clla.errors import UsageError
+from clla.errors import UsageError, blamed
 
 NEW_TOKENS = 100  # by default, where the model takes as many after the prompt
 
@@ -23,38 +25,45 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
     prompt: Annotated[str, typer.Option(help="What to continue, or '-' for standard input.")],
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Tokens to write; default: 100, or what the model takes.")
+        Optional[int], typer.Option(min=1, max=MOST, help="Tokens to write; default: 100, or what the model takes.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Use the chat template where there is one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    num_beams: Annotated[int, typer.Option(min=1, max=MOST, help="Beams.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of sampling.")] = 0,
     select_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Old tokens that each new one reads in full; default: all.")
+        Optional[int], typer.Option(min=1, max=MOST, help="Old tokens that each new one reads in full; default: all.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Generate text with the compressed cache."""
-    with errors():
+    with errors(interrupted="the rest of the text is lost; the checkpoint is as it was"):
         start()
         import torch
 
+        from clla.calibrate.vocabulary import check_tokens
         from clla.lengths import reach_of
         from clla.load import load_checkpoint
         from clla.modeling.hooks_clla import CACHE
         from clla.source import pick_device
 
+        if not math.isfinite(temperature):
+            raise UsageError(f"--temperature {temperature}", expected="a number from 0 on", remedy="correct it")
+        text = _prompt(prompt)
         loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
-        text = sys.stdin.read() if prompt == "-" else prompt
-        if not text:
-            raise UsageError("the prompt is empty", expected="some text", remedy='pass --prompt "…"')
         if chat and loaded.tokenizer.chat_template:
             turns = [{"role": "user", "content": text}]
-            text = loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            with blamed(
+                f"the chat template of {checkpoint} fails",
+                expected="a template that takes one turn of a user",
+                remedy="pass --no-chat, or correct the checkpoint's chat_template.jinja",
+            ):
+                text = loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             inputs = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False)
         else:
             inputs = loaded.tokenizer(text, return_tensors="pt")
+        check_tokens(inputs["input_ids"], loaded.model.config.text_config.vocab_size, loaded.tokenizer)
         inputs = inputs.to(loaded.model.device)
         reach, length = reach_of(loaded.model.config.text_config), inputs["input_ids"].shape[1]
         new_tokens = max_new_tokens or reach.fit(length + NEW_TOKENS) - length
@@ -82,3 +91,17 @@ def generate(
             f"{total} tokens: cache {cache.nbytes:,} bytes, the source's would take {source:,}; each further token "
             f"{plan.row_bytes:,} against {plan.source_bytes_per_token:,}{smaller}"
         )
+
+
+def _prompt(prompt: str) -> str:
+    """What to continue, from standard input where it is '-'."""
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise UsageError(
+            f"the prompt is no UTF-8: {error}", expected="text in UTF-8", remedy="convert it, e.g. with iconv"
+        ) from error
+    if not text.strip():
+        raise UsageError("the prompt is empty", expected="some text", remedy='pass --prompt "…"')
+    return text

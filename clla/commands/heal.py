@@ -70,7 +70,7 @@ def heal(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Train a converted model briefly against its source, to buy back what its budget lost."""
-    with errors(as_json):
+    with errors(as_json, interrupted="the checkpoint is as it was, and nothing is kept"):
         start()
         from accelerate import PartialState
 

@@ -65,7 +65,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Plan other budgets from the statistics of a conversion, in seconds."""
-    with errors(as_json):
+    with errors(as_json, interrupted="no plan was written; what was prepared is kept beside the statistics"):
         from clla.places import PICTURES, check_file
         from clla.recipe import load_recipe, plan_changes
 

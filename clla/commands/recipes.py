@@ -16,7 +16,7 @@ from clla.errors import UsageError
 
 def ls() -> None:
     """List the built-in recipes."""
-    with errors():
+    with errors(interrupted="nothing was written"):
         from rich.table import Table
 
         from clla.recipe import load_recipe
@@ -34,7 +34,7 @@ def show(
     schema: Annotated[bool, typer.Option("--schema", help="Print all fields with their meaning.")] = False,
 ) -> None:
     """Print a recipe with every default filled in."""
-    with errors():
+    with errors(interrupted="nothing was written"):
         from clla.recipe import Recipe, load_recipe
 
         print(json.dumps(Recipe.model_json_schema(), indent=1) if schema else load_recipe(name).to_yaml(), end="")
@@ -45,7 +45,7 @@ def cp(
     destination: Annotated[Path, typer.Argument(help="File or directory.", parser=path)] = Path("."),
 ) -> None:
     """Copy a built-in recipe to start your own from."""
-    with errors():
+    with errors(interrupted="nothing was written"):
         from clla.recipes import builtin_recipes
 
         builtin = builtin_recipes()

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import OUTPUT, Device, Dtype, errors, path, start
+from clla.commands.shared import MOST, OUTPUT, Device, Dtype, errors, path, start
 
 
 def report(
@@ -30,16 +30,16 @@ def report(
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.", rich_help_panel=OUTPUT)] = False,
     samples: Annotated[
         Optional[int],
-        typer.Option(min=0, help="Built-in prompts to continue; default: 3, with --prompt none."),
+        typer.Option(min=0, max=MOST, help="Built-in prompts to continue; default: 3, with --prompt none."),
     ] = None,
     prompt: Annotated[Optional[list[str]], typer.Option(help="Continue this, too; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after each prompt.")] = 160,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to write after each prompt.")] = 160,
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     windows: Annotated[
-        int, typer.Option(min=0, help="Windows of text that errors of layers are measured on; 0: none.")
+        int, typer.Option(min=0, max=MOST, help="Windows of text that errors of layers are measured on; 0: none.")
     ] = 2,
     window_length: Annotated[
-        Optional[int], typer.Option(min=2, help="Tokens a window; default: 2048, or what the model takes.")
+        Optional[int], typer.Option(min=2, max=MOST, help="Tokens a window; default: 2048, or what the model takes.")
     ] = None,
     teacher: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
@@ -49,7 +49,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Write one HTML page about a converted model: plan, quality, memory, errors of layers, samples."""
-    with errors(as_json):
+    with errors(as_json, interrupted="no page was written; the checkpoint is as it was"):
         start()
         from clla.report import Options, make_page
         from clla.revision import beside

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from clla import console
+from clla.commands.failures import explained, wants_traceback
 from clla.errors import CllaError, UsageError
 from clla.places import expanded
 from clla.recipes import builtin_recipes
 
+MOST = 2**53  # of any number: more is a slip, and neither JSON nor torch would hold it
 CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
 
 
@@ -72,31 +80,100 @@ Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboa
 
 
 @contextmanager
-def errors(as_json: bool = False, *, interrupted: str = "a conversion goes on with --resume") -> Iterator[None]:
-    """Turn mistakes into one message and an exit code: 2 usage or recipe, 1 everything else."""
+def errors(as_json: bool = False, *, interrupted: str) -> Iterator[None]:
+    """Turn whatever goes wrong into one message and an exit code: 2 usage or recipe, 1 everything else.
+
+    Args:
+        as_json: print the error on stdout, too.
+        interrupted: what Ctrl-C or SIGTERM (exit codes 130 and 143) leave behind, where the run does not say it itself.
+    """
+    try:
+        with _terminated():
+            yield
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any longer, as in `clla … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as stop:
+        console.say(f"Interrupted; {'; '.join(_notes(stop)) or interrupted}")
+        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+    except Exception as error:
+        if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "format_message"):
+            raise  # typer's own
+        found = explained(error)
+        show_error(found, _notes(error))
+        if as_json:
+            print(json.dumps(as_object(found)))
+        if wants_traceback():
+            traceback.print_exception(error)
+        raise typer.Exit(found.exit_code) from error
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that nothing half-written stays."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except CllaError as error:
-        show_error(error)
-        if as_json:
-            print(json.dumps(as_object(error)))
-        raise typer.Exit(error.exit_code) from error
-    except OSError as error:
-        console.messages.print(f"[red]Error:[/red] {_escape(str(error))}", soft_wrap=True)
-        console.messages.print("  remedy:   check that the path exists and may be written to", soft_wrap=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        console.say(f"Interrupted; {interrupted}")
-        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def show_error(error: CllaError) -> None:
+class Commands(TyperGroup):
+    """All commands, and what goes wrong before one of them begins."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        console.write_anything()
+        try:
+            with errors(interrupted="nothing had begun"):
+                return super().main(*args, **options)
+        except typer.Exit as stop:
+            sys.exit(stop.exit_code)
+
+    def invoke(self, ctx: Any) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            with errors(as_json, interrupted="nothing had begun"):
+                _check_empty(ctx.args)
+            return super().invoke(ctx)
+        except Exception as error:
+            if as_json and hasattr(error, "format_message"):  # a slip in the options, which typer shows on stderr
+                print(json.dumps(as_object(UsageError(error.format_message(), remedy="see the command's --help"))))
+            raise
+
+
+def _check_empty(words: list[str]) -> None:
+    """Refuse empty options and arguments, which a path or a number would be made of in silence.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for before, word in zip(["the argument", *words], words, strict=False):
+        name = word.removesuffix("=") if word.startswith("--") and word.endswith("=") else before
+        if word == "" or name != before:
+            raise UsageError(
+                f"{name} is empty",
+                expected="a value",
+                remedy="give it one or leave it out; a shell variable that is not set makes an empty one",
+            )
+
+
+def show_error(error: CllaError, notes: list[str] | None = None) -> None:
     """A mistake on stderr: what was got, what was expected and the remedy."""
-    console.messages.print(f"[red]Error:[/red] {_escape(error.got)}", soft_wrap=True)
+    console.label("Error:", "red", f" {error.got}")
     if error.expected:
-        console.messages.print(f"  expected: {_escape(error.expected)}", soft_wrap=True)
+        console.label("  expected:", "", f" {error.expected}")
     if error.remedy:
-        console.messages.print(f"  remedy:   {_escape(error.remedy)}", soft_wrap=True)
+        console.label("  remedy:", "", f"   {error.remedy}")
+    for note in notes or []:
+        console.label("  note:", "", f"     {note}")
 
 
 def as_object(error: CllaError) -> dict[str, str]:
@@ -104,8 +181,8 @@ def as_object(error: CllaError) -> dict[str, str]:
     return {"error": error.got, "expected": error.expected, "remedy": error.remedy}
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
 
 
 def start() -> None:
@@ -125,7 +202,7 @@ def integers(text: str, option: str = "--contexts") -> tuple[int, ...]:
         numbers = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         numbers = (0,)
-    if any(number < 1 for number in numbers):
+    if not numbers or any(not 1 <= number <= MOST for number in numbers):
         raise UsageError(f"{option} {text}", expected="positive whole numbers, e.g. 512,2048", remedy="correct it")
     return numbers
 

@@ -197,7 +197,7 @@ def write_checkpoint(
     tokenizer: Any,
     *,
     base_model: dict[str, Any] | None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Weights or codec, config with `auto_map`, remote code, tokenizer and generation config.
 

@@ -26,6 +26,7 @@ from clla.convert.healing import (
     heal_and_measure,
 )
 from clla.convert.healing_text import healed_on
+from clla.errors import resumable
 from clla.evaluate.report import Report, write_report
 from clla.heal.sharding import launched_sharded
 from clla.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
@@ -103,7 +104,7 @@ def _heal(
     check_text(text)
     fitted = fitted_of(folder)
     if fitted is not None:
-        fitted = [*fitted, healed_on(text, loaded.tokenizer, length=recipe.heal.sequence_length)]
+        fitted = [*fitted, healed_on(text, loaded.tokenizer, length=length)]
     if options.report:
         wanted = reach.fit(REPORT_LENGTH)
         windows, left_out = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=wanted, fallback=length)
@@ -112,9 +113,10 @@ def _heal(
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
     stored = getattr(torch, loaded.model.config.clla["kv_dtype"])
-    model, report, healing = heal_and_measure(
-        loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
-    )
+    with resumable(work):
+        model, report, healing = heal_and_measure(
+            loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
+        )
     recipe = recipe.model_copy(update={"heal": healing.config})
     earlier = _earlier_report(folder)
     if not processes.is_main_process:

@@ -21,7 +21,7 @@ from clla.artifacts import Plan, read_json, write_text
 from clla.baselines.stored import SourceCache
 from clla.convert.checkpoint import check_disk
 from clla.convert.healing_text import healing_text
-from clla.errors import CllaError, UsageError
+from clla.errors import CllaError, UsageError, reason
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after
 from clla.evaluate.retrieval import plantable
@@ -183,12 +183,14 @@ def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torc
     share = 0.0 if plan.decoupled else share  # these start far from the source, whatever their size
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
     on_cpu, length = device.type == "cpu", config.sequence_length or HEAL_LENGTH
-    batch_tokens = config.batch_tokens or max(BATCH_TOKENS["cpu" if on_cpu else "cuda"], length)
+    tokens = config.tokens or (cpu_tokens if on_cpu else gpu_tokens)
+    wanted = min(BATCH_TOKENS["cpu" if on_cpu else "cuda"], tokens)
+    batch_tokens = config.batch_tokens or max(wanted, length)
     # Small batches have noisy gradients: Adam's steps shrink with the square root (docs/lab-notes.md).
     codec_lr = config.codec_lr or CODEC_LR * min(1.0, batch_tokens / BATCH_TOKENS["cuda"]) ** 0.5
     return config.model_copy(
         update={
-            "tokens": config.tokens or (cpu_tokens if on_cpu else gpu_tokens),
+            "tokens": tokens,
             "train": config.train or what,
             "sequence_length": length,
             "codec_lr": codec_lr,
@@ -226,6 +228,12 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
                 expected="at least one sequence a step and one step",
                 remedy=f"raise heal.{name}, or lower heal.sequence_length",
             )
+    if config.tokens is not None and config.batch_tokens is not None and config.tokens < config.batch_tokens:
+        raise UsageError(
+            f"heal.tokens {config.tokens} with steps of heal.batch_tokens {config.batch_tokens}",
+            expected="at least one step",
+            remedy="raise heal.tokens (--tokens), or lower heal.batch_tokens (--batch-tokens)",
+        )
     installed = [str(kind) for kind in get_available_trackers()]
     if tracker and tracker not in installed:
         raise UsageError(
@@ -275,7 +283,7 @@ def heal(
         raise UsageError(
             f"heal.batch_tokens {config.batch_tokens} and heal.tokens {config.tokens} with sequences of {length}",
             expected="at least one sequence a step and one step",
-            remedy="raise heal.tokens or heal.batch_tokens, or lower heal.sequence_length",
+            remedy="lower heal.batch_tokens or heal.sequence_length, or pass a longer heal.dataset",
         )
     accelerator = _accelerator(config, options, teacher)
     sharded = launched_sharded()
@@ -342,7 +350,7 @@ def heal(
             )
         except torch.OutOfMemoryError as error:
             raise CllaError(
-                f"the device has too little memory to train '{config.train}': {str(error).splitlines()[0]}",
+                f"the device has too little memory to train '{config.train}': {reason(error)}",
                 expected="teacher, student, gradients and Adam's moments on it",
                 remedy="pass --gradient-checkpointing, --train codec or a shorter --sequence-length",
             ) from error

@@ -33,7 +33,7 @@ from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_m
 from clla.convert.healing_text import healed_on
 from clla.convert.run import Run, moment_bytes, resolve, stats_bytes
 from clla.convert.surrogates import weigh
-from clla.errors import UsageError
+from clla.errors import UsageError, resumable
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.heal.sharding import launched_sharded
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -60,7 +60,7 @@ class Options:
         dry_run: stop after the plan.
         report: measure before and after.
         tracker: of accelerate, for healing.
-        max_shard_size: of the weight files; by default 5 GB, or one layer where layers are read from disk.
+        max_shard_size: bytes of a weight file; by default 5 GB, or one layer where layers are read from disk.
     """
 
     output: Path
@@ -72,7 +72,7 @@ class Options:
     dry_run: bool = False
     report: bool = True
     tracker: str | None = None
-    max_shard_size: str | None = None
+    max_shard_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialSta
         check_output(options.output, expanded(name), overwrite=options.overwrite or ours)
     check_room(_bytes_needed(source, recipe, options))
     check_memory(moment_bytes(source, recipe, streamed=True))
-    with _work_dir(options, processes) as work:
+    with _work_dir(options, processes) as work, resumable(work):
         return _convert(source, recipe, options, processes, device, work)
 
 

@@ -84,13 +84,20 @@ def latent_bits(
             expected="a context length and a window of at least 1",
             remedy="leave out --at-context 0 and --window 0, or --evict",
         )
+    smallest = min(config.bits) * config.tier_size + SCALE_BITS
     if context is None:
+        if budget * 8 < smallest:
+            least = -(-smallest // 8)
+            raise UsageError(
+                f"the budget of {budget:.4g} bytes a token leaves nothing for latents",
+                expected=f"at least {least} bytes ({100 * least / source_bytes:.2g} % of the source)",
+                remedy="raise --kv-budget",
+            )
         return int(budget * 8)
     fixed = exact_bytes_of(source_bytes, 0, window, sinks, config.flush_block, config.source)
     encoded = kept_rows(encoded_slots(context, window, config.flush_block), evict)
     carried = exact_bytes_of(0, 1, window, sinks, config.flush_block, config.source)  # rows of exact tokens
     bits = int((budget * context - fixed) / (encoded + carried) * 8) if encoded + carried else -1
-    smallest = min(config.bits) * config.tier_size + SCALE_BITS
     if bits < smallest:
         share = (fixed + (encoded + carried) * smallest / 8) / context
         raise UsageError(

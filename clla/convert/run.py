@@ -27,6 +27,7 @@ from clla.calibrate.positions import rope_settings
 from clla.calibrate.reading import read_documents
 from clla.calibrate.seen import fingerprint
 from clla.calibrate.stream import StreamedCollector
+from clla.calibrate.vocabulary import check_tokens
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
 from clla.convert.decouple import DecoupledSpectra, settle_decoupled
@@ -221,6 +222,8 @@ class Run:
             batch_size=c.batch_size,
             seed=c.seed,
         )
+        for batch in batches:
+            check_tokens(batch, self.source.config.get_text_config().vocab_size, self.tokenizer)
         found = sum(batch.numel() for batch in batches)
         if found < c.tokens:
             console.say(f"The text has only {found} tokens of the {c.tokens} wanted, in whole sequences")
