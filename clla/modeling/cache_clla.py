@@ -43,6 +43,11 @@ class CllaLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> "tuple[Tensor, Tensor]":
         self.is_initialized = True
+        if not self.group.timeline.incoming:
+            raise ValueError(
+                "keys reach the cache outside of a forward pass of the converted model: gradient checkpointing, which "
+                "computes a layer again when the cache has moved on, cannot be used with it"
+            )
         if not self.group.reading:  # else the cache counts, outside of what may be compiled
             self.seen += key_states.shape[-2]
         return self.group.update(key_states, value_states, self.layer)
@@ -118,8 +123,9 @@ class CllaCache(Cache):
     @torch.compiler.disable
     def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor]) -> None:
         """Announce the tokens of the next forward pass; arguments and errors as of `Timeline.begin`."""
-        for group in self.groups:
+        for group, module in zip(self.groups, self.codec.groups, strict=True):
             group.abandon()
+            group.codec = module() if any(matrix.is_meta for matrix in module.parameters()) else module  # offloaded
         self.timeline.begin(position_ids, attention_mask, left_padded=self.evicts)
         decoupled = [group for group in self.groups if isinstance(group, DecoupledGroup)]
         if decoupled:
@@ -214,6 +220,8 @@ class CllaCache(Cache):
         self.timeline.end()
         for group in self.groups:
             group.evict()
+        for group, module in zip(self.groups, self.codec.groups, strict=True):
+            group.codec = module
         for layer in self.kept.values():
             if getattr(layer, "keys", None) is not None:  # a sliding layer keeps a view of the whole chunk
                 layer.keys, layer.values = layer.keys.detach().clone(), layer.values.detach().clone()
