@@ -85,9 +85,7 @@ def heal_checkpoint(
     if not processes.is_main_process:
         return recipe, report, healing
     with finished_directory(options.output) as out:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(stored)
-        write_checkpoint(out, model, loaded.tokenizer, base_model=None)
+        write_checkpoint(out, model, loaded.tokenizer, base_model=None, dtype=stored)
         write_text(out / "clla_recipe.yaml", recipe.to_yaml())
         write_report(
             out,

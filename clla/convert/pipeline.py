@@ -70,7 +70,7 @@ class Conversion:
         recipe: resolved.
         predicted_kl: nats a token, by second order, if every token were coded.
         report: what was measured, if it was.
-        model: converted; None after a dry run.
+        model: converted, in the dtype that was computed in; None after a dry run.
         healing: what training did, if it was trained.
     """
 
@@ -170,13 +170,12 @@ def _convert(
     if not processes.is_main_process:
         return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
     with finished_directory(options.output) as folder:
-        for parameter in converted.parameters():  # buffers keep the precision that the model wants
-            parameter.data = parameter.data.to(source.dtype)
         write_checkpoint(
             folder,
             converted,
             tokenizer,
             base_model=_base_model(source) if options.adapter_only else None,
+            dtype=source.dtype,
             max_shard_size=options.max_shard_size or run.shard_size,
         )
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())

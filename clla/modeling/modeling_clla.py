@@ -215,12 +215,23 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = for_compressed_cache(GenerationConfig.from_pretrained(path, **where))
         return (model.eval(), *info) if info else model.eval()
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: "Optional[dict[str, Tensor]]" = None, **kwargs: Any
+    ) -> None:
         """As in transformers; the weights are written whole, also those of a codec-only checkpoint."""
-        codec = {k: v.detach().cpu().contiguous() for k, v in self.codec.state_dict().items()}
+        own = self.codec_tensors() if state_dict is None else state_dict
+        codec = {name.removeprefix("codec."): v for name, v in own.items() if name.startswith("codec.")}
         self.config.clla["codec_sha256"] = tensor_digest(codec)
         self.config.base_model = None
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def codec_tensors(self) -> "dict[str, Tensor]":
+        """The codec's tensors on the CPU, by their names in a state dict, wherever they are."""
+        return {
+            f"codec.groups.{i}.{name}": matrix.detach().cpu().contiguous()
+            for i, group in enumerate(self.codec.groups)
+            for name, matrix in vars(group()).items()
+        }
 
     def new_cache(self, max_length: Optional[int] = None) -> CllaCache:
         """An empty compressed cache for one batch of sequences.

@@ -25,6 +25,7 @@ def device_map_of(model: Any, strategy: str, max_memory: Any, dtype: Any) -> "di
     accelerate = importlib.import_module("accelerate")  # transformers would ask for it where this file is only loaded
     names = {module: name for name, module in model.named_modules()}
     attention = attention_modules(model.source)
+    max_memory = None if max_memory is None else dict(max_memory)  # accelerate writes into it
     layers, sizes = {}, {}
     for i, (spec, codec) in enumerate(zip(model.config.clla["groups"], model.codec.groups, strict=True)):
         first = attention[spec["layers"][0]]
