@@ -101,7 +101,8 @@ def convert(
         overwrite: replace an earlier conversion in `output`.
 
     Returns:
-        Plan, resolved recipe, what was measured, and the converted model, which generates (None after a dry run).
+        Plan, resolved recipe, what was measured, and the converted model, which generates, in the dtype that was
+        computed in; the checkpoint has the source's dtype (None after a dry run).
 
     Raises:
         CllaError: bad input, or a limit; nothing is left half-written.

@@ -182,7 +182,9 @@ def run(name: str, dtype: str, homes: str, watch: Watch) -> list[dict[str, Any]]
                 past_key_values=cache,
                 logits_to_keep=1,
             )
-            found.append({"tokens": stop - start, "syncs": watch.syncs, "copies": watch.copies, "launches": watch.launches})
+            found.append(
+                {"tokens": stop - start, "syncs": watch.syncs, "copies": watch.copies, "launches": watch.launches}
+            )
         assert {x.device.type for group in cache.groups for x in group.tensors()} == {GPU}
     return found
 

@@ -8,10 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, pico_config, pico_of
+from conftest import byte_tokenizer, pico, pico_config, pico_of
 from helpers import clla as command
 from helpers import tokens
 from mypy import api as mypy
@@ -150,3 +151,20 @@ def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(block, "python-api.md", "exec"), names)
     assert len(blocks) == 6 and {"done", "report", "healed", "tokenizer"} <= names.keys()
     assert (tmp_path / "MODEL-clla-healed" / "README.md").is_file()
+
+
+def test_the_returned_model_is_not_changed_by_saving(text_file: Path, tmp_path: Path) -> None:
+    """It computes in fp32; what is written has the source's bf16, and loads with its checksums."""
+    pico().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    quick: dict[str, Any] = {"dataset": str(text_file), "calibration_tokens": 1024, "sequence_length": 128}
+    quick |= {"window": 8, "at_context": 0, "kv_budget": "20%", "report": False, "dtype": "float32"}
+    made = clla.convert(tmp_path / "source", output=tmp_path / "out", **quick).model
+    assert made is not None and {p.dtype for p in made.parameters()} == {torch.float32}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded, _ = clla.load(tmp_path / "out", dtype="float32")
+    stored, _ = clla.load(tmp_path / "out", dtype="bfloat16")
+    assert stored.dtype == torch.bfloat16
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, made(ids).logits)

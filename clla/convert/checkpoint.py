@@ -5,6 +5,7 @@ Everything is written into a partial directory that takes the final name only wh
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import re
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
 
 from clla.checksums import CHECKSUMS, known_checksums, write_checksums
 from clla.errors import CllaError, UsageError
@@ -197,30 +200,44 @@ def write_checkpoint(
     tokenizer: Any,
     *,
     base_model: dict[str, Any] | None,
+    dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Weights or codec, config with `auto_map`, remote code, tokenizer and generation config.
+    """Weights or codec, config with `auto_map`, remote code, tokenizer and generation config; the model stays as it is.
 
     Args:
         folder: an existing directory.
         model: the converted model.
         tokenizer: the source's.
         base_model: where the source's weights are, to save the codec alone; None saves everything.
+        dtype: of the weights that are written; the model's unless given.
         max_shard_size: of the weight files.
     """
+    dtype = dtype or model.dtype
     model.config.architectures = [type(model).__name__]
     if base_model is None:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        state = None if model.dtype == dtype else _state_in(model, dtype)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        config: Any = copy.deepcopy(model.config)
     else:
-        from transformers.dynamic_module_utils import custom_object_save
-
-        codec = {k: v.detach().cpu().contiguous() for k, v in model.codec.state_dict().items()}
-        model.config.clla["codec_sha256"] = tensor_digest(codec)
-        model.config.base_model = base_model
+        codec = {name.removeprefix("codec."): matrix.to(dtype) for name, matrix in model.codec_tensors().items()}
+        config = copy.deepcopy(model.config)
+        config.clla["codec_sha256"] = tensor_digest(codec)
+        config.base_model = base_model
         save_file(codec, folder / CODEC_FILE, metadata={"format": "pt"})
-        config: Any = model.config
         custom_object_save(model, folder, config=config)
-        config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
+    config.dtype = dtype
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _state_in(model: CllaForCausalLM, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict with parameters in another dtype; buffers keep the precision that the model wants."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    cast: dict[int | str, torch.Tensor] = {}  # by address, so that what is tied stays so
+    return {
+        name: cast.setdefault(tensor.data_ptr() or name, tensor.to(dtype)) if name in parameters else tensor
+        for name, tensor in model.state_dict().items()
+    }

@@ -123,9 +123,7 @@ def _heal(
         return recipe, report, healing
     needed = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
     with finished_directory(options.output, needed=needed) as out:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(stored)
-        write_checkpoint(out, model, loaded.tokenizer, base_model=None)
+        write_checkpoint(out, model, loaded.tokenizer, base_model=None, dtype=stored)
         write_text(out / "clla_recipe.yaml", recipe.to_yaml())
         write_report(
             out,

@@ -85,7 +85,7 @@ class Conversion:
         recipe: resolved.
         predicted_kl: nats a token, by second order, if every token were coded.
         report: what was measured, if it was.
-        model: converted; None after a dry run.
+        model: converted, in the dtype that was computed in; None after a dry run.
         healing: what training did, if it was trained.
     """
 
@@ -208,13 +208,12 @@ def _convert(
         return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
     needed = sum(tensor.numel() for tensor in converted.state_dict().values()) * source.dtype.itemsize
     with finished_directory(options.output, needed=needed) as folder:
-        for parameter in converted.parameters():  # buffers keep the precision that the model wants
-            parameter.data = parameter.data.to(source.dtype)
         write_checkpoint(
             folder,
             converted,
             tokenizer,
             base_model=_base_model(source) if options.adapter_only else None,
+            dtype=source.dtype,
             max_shard_size=options.max_shard_size or run.shard_size,
         )
         write_text(folder / "clla_recipe.yaml", recipe.to_yaml())

@@ -44,6 +44,11 @@ class CllaLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> "tuple[Tensor, Tensor]":
         self.is_initialized = True
+        if not self.group.timeline.incoming:
+            raise ValueError(
+                "keys reach the cache outside of a forward pass of the converted model: gradient checkpointing, which "
+                "computes a layer again when the cache has moved on, cannot be used with it"
+            )
         return self.group.update(key_states, value_states, self.layer)
 
     def get_mask_sizes(self, query_length: int) -> "tuple[int, int]":
@@ -177,6 +182,8 @@ class CllaCache(Cache):
             self.abandon()
         self._before = self._state()
         try:
+            for group, module in zip(self.groups, self.codec.groups, strict=True):
+                group.codec = module() if any(matrix.is_meta for matrix in module.parameters()) else module  # offloaded
             self.timeline.begin(position_ids, attention_mask, left_padded=self.evicts)
             for group in self.groups:
                 if isinstance(group, DecoupledGroup):
@@ -225,7 +232,8 @@ class CllaCache(Cache):
         (timeline, groups, kept), self._before = self._before, None
         self.timeline.restore(timeline)
         self._workspace.release()
-        for group, state in zip(self.groups, groups, strict=True):
+        for group, module, state in zip(self.groups, self.codec.groups, groups, strict=True):
+            group.codec = module
             group.restore(state)
         for i, state in kept.items():
             vars(self.kept[i]).clear()
@@ -308,6 +316,8 @@ class CllaCache(Cache):
         self.timeline.end()
         for group in self.groups:
             group.evict()
+        for group, module in zip(self.groups, self.codec.groups, strict=True):
+            group.codec = module
         for layer in self.kept.values():
             _own_tensors(layer)
         self._torn = True  # until buffers that stay where they are have been written whole

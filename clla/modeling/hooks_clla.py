@@ -54,8 +54,8 @@ def rope_of(
     """
     if settings is None:
         return None
-    like = next(model.get_input_embeddings().parameters())[:1].to(dtype)
-    return rope_with(rotary_module(model), settings, like=like)
+    own = next(model.get_input_embeddings().parameters()).dtype  # the parameter itself may be offloaded
+    return rope_with(rotary_module(model), settings, like=torch.empty(1, dtype=dtype or own))
 
 
 def rope_with(rotary: Any, settings: "dict[str, Any]", *, like: Tensor) -> Rope:

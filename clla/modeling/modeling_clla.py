@@ -10,6 +10,7 @@ Shape legend: B sequences, T tokens, n = 2·H_kv·d, h hidden size, r rank of a 
 import copy
 import inspect
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -26,6 +27,7 @@ from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
 from .hooks_clla import CACHE, attention_modules, decoder_of, position_slots, rope_of
 from .observe_clla import LISTENER, is_observed, listening, observed
+from .placement_clla import STRATEGIES, device_map_of
 from .quantize_clla import tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
@@ -52,6 +54,10 @@ class GroupCodecModule(nn.Module):
             self.rope_encoder = nn.Parameter(torch.zeros(rotary, inputs))
             self.rope_mean = nn.Parameter(torch.zeros(rotary))
             self.rope_query = nn.Parameter(torch.zeros(layers, heads, rotary // 2, 2))
+
+    def forward(self) -> SimpleNamespace:
+        """The matrices. Where they are offloaded, hooks bring them for this call alone, so they are taken from it."""
+        return SimpleNamespace(**dict(self.named_parameters()))
 
 
 class CodecModule(nn.Module):
@@ -85,7 +91,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.source = _empty_source(config)
         self.codec = CodecModule(config)
-        self._no_split_modules = getattr(self.source, "_no_split_modules", None)
+        self._no_split_modules = [*(self.source._no_split_modules or ()), GroupCodecModule.__name__]
         self.loss_type = self.source.loss_type
         self.prefill_chunk = config.clla["prefill_chunk"]
         self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
@@ -110,6 +116,16 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                 attention[spec["layers"][0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
                 for spec in self.config.clla["groups"]
             ]
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers.
+
+        Raises:
+            ValueError: the implementation brings a cache of its own.
+        """
+        _refuse_paged(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.watch_source()
 
     def watch_decoder(self) -> None:
         """Have the source's decoder cut long inputs into chunks."""
@@ -148,6 +164,12 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(config, CllaConfig):
             config = CllaConfig.from_pretrained(path, **where)
         if config.base_model is None:
+            if kwargs.get("device_map") in STRATEGIES:
+                dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+                dtype = config.dtype if dtype in (None, "auto") else dtype
+                with torch.device("meta"):
+                    shape = cls(copy.deepcopy(config))
+                kwargs["device_map"] = device_map_of(shape, kwargs["device_map"], kwargs.get("max_memory"), dtype)
             loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.generation_config = for_compressed_cache(model.generation_config)
@@ -194,12 +216,23 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = for_compressed_cache(GenerationConfig.from_pretrained(path, **where))
         return (model.eval(), *info) if info else model.eval()
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: "Optional[dict[str, Tensor]]" = None, **kwargs: Any
+    ) -> None:
         """As in transformers; the weights are written whole, also those of a codec-only checkpoint."""
-        codec = {k: v.detach().cpu().contiguous() for k, v in self.codec.state_dict().items()}
+        own = self.codec_tensors() if state_dict is None else state_dict
+        codec = {name.removeprefix("codec."): v for name, v in own.items() if name.startswith("codec.")}
         self.config.clla["codec_sha256"] = tensor_digest(codec)
         self.config.base_model = None
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def codec_tensors(self) -> "dict[str, Tensor]":
+        """The codec's tensors on the CPU, by their names in a state dict, wherever they are."""
+        return {
+            f"codec.groups.{i}.{name}": matrix.detach().cpu().contiguous()
+            for i, group in enumerate(self.codec.groups)
+            for name, matrix in vars(group()).items()
+        }
 
     def new_cache(self, max_length: Optional[int] = None) -> CllaCache:
         """An empty compressed cache for one batch of sequences.
@@ -385,8 +418,14 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         """Give `generate` the compressed cache (versions differ in the parameters that follow).
 
         Raises:
-            ValueError: another kind of cache is asked for, or was passed; or more tokens than there are positions for.
+            ValueError: another kind of cache is asked for, or was passed; layers are to be left out; or more tokens than
+                there are positions for.
         """
+        if getattr(generation_config, "assistant_early_exit", None) is not None:
+            raise ValueError(
+                "assistant_early_exit leaves out layers, whose keys and values the compressed cache needs: pass a "
+                "small model as assistant_model, or prompt_lookup_num_tokens"
+            )
         mask, length = model_kwargs.get("attention_mask"), generation_config.max_length
         if self.position_slots is not None and length is not None and length > self.position_slots:
             padding = 0 if mask is None else int((mask == 0).sum(-1).min())
@@ -450,6 +489,7 @@ def _begin(
 def _empty_source(config: CllaConfig) -> Any:
     """The source model without its weights; sdpa is what transformers asks for where the user asked for nothing."""
     wanted = config._attn_implementation
+    _refuse_paged(wanted)
     own = copy.deepcopy(config.text_config)  # it may be that of a loaded model, whose attention is not to change
     try:
         return AutoModelForCausalLM.from_config(own, attn_implementation=wanted)
@@ -457,6 +497,14 @@ def _empty_source(config: CllaConfig) -> Any:
         if wanted != "sdpa":
             raise
         return AutoModelForCausalLM.from_config(own, attn_implementation="eager")
+
+
+def _refuse_paged(implementation: Any) -> None:
+    if "paged" in str(implementation):
+        raise ValueError(
+            f"attn_implementation={implementation!r} reads a paged cache of its own, converted models have theirs: "
+            "use 'sdpa' or 'eager', or serve the checkpoint with vLLM"
+        )
 
 
 def _kept_from(count: int, logits_to_keep: "int | Tensor") -> int:
