@@ -318,7 +318,7 @@ def test_names_are_no_patterns(name: str, kind: str, tmp_path: Path, monkeypatch
     def write(path: Path, text: str) -> None:
         path.parent.mkdir(exist_ok=True)
         if kind == ".parquet":
-            pd.DataFrame({"text": [text]}).to_parquet(path)
+            path.write_bytes(pd.DataFrame({"text": [text]}).to_parquet())
         else:
             path.write_text(text if kind == ".txt" else rows([text]))
 
