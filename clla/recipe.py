@@ -41,7 +41,10 @@ class _Section(BaseModel):
 class CalibrationConfig(_Section):
     """Text from which moments and the Fisher metric are taken."""
 
-    dataset: str = Field("bundled", description="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub data set id")
+    dataset: str = Field(
+        "bundled",
+        description="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub data set (user/name/config:split)",
+    )
     tokens: int | None = Field(None, gt=0, description="tokens to read; by default 16384 on CPU, 262144 on GPU")
     sequence_length: int | None = Field(
         None, ge=32, description="tokens a sequence; by default 1024, or as many as the model takes"

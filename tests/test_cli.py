@@ -381,15 +381,19 @@ def test_output_that_holds_something_is_kept(pico_dir: Path, text_file: Path, co
     assert "did not write" in mistake(2, *command, "--overwrite")
     assert (out / "precious").read_text() == "x"
     earlier = shutil.copytree(converted, tmp_path / "earlier")
-    (earlier / "stale").write_text("x")
+    (earlier / "notes.md").write_text("x")
+    assert "did not write: notes.md" in mistake(2, *command[:2], "-o", earlier, *command[4:], "--overwrite")
+    assert (earlier / "notes.md").read_text() == "x"
+    (earlier / "notes.md").unlink()
+    before = (earlier / "model.safetensors").stat().st_ino
     ok(*command[:2], "-o", earlier, *command[4:], "--overwrite")
-    assert not (earlier / "stale").exists() and (earlier / "config.json").is_file()
+    assert (earlier / "model.safetensors").stat().st_ino != before
 
 
 def test_the_source_is_never_overwritten(pico_dir: Path, text_file: Path) -> None:
     common = ["convert", pico_dir, "--dataset", text_file, *SMALL, "--overwrite"]
-    for output in (pico_dir, pico_dir.parent, pico_dir / "inside"):
-        assert "inside each other" in mistake(2, *common, "-o", output)
+    for output, how in ((pico_dir, "is"), (pico_dir.parent, "holds")):
+        assert f"{how} the source" in mistake(2, *common, "-o", output)
     assert (pico_dir / "model.safetensors").is_file()
 
 

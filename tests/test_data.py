@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clla.calibrate.data import calibration_blocks, held_out_blocks, self_written, token_batches, whole_windows
-from clla.calibrate.reading import bundled_path, load_documents
+from clla.calibrate.data import (
+    calibration_blocks,
+    evaluation_windows,
+    held_out_blocks,
+    self_written,
+    token_batches,
+    whole_windows,
+)
+from clla.calibrate.reading import bundled_path, load_documents, read_documents
+from clla.calibrate.seen import fingerprint
 from clla.errors import DatasetError
 
 BOS, EOS, FIRST_WORD = 1, 2, 10
@@ -276,3 +288,258 @@ def test_line_ends_of_other_systems_are_translated(tmp_path: Path) -> None:
     path = tmp_path / "windows.txt"
     path.write_bytes(b"one\r\ntwo\r\n")
     assert load_documents(str(path)) == ["one\ntwo\n"]
+
+
+# Names, rows and sizes.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train[1]",
+        "what?",
+        "a*b",
+        "**",
+        "{a,b}",
+        "[!a]",
+        "a@b",
+        "http:",
+        "a#b",
+        "with space",
+        "%20",
+        "-x",
+        "$HOME",
+    ],
+)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
+def test_names_are_no_patterns(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file, and of the directory that it is in, absolute and relative; others lie beside it."""
+
+    def write(path: Path, text: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        if kind == ".parquet":
+            path.write_bytes(pd.DataFrame({"text": [text]}).to_parquet())
+        else:
+            path.write_text(text if kind == ".txt" else rows([text]))
+
+    for path in (tmp_path / "train1" / f"a{kind}", tmp_path / f"whatX{kind}", tmp_path / f"b{kind}"):
+        write(path, "the text of another file")
+    monkeypatch.chdir(tmp_path)
+    for right in (Path(name) / f"a{kind}", Path(name) / f"{name}{kind}", Path(f"{name}{kind}")):
+        write(right, f"the right text of {right}")
+        for path in (str(right), str(tmp_path / right)):
+            assert load_documents(path) == [f"the right text of {right}"]
+            data = right.read_bytes()
+            assert fingerprint(path) == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("pack", [".gz", ".xz", ".bz2", ".zst", ".GZ"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".TXT", ".Jsonl", ".JSON"])
+def test_packed_files_are_unpacked(kind: str, pack: str, tmp_path: Path) -> None:
+    raw = (TEXTS[0] if kind.lower() == ".txt" else rows([TEXTS[0]])).encode()
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".bz2": bz2.compress,
+        ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+    }
+    packed = packers[pack.lower()](raw)
+    (tmp_path / f"a{kind}{pack}").write_bytes(packed)
+    assert load_documents(str(tmp_path / f"a{kind}{pack}")) == [TEXTS[0]]
+    assert fingerprint(str(tmp_path / f"a{kind}{pack}")) == hashlib.sha256(raw).hexdigest()
+    (tmp_path / f"cut{kind}{pack}").write_bytes(packed[:-6])
+    with pytest.raises(DatasetError, match="cut"):
+        load_documents(str(tmp_path / f"cut{kind}{pack}"))
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ({"text": None}, "whose text is null"),
+        ({"id": 3}, "which has no column text"),
+        ({"text": 5}, "whose text is a number"),
+        ({"text": " "}, "whose text is blank"),
+        ({"text": ["a"]}, "whose text is a list"),
+        ("words", "which is a string and no object"),
+        ([1], "which is a list and no object"),
+    ],
+)
+def test_rows_without_text_are_left_out_and_counted(
+    odd: Any, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(odd if i in (3, 7) else {"text": f"line {i}"}) for i in range(1, 41)))
+    assert len(load_documents(str(path))) == 38
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 of 40 rows of" in said and f"the first: line 3, {why}" in said
+
+
+def test_null_rows_of_parquet_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.DataFrame({"id": [1, 2, 3], "text": ["a", None, "b"]}).to_parquet(tmp_path / "a.Parquet")
+    assert load_documents(str(tmp_path / "a.Parquet")) == ["a", "b"]
+    assert "row 2, whose text is null" in " ".join(capsys.readouterr().err.split())
+
+
+TURNS = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": TURNS}, r"chat turns \(messages"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, r"chat turns \(conversations"),
+        ({"instruction": "do", "input": "", "output": "done"}, r"instructions \(instruction, input, output"),
+        ({"text": None}, "3 of 3 rows .* hold no text; the first: line 1, whose text is null"),
+        ({"number": 1}, "columns number"),
+        ("words", "line 1, which is a string"),
+    ],
+)
+def test_files_without_text_say_what_they_hold(row: Any, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(row)] * 3))
+    with pytest.raises(DatasetError, match=said) as caught:
+        load_documents(str(path))
+    assert ("apply_chat_template" in caught.value.remedy) == ("chat" in said or "instructions" in said)
+
+
+def test_a_file_most_of_whose_rows_are_odd_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' + '{"text": null}\n' * 2)
+    with pytest.raises(DatasetError, match="2 of 3 rows"):
+        load_documents(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "rows.parquet", "lines.jsonl", "a.txt.gz"])
+def test_empty_files_are_called_so(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    if name == "rows.parquet":
+        pd.DataFrame({"text": pd.Series([], dtype=str)}).to_parquet(tmp_path / name)
+    if name == "lines.jsonl":
+        (tmp_path / name).write_bytes(b"\n\n")
+    with pytest.raises(DatasetError, match="is empty"):
+        load_documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_byte_order_mark_is_no_text(kind: str, tmp_path: Path) -> None:
+    text = TEXTS[1] if kind == "txt" else rows([TEXTS[1]])
+    (tmp_path / f"a.{kind}").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_documents(str(tmp_path / f"a.{kind}")) == [TEXTS[1]]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_what_is_no_utf8_is_named_with_its_place(kind: str, tmp_path: Path) -> None:
+    good = (rows(["grün"]) * 50_000).encode()
+    (tmp_path / f"a.{kind}").write_bytes(good + b'{"text": "gr\xfcn"}\n')
+    with pytest.raises(DatasetError, match=f"byte {len(good) + 12:,} is 0xfc"):
+        load_documents(str(tmp_path / f"a.{kind}"))
+    (tmp_path / f"b.{kind}").write_text("hello", encoding="utf-16")
+    with pytest.raises(DatasetError, match="no UTF-8") as caught:
+        load_documents(str(tmp_path / f"b.{kind}"))
+    assert "UTF-16" in caught.value.remedy
+
+
+def test_json_over_several_lines_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for text in (json.dumps([{"text": t} for t in TEXTS]), json.dumps([{"text": t} for t in TEXTS], indent=1)):
+        path.write_text(text)
+        assert load_documents(str(path)) == TEXTS
+    path.write_text(rows(TEXTS) + '{"text": "cut')
+    with pytest.raises(DatasetError, match="line 4, is no JSON"):
+        load_documents(str(path))
+
+
+class Counting(WordTokenizer):
+    """Notes how many characters it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        self.read += len(text)
+        return super().__call__(text, add_special_tokens)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "one row"])
+def test_no_more_of_a_long_text_is_read_than_is_measured_on(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clla.calibrate.reading.PART_CHARS", part := 100_000)
+    text = numbered(0, 100_000)
+    path = tmp_path / f"a.{'txt' if kind == 'txt' else 'jsonl'}"
+    path.write_text(text if kind == "txt" else rows([text] if kind == "one row" else text.split("\n")))
+    tokenizer = Counting()
+    windows = evaluation_windows(str(path), tokenizer, count=2, length=512)
+    assert windows.flatten().tolist() == list(range(FIRST_WORD, FIRST_WORD + 1024))
+    assert tokenizer.read < 40_000
+    assert len(next(read_documents(str(path)))) <= (len(text) if kind == "one row" else part)
+
+
+def test_words_longer_than_expected_are_read_on(tmp_path: Path) -> None:
+    text = "\n".join(f"w{i:0100d}" for i in range(3000))
+    assert whole_windows([text], WordTokenizer(), count=2, length=1000).shape == (2, 1000)
+
+
+def test_long_texts_are_cut_into_documents_that_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clla.calibrate.reading.PART_CHARS", 250_000)
+    text = numbered(0, 100_000)
+    (tmp_path / "a.txt").write_text(text)
+    parts = load_documents(str(tmp_path / "a.txt"))
+    assert len(parts) == 3 and "".join(parts) == text and all(part.endswith("\n") for part in parts[:-1])
+
+
+def test_pieces_held_are_spread_over_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clla.calibrate.data.HELD_CHARS", 50_000)
+    batches = token_batches(documents(2000, 20), WordTokenizer(), tokens=4096, sequence_length=64)
+    words = torch.tensor(ids_in(batches)) - FIRST_WORD
+    shares = torch.histc(words.float(), bins=4, min=0, max=40_000) / len(words)
+    assert bool((shares > 0.15).all()) and sum(batch.numel() for batch in batches) == 4096
+
+
+# Data sets of the Hub, by a stand-in for `datasets`.
+
+
+class Hub:
+    """What `datasets` would find: configurations of a repository."""
+
+    def __init__(self, *configs: str) -> None:
+        self.configs, self.asked = configs, []  # type: ignore[var-annotated]
+
+    def load(self, repo: str, config: str | None, *, split: str, revision: str | None, streaming: bool) -> Any:
+        self.asked.append((repo, config, split, revision))
+        assert streaming
+        if config is None and len(self.configs) > 1:
+            raise ValueError("Config name is missing.")
+        return [{"text": "one"}, {"text": ""}, {"text": "two"}]
+
+    def names(self, repo: str, *, revision: str | None) -> list[str]:
+        return list(self.configs)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "asked"),
+    [
+        ("maker/texts", ("maker/texts", None, "train", None)),
+        ("squad", ("squad", None, "train", None)),
+        ("maker/texts:test", ("maker/texts", None, "test", None)),
+        ("maker/texts/raw-v1:test[:10%]", ("maker/texts", "raw-v1", "test[:10%]", None)),
+        ("maker/texts@refs/convert/parquet:test", ("maker/texts", None, "test", "refs/convert/parquet")),
+        ("maker/texts/raw@abc", ("maker/texts", "raw", "train", "abc")),
+    ],
+)
+def test_hub_data_sets_are_named_whole(dataset: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub("raw-v1")
+    monkeypatch.setattr("datasets.load_dataset", hub.load)
+    assert load_documents(dataset) == ["one", "two"] and hub.asked == [asked]
+
+
+def test_configurations_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub("raw-v1", "raw-v2")
+    monkeypatch.setattr("datasets.load_dataset", hub.load)
+    monkeypatch.setattr("datasets.get_dataset_config_names", hub.names)
+    with pytest.raises(DatasetError, match="2 configurations: raw-v1, raw-v2") as caught:
+        load_documents("maker/texts@main:test")
+    assert "maker/texts/raw-v1@main:test" in caught.value.remedy
+    assert load_documents("maker/texts/raw-v2:test") == ["one", "two"]
+    with pytest.raises(DatasetError, match="names no data set"):
+        load_documents("https://example.org/x")

@@ -79,7 +79,7 @@ def hub_dataset(dataset: str) -> HubDataset | None:
     """
     if dataset == "self" or local_file(dataset) is not None:
         return None
-    found = re.fullmatch(r"([^/@:]+(?:/[^/@:]+)?)(?:/([^@:]+))?(?:@([^:]+))?(?::(.+))?", dataset)
+    found = re.fullmatch(r"([^/@:]+(?:/[^/@:]+)?)(?:/([^@:]+))?(?:@([^:]+))?(?::([^/].*))?", dataset)
     return HubDataset(found[1], found[2], found[3], found[4] or "train") if found else None
 
 
@@ -118,14 +118,13 @@ def load_documents(dataset: str) -> list[str]:
     return list(read_documents(dataset))
 
 
-def check_text(dataset: str | None) -> None:
+def check_text(dataset: str) -> None:
     """Refuse, before a model is loaded, a text that is not there or cannot be read.
 
     Raises:
         DatasetError: as `read_documents`, up to the first document.
     """
-    if dataset not in (None, "self"):
-        next(read_documents(str(dataset), tell=False))
+    next(read_documents(dataset, tell=False))
 
 
 def _source_of(dataset: str, tell: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ Shape legend: B sequences, T tokens, n = 2·H·d, q coordinates, h hidden size, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening
 from clla.passing import RecordingCache
 from clla.placement import decoder_layers
+from clla.places import writing
 
 
 class Spill:
@@ -50,6 +52,8 @@ class Spill:
             return
         if key not in self.held or self.held[key].shape != value.shape or self.held[key].dtype != value.dtype:
             self.drop(key)
+            with writing(self.folder / key, needed=value.nbytes):
+                _allocate(self.folder / key, value.nbytes)
             flat = torch.from_file(str(self.folder / key), shared=True, size=value.numel(), dtype=value.dtype)
             self.held[key] = flat.view(value.shape)
         self.held[key].copy_(value.detach())
@@ -64,6 +68,17 @@ class Spill:
     def clear(self) -> None:
         for key in list(self.held):
             self.drop(key)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Room on the disk for a file: a mapped one that lacks it ends the process with a signal.
+
+    Raises:
+        OSError: there is none.
+    """
+    with path.open("wb") as stream:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
 
 
 class LayerStack:

@@ -68,7 +68,10 @@ def convert(
     ] = None,
     dataset: Annotated[
         Optional[str],
-        typer.Option(help="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub id.", rich_help_panel=CALIBRATION),
+        typer.Option(
+            help="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub data set, user/name/config:split.",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = None,
     calibration_tokens: Annotated[
         Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.", rich_help_panel=CALIBRATION)

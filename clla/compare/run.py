@@ -141,7 +141,8 @@ def run_comparison(name: str, options: Options) -> Comparison:
         CllaError: bad input.
     """
     names = pick_methods(options.methods)
-    check_text(options.dataset)
+    if options.dataset != "self":
+        check_text(options.dataset)
     check_text(options.text)
     source, where = open_source(name), pick_device(options.device)
     reach = reach_of(source.config)

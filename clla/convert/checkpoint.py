@@ -30,6 +30,7 @@ from clla.places import check_writable, writing
 REPORT = "clla_report.json"
 UNLISTED = ("README.md", "clla_plan.png", "clla_quality.png", "clla_healing.png", "__pycache__")  # have no checksums
 PARTIAL, OLD = ".partial", ".old"  # of directories beside the output, with a random part before
+KEPT = ("stats-*", "plan-*", "codec-*", "spectra-*", "heal", "spill", "offload-*")  # in a work directory
 FREE_SPACE_MARGIN = 1.1
 
 
@@ -91,6 +92,21 @@ def check_work_dir(work: Path | None, output: Path) -> None:
     if work.is_file():
         raise UsageError(f"--work-dir {work} is a file", expected="a directory", remedy="choose another --work-dir")
     check_writable(work / "stats", "--work-dir")
+
+
+def check_kept(work: Path) -> None:
+    """A directory of the name that a run would take, and delete, must be of an earlier run.
+
+    Raises:
+        UsageError: something else lies in it.
+    """
+    foreign = [file.name for file in work.iterdir() if not any(map(file.match, KEPT))]
+    if foreign:
+        raise UsageError(
+            f"{work}, where this run would keep its parts, holds something that clla did not write: {min(foreign)}",
+            expected="no such directory, or that of an unfinished run",
+            remedy="choose another --output, or name a --work-dir",
+        )
 
 
 def _foreign(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ from clla.calibrate.data import report_text, report_windows
 from clla.calibrate.reading import check_text
 from clla.calibrate.seen import fitted_of, unseen
 from clla.card import write_card
-from clla.convert.checkpoint import check_output, check_work_dir, finished_directory, tidy, write_checkpoint
+from clla.convert.checkpoint import check_kept, check_output, check_work_dir, finished_directory, tidy, write_checkpoint
 from clla.convert.healing import (
     HEAL_LENGTH,
     REPORT_LENGTH,
@@ -90,7 +90,11 @@ def _heal(
         tidy(options.output)
     check_work_dir(options.work_dir, options.output)
     check_output(options.output, expanded(path), overwrite=options.overwrite)
-    check_text(changes.get("dataset"))
+    work = options.work_dir or options.output.with_name(options.output.name + ".work")
+    if options.work_dir is None and work.exists():
+        check_kept(work)
+    if changes.get("dataset") not in (None, "self"):
+        check_text(changes["dataset"])
     folder = checkpoint_folder(path)
     reach = checkpoint_reach(folder)
     reach.check_option("--sequence-length", changes.get("sequence_length"))
@@ -101,7 +105,6 @@ def _heal(
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     teacher = teacher_of(loaded, recipe, options.teacher, device)
     measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
-    check_text(text)
     fitted = fitted_of(folder)
     if fitted is not None:
         fitted = [*fitted, healed_on(text, loaded.tokenizer, length=length)]
@@ -109,7 +112,6 @@ def _heal(
         wanted = reach.fit(REPORT_LENGTH)
         windows, left_out = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=wanted, fallback=length)
         measured = windows, unseen(report_text(text), fitted, left_out=left_out)
-    work = options.work_dir or options.output.with_name(options.output.name + ".work")
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
     stored = getattr(torch, loaded.model.config.clla["kv_dtype"])

@@ -21,6 +21,7 @@ from clla.card import write_card
 from clla.checksums import WEIGHTS, base_checksums
 from clla.convert.assemble import attach
 from clla.convert.checkpoint import (
+    check_kept,
     check_memory,
     check_output,
     check_room,
@@ -41,9 +42,6 @@ from clla.origin import origin_of
 from clla.places import check_writable, expanded, holding
 from clla.recipe import Recipe, load_recipe
 from clla.source import Source, model_folder, open_source, pick_device, start_processes
-
-# What a run keeps in its work directory.
-KEPT = ("stats-*", "plan-*", "codec-*", "spectra-*", "heal", "spill", "offload-*")
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,9 @@ def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialSta
     else:
         resumed = options.resume and (options.output / "clla_recipe.yaml").is_file()  # more is known later
         check_output(options.output, expanded(name), overwrite=options.overwrite or resumed)
-    check_text(recipe.calibration.dataset)
-    check_text(recipe.heal.dataset if recipe.heal is not None else None)
+    texts = {recipe.calibration.dataset, recipe.heal.dataset if recipe.heal is not None else None}
+    for text in texts - {None, "self"}:
+        check_text(str(text))
     source = open_source(name)
     recipe = resolve(recipe, source, device)
     if options.adapter_only and recipe.heal is not None and recipe.heal.train != "codec":
@@ -249,8 +248,11 @@ def _work_dir(options: Options, processes: PartialState) -> Iterator[Path]:
         yield work
         return
     before = work.exists()
+    for left in work.glob("*.partial"):  # of a run that was killed while it wrote
+        if left.match("stats-*") or left.match("codec-*"):
+            left.unlink()
     if before and options.work_dir is None:
-        _check_ours(work)
+        check_kept(work)
         if options.resume:
             console.say(f"Resuming from {work}")
         elif not options.dry_run:
@@ -264,21 +266,6 @@ def _work_dir(options: Options, processes: PartialState) -> Iterator[Path]:
     finally:
         if options.work_dir is None and work.exists() and not any(work.iterdir()):
             work.rmdir()
-
-
-def _check_ours(work: Path) -> None:
-    """A directory of the name that a run would take, and delete, must be of an earlier run.
-
-    Raises:
-        UsageError: something else lies in it.
-    """
-    foreign = [file.name for file in work.iterdir() if not any(map(file.match, KEPT))]
-    if foreign:
-        raise UsageError(
-            f"{work}, where this run would keep its parts, holds something that clla did not write: {min(foreign)}",
-            expected="no such directory, or that of an unfinished run",
-            remedy="choose another --output, or name a --work-dir",
-        )
 
 
 def _is_result(output: Path, recipe: Recipe) -> bool:

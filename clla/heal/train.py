@@ -29,6 +29,7 @@ from clla.heal.attention import drawn_view
 from clla.heal.sharding import cut_like, is_sharded, prepare, to_main
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller
+from clla.places import writing
 
 BEST, TRAINED = "best.safetensors", "trained.safetensors"
 STEP = "step-{:08d}"
@@ -314,7 +315,8 @@ def save_state(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Write everything that a resumed run needs beside its place, and rename it; older states go."""
     final = folder / STEP.format(step)
     beside = final.with_name(final.name + ".partial")
-    accelerator.save_state(str(beside), safe_serialization=True)
+    with writing(beside):
+        accelerator.save_state(str(beside), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for file in beside.rglob("*"):
