@@ -74,6 +74,10 @@ Written from what the tests find (`make models-page`), which put a tiny model of
 - **clla convert** and the columns after it: the command runs; `convert` with its report, `heal` with the codec alone.
   Of caches that are measured, all bytes are those that the plan says, windows and states of layers left alone included.
 
+Where no length is given, calibration, reports, `eval`, `bench`, `compare`, `heal` and `generate` keep to what a model
+takes: the positions of GPT-2 and OPT and the biases of MPT end, other models were trained up to
+`max_position_embeddings`. Beyond an end a length is refused; beyond the trained length it is used with a warning.
+
 "Keys" says how the model was found to rotate its keys; nothing of that is told to the code. Layers left alone keep the
 source's own cache, which does not grow with the context. Other models are tried: after loading, a few tokens run
 through a lossless cache of ours, and if the logits are not those of the source the model is refused.

@@ -150,6 +150,8 @@ def heal_and_measure(
     check_attention(converted.source, (layer for group in plan.groups for layer in group.layers))
     config = resolve_healing(recipe.heal, plan, recipe, teacher.device)
 
+    around = 0 if measured is None else plantable(tokenizer, measured[0].shape[1])
+
     def report(model: CllaForCausalLM) -> Report | None:
         if measured is None:
             return None
@@ -159,7 +161,7 @@ def heal_and_measure(
             tokenizer,
             plan,
             windows,
-            retrieval_context=plantable(tokenizer, windows.shape[1]),
+            retrieval_context=around,
             retrieval_trials=RETRIEVAL_TRIALS,
             unseen=unseen,
             source_model=teacher,
