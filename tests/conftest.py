@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +162,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-models", action="store_true", help="write docs/models.md from what is found")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-models"):
+        from model_table import TABLE
+
+        TABLE.writing = True
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> str:
     """Where kernels run: on the CPU by Triton's interpreter, on a GPU with TRITON_INTERPRET=0."""
@@ -207,13 +217,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(" ".join(words[i] for i in picks) + ".")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """The table of families is written when all of them went through all checks."""
-    table = sys.modules.get("model_table")
-    if table is not None and exitstatus == 0:
-        table.TABLE.write([*FAMILY_CONFIGS, *OTHER_CONFIGS], Path(__file__).parents[1] / "docs" / "models.md")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,12 @@
-"""docs/models.md, written from what the checks of tests/test_families.py found."""
+"""docs/models.md, and whether it says what the checks of tests/test_families.py and test_family_commands.py find.
+
+A test run changes nothing: a cell or a page that differs from what was found fails it. `make models-page` writes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,9 @@ from clla.source import Source
 
 CHECKS = ("full rank", "first source", "step by step", "padding", "bytes", "save and load", "generate", "without clla")
 COMMANDS = tuple(f"clla {name}" for name in ("convert", "generate", "eval", "report", "bench", "heal"))
+COLUMNS = (*CHECKS, *COMMANDS)
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+REMEDY = "If that is right: make models-page"
 ROTATIONS = {
     "halves": "halves",
     "halves_once": "halves",
@@ -53,7 +60,7 @@ SPECIAL = {
 }
 INTRODUCTION = """# Models
 
-Written by the tests (`tests/test_families.py`), which put a tiny model of every family through the same checks:
+Written from what the tests find (`make models-page`), which put a tiny model of every family through the same checks:
 
 - **full rank**: a conversion that cuts nothing reproduces the logits of the source.
 - **first source**: the same with latents read from the attention input of a group's first layer (`plan.source`).
@@ -64,12 +71,16 @@ Written by the tests (`tests/test_families.py`), which put a tiny model of every
   same weights, bit for bit, and the same logits.
 - **generate**: greedy decoding gives the tokens of the source.
 - **without clla**: the same logits and tokens where only transformers and the code in the checkpoint are there.
+- **clla convert** and the columns after it: the command runs; `convert` with its report, `heal` with the codec alone.
+  Of caches that are measured, all bytes are those that the plan says, windows and states of layers left alone included.
+
+Where no length is given, calibration, reports, `eval`, `bench`, `compare`, `heal` and `generate` keep to what a model
+takes: the positions of GPT-2 and OPT and the biases of MPT end, other models were trained up to
+`max_position_embeddings`. Beyond an end a length is refused; beyond the trained length it is used with a warning.
 
 "Keys" says how the model was found to rotate its keys; nothing of that is told to the code. Layers left alone keep the
 source's own cache, which does not grow with the context. Other models are tried: after loading, a few tokens run
 through a lossless cache of ours, and if the logits are not those of the source the model is refused.
-
-Healing (`clla heal`) is not available for Falcon and Gemma 2, whose attention cannot be observed.
 
 """
 AFTER = """
@@ -94,13 +105,15 @@ A checkpoint such as `Gemma3ForConditionalGeneration` holds a language model amo
 what was saved:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+import clla
 
-whole = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="auto")
-text = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
-text.model, text.lm_head = whole.model.language_model, whole.lm_head
-text.save_pretrained("text-model")  # and the tokenizer: AutoTokenizer.from_pretrained(MODEL).save_pretrained(…)
+clla.extract_language_model("MODEL", "text-model")
 ```
+
+It takes the language model out by transformers' own classes, with its tokenizer, compares its logits with those of the
+whole and writes nothing if they differ. Tried with {extracted}. The language models within Qwen2-VL, Qwen2.5-VL and
+Qwen3-VL have no class of their own: for text they are Qwen2 and Qwen3 models, and are saved as such. What has neither
+(GLM-4V) is refused.
 """
 
 
@@ -112,6 +125,8 @@ class Table:
     checks: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     tried: dict[str, str] = field(default_factory=dict)
+    extracted: set[str] = field(default_factory=set)  # models for images whose language model was taken out
+    writing: bool = False  # the page is written anew, whatever it says
 
     def begin(self, name: str, kind: str, rope: dict[str, Any] | None, source: Source) -> None:
         """Note a family that converts."""
@@ -125,23 +140,41 @@ class Table:
         self.families[name] = ({**SPECIAL, **FAMILIES}.get(kind, "–"), keys, ", ".join(alone).replace("_", " ") or "–")
 
     def passed(self, name: str, check: str, verdict: str = "ok") -> None:
-        """Note a check that a family passed."""
-        assert check in (*CHECKS, *COMMANDS)
+        """Note a check that a family passed; the page must say so, unless it is being written."""
+        assert check in COLUMNS
         self.checks.setdefault(name, {})[check] = verdict
+        if not self.writing:
+            said = tracked_cells().get((name, check))
+            assert said == verdict, f"docs/models.md says {said!r} of {name}, {check}: {verdict!r}. {REMEDY}"
 
-    def write(self, names: list[str], path: Path) -> None:
-        """Write the file, if every family of `names` went through every check."""
-        complete = all(self.checks.get(name, {}).keys() == set(CHECKS) for name in names)
-        if not complete or not self.refused or not self.tried:
-            return
-        header = ["model", "special", "keys", "left alone", *CHECKS]
+    def render(self, names: list[str]) -> str | None:
+        """The page; None if not every family of `names` went through every check."""
+        complete = all(self.checks.get(name, {}).keys() == set(COLUMNS) for name in names)
+        if not complete or not self.refused or not self.tried or not self.extracted:
+            return None
+        header = ["model", "special", "keys", "left alone", *COLUMNS]
         rows = [
-            [f"`{name}`", *self.families[name], *(self.checks[name][check] for check in CHECKS)]
+            [f"`{name}`", *self.families[name], *(self.checks[name][check] for check in COLUMNS)]
             for name in sorted(names)
         ]
         lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-        after = AFTER.format(refused=_listed(self.refused), tried=_listed(self.tried))
-        path.write_text(INTRODUCTION + "\n".join(lines) + "\n" + after, encoding="utf-8")
+        kinds = ", ".join(f"`{kind}`" for kind in sorted(self.extracted))
+        after = AFTER.format(refused=_listed(self.refused), tried=_listed(self.tried), extracted=kinds)
+        return INTRODUCTION + "\n".join(lines) + "\n" + after
+
+
+@cache
+def tracked_cells() -> dict[tuple[str, str], str]:
+    """What docs/models.md says of each family and check."""
+    found: dict[tuple[str, str], str] = {}
+    header: list[str] = []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("| ") else []
+        if cells and cells[0] == "model":
+            header = cells
+        for column, cell in zip(header, cells, strict=False):
+            found[cells[0].strip("`"), column] = cell
+    return found
 
 
 def _listed(reasons: dict[str, str]) -> str:

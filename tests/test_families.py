@@ -1,4 +1,4 @@
-"""Every family through the same checks; the table in docs/models.md is written from what they find."""
+"""Every family through the same checks; docs/models.md says what they find (`model_table.py`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conftest import FAMILY_CONFIGS, OTHER_CONFIGS, byte_tokenizer, pico, pico_c
 from helpers import converted_of, plan_of, stats_of, tokens
 from model_table import TABLE
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -38,7 +38,7 @@ from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.rotary_clla import ROPE_FORMS, Rope
 from clla.passing import RecordingCache
-from clla.source import Source, open_source
+from clla.source import Source
 
 NAMES = [*FAMILY_CONFIGS, *OTHER_CONFIGS]
 TOLERANCE = {"atol": 5e-3, "rtol": 2e-3}  # 16-bit latents through four fp32 layers
@@ -507,26 +507,3 @@ def test_lossless_check_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     found = case("llama")
     check_lossless(pico("llama"), found.stats.layers, found.rope)
-
-
-def test_language_model_of_a_composite_checkpoint(tmp_path: Path) -> None:
-    """Refused by its config, and the lines in docs/models.md give a checkpoint that converts."""
-    from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3ForConditionalGeneration
-
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
-    text_config = pico("gemma3_text").config.to_dict()
-    torch.manual_seed(0)
-    config = Gemma3Config(text_config=text_config, vision_config=vision, mm_tokens_per_image=4, image_token_index=255)
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
-    with pytest.raises(UnsupportedModelError, match=r"docs/models\.md"):
-        open_source(str(tmp_path / "whole"))
-    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", dtype="auto")
-    text = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
-    text.model, text.lm_head = whole.model.language_model, whole.lm_head
-    text.save_pretrained(tmp_path / "text")
-    source = open_source(str(tmp_path / "text"))
-    model = source.load_model(dtype=torch.float32, device=torch.device("cpu"))
-    ids = tokens(1, 40) % 255
-    torch.testing.assert_close(logits_of(model, ids), logits_of(whole.eval(), ids))
-    assert rope_settings(model, source.layers) == {"form": "halves", "plain_layers": []}

@@ -16,10 +16,13 @@ from model_table import TABLE
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 NAMES = [*FAMILY_CONFIGS, *OTHER_CONFIGS]
-WINDOW, LENGTH = 8, 64
+WINDOW, LENGTH = 16, 64
 PROMPT = "The lake lies under a cold light, and the mill runs by it."
-UNOBSERVED = "its attention cannot be observed"
-REFUSED = {("heal", name): UNOBSERVED for name in ("falcon", "falcon-alibi", "gemma2")}
+# What does not work for a family: words of the message, and what the table says.
+REFUSED: dict[tuple[str, str], tuple[str, str]] = {
+    ("heal", name): ("computes its attention in a way that healing cannot take part in", "no: own attention")
+    for name in ("bloom", "falcon", "falcon-alibi", "gemma2", "mpt")
+}
 
 
 @cache
@@ -43,10 +46,10 @@ def ran(command: str, name: str, *arguments: object) -> Any:
     """What a command printed as JSON; None where it says that it does not work for this family."""
     done = clla(command, *arguments, *(() if command == "generate" else ("--json",)))
     assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
-    reason = REFUSED.get((command, name))
-    if reason is not None:
-        assert done.exit_code in (1, 2) and "Error:" in done.stderr and reason in done.stderr, done.stderr
-        TABLE.passed(name, f"clla {command}", f"no: {reason}")
+    if (command, name) in REFUSED:
+        words, verdict = REFUSED[command, name]
+        assert done.exit_code == 1 and "Error:" in done.stderr and words in done.stderr, done.output + done.stderr
+        TABLE.passed(name, f"clla {command}", verdict)
         return None
     assert done.exit_code == 0, done.output + done.stderr
     TABLE.passed(name, f"clla {command}")
@@ -78,10 +81,8 @@ def test_commands(name: str, folder: Path) -> None:
     assert len(page["layers"]) == len([layer for group in made["plan"]["groups"] for layer in group["layers"]])
     assert len(page["samples"]) == 1 and "html" in Path(page["output"]).read_text(encoding="utf-8")
     ran("bench", name, out, "--contexts", 40, "--new-tokens", 2, "--repeats", 1)
-    steps = ["--tokens", 4 * LENGTH, "--batch-tokens", 2 * LENGTH, "--sequence-length", LENGTH, "--evaluations", 1]
-    healed = ran("heal", name, out, "-o", folder / name / "healed", *steps, "--train", "codec")
-    if healed is not None:
-        check_bytes(healed["measured"], made["plan"])
+    steps = ["--tokens", 2 * LENGTH, "--batch-tokens", LENGTH, "--sequence-length", LENGTH, "--evaluations", 1]
+    ran("heal", name, out, "-o", folder / name / "healed", *steps, "--train", "codec", "--no-report")
 
 
 def check_bytes(measured: dict[str, Any], plan: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from conftest import byte_tokenizer
 from helpers import clla as command
 from helpers import tokens
+from model_table import TABLE
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import clla
@@ -73,6 +74,7 @@ def test_language_model_of_a_model_for_images(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(model(ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     tied = whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
     assert read_json(folder / "config.json")["tie_word_embeddings"] == tied
+    TABLE.extracted.add(kind)
     assert source.load_tokenizer()("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
 
 

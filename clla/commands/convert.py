@@ -77,7 +77,10 @@ def convert(
         Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.", rich_help_panel=CALIBRATION)
     ] = None,
     sequence_length: Annotated[
-        Optional[int], typer.Option(help="Tokens a calibration sequence.", rich_help_panel=CALIBRATION)
+        Optional[int],
+        typer.Option(
+            help="Tokens per calibration sequence; default: 1024, or what the model takes.", rich_help_panel=CALIBRATION
+        ),
     ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Of shuffling and sampling.", rich_help_panel=CALIBRATION)] = None,
     heal: Annotated[

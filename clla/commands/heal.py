@@ -27,7 +27,10 @@ def heal(
     weight_lr: Annotated[
         Optional[float], typer.Option(help="Learning rate of the weights.", rich_help_panel=HEAL)
     ] = None,
-    sequence_length: Annotated[Optional[int], typer.Option(help="Tokens a sequence.", rich_help_panel=HEAL)] = None,
+    sequence_length: Annotated[
+        Optional[int],
+        typer.Option(help="Tokens per sequence; default: 2048, or what the model takes.", rich_help_panel=HEAL),
+    ] = None,
     batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens a step.", rich_help_panel=HEAL)] = None,
     codec_share: Annotated[
         Optional[float],

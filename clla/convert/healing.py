@@ -26,7 +26,7 @@ from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import Report, before_and_after
 from clla.evaluate.retrieval import plantable
 from clla.heal.sharding import launched_sharded, sharded_distiller
-from clla.heal.student import Distiller, make_student
+from clla.heal.student import Distiller, check_attention, make_student
 from clla.heal.targets import fit_codec
 from clla.heal.train import BEST, Point, Progress, Schedule, discard, load_trained, train
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -147,7 +147,10 @@ def heal_and_measure(
         The healed model, what was measured after healing, and what healing did.
     """
     assert recipe.heal is not None
+    check_attention(converted.source, (layer for group in plan.groups for layer in group.layers))
     config = resolve_healing(recipe.heal, plan, recipe, teacher.device)
+
+    around = 0 if measured is None else plantable(tokenizer, measured[0].shape[1])
 
     def report(model: CllaForCausalLM) -> Report | None:
         if measured is None:
@@ -158,7 +161,7 @@ def heal_and_measure(
             tokenizer,
             plan,
             windows,
-            retrieval_context=plantable(tokenizer, windows.shape[1]),
+            retrieval_context=around,
             retrieval_trials=RETRIEVAL_TRIALS,
             unseen=unseen,
             source_model=teacher,

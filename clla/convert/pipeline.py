@@ -37,6 +37,7 @@ from clla.convert.surrogates import weigh
 from clla.errors import UsageError, resumable
 from clla.evaluate.report import Report, before_and_after, write_report
 from clla.heal.sharding import launched_sharded
+from clla.heal.student import check_attention
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.origin import origin_of
 from clla.places import check_writable, expanded, holding
@@ -174,6 +175,8 @@ def _convert(
             remedy="convert it without --heal, and run clla heal on a machine that holds it",
         )
 
+    if recipe.heal is not None:
+        check_attention(run.model(), source.layers)
     stats = run.stats()
     spectra = weigh(stats, recipe, device)
     plan = run.plan(stats, spectra)

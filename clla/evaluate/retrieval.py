@@ -33,10 +33,19 @@ class Retrieval:
     exact: float
 
 
+def check_room(tokenizer: Any, context: int) -> None:
+    """Refuse a context that has no room for text around a planted code.
+
+    Raises:
+        UsageError: it has none.
+    """
+    make_trials(tokenizer, torch.zeros(1, dtype=torch.long), context=context, count=1)
+
+
 def plantable(tokenizer: Any, context: int) -> int:
     """The tokens around a planted code, or 0, with a word why, where the context has no room for one."""
     try:
-        make_trials(tokenizer, torch.zeros(1, dtype=torch.long), context=context, count=1)
+        check_room(tokenizer, context)
     except UsageError as error:
         console.say(f"No codes are planted: {error.got}")
         return 0

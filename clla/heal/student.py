@@ -10,7 +10,7 @@ Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from clla.modeling.cache_clla import CllaCache
 from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.hooks_clla import CACHE, attention_modules, logits_head, rope_of
 from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
-from clla.modeling.observe_clla import is_observed, listen, observed
+from clla.modeling.observe_clla import is_observed, listen, listening, observed
 from clla.modeling.quantize_clla import JoinedLayout, RowLayout, layout_of
 from clla.modeling.rotary_clla import Rotation
 from clla.passing import RecordingCache
@@ -216,10 +216,7 @@ class Distiller(nn.Module):
         self.layers = {layer for group in self.groups for layer in group.layers}
         self.rope = rope_of(student.source, settings["rope"])
         source = student.source
-        if source.config._attn_implementation == "eager":  # chosen where sdpa lacks something, such as a soft cap
-            raise _unobserved(source)
-        if not is_observed(source.config._attn_implementation):
-            source.set_attn_implementation(observed("sdpa"))
+        observe(source)
         self.attention = attention_modules(source)
         if self.first:
             for group in self.groups:
@@ -289,6 +286,52 @@ class Distiller(nn.Module):
         loss = kl_of_logits(logits, self.teacher_head(teacher_hidden)) / input_ids.numel()
         # Encoders get no gradient here, and decoders none from the first tokens; data-parallel training waits for all.
         return loss + 0.0 * sum(p.sum() for p in self.student.codec.parameters())
+
+
+class _AttendedLayers(RecordingCache):
+    """Notes the layers whose attention can be replaced."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, set())
+        self.found: set[int] = set()
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
+    ) -> Tensor:
+        self.found.add(layer_idx)
+        return plain()
+
+
+def observe(model: PreTrainedModel) -> None:
+    """Switch a model to the observed twin of its attention.
+
+    Raises:
+        UnsupportedModelError: it has none.
+    """
+    own = model.config._attn_implementation
+    if own == "eager":  # chosen where sdpa lacks something, such as a soft cap
+        raise _unobserved(model)
+    if not is_observed(own):
+        model.set_attn_implementation(observed("sdpa"))
+
+
+@torch.no_grad()
+def check_attention(model: PreTrainedModel, layers: Iterable[int]) -> None:
+    """Refuse a model that healing cannot train, by two tokens and before anything is measured.
+
+    Args:
+        model: the source.
+        layers: that share latents.
+
+    Raises:
+        UnsupportedModelError: the attention of one of them cannot be replaced.
+    """
+    observe(model)
+    cache = _AttendedLayers(model.config)
+    with listening(cache):
+        hidden_states(model, torch.zeros((1, 2), dtype=torch.long, device=model.device), cache)
+    if not cache.found.issuperset(layers):
+        raise _unobserved(model)
 
 
 def _unobserved(model: PreTrainedModel) -> UnsupportedModelError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from clla.artifacts import Plan, read_json
 from clla.errors import CorruptArtifactError
 from clla.evaluate.layer_errors import LayerError
 from clla.evaluate.report import Report
+from clla.lengths import Reach
 from clla.load import check_folder
 from clla.recipe import Recipe, load_recipe
 from clla.report.samples import Sample
@@ -47,6 +48,7 @@ class PageData:
         error_text: what they were measured on.
         samples: text of both models.
         missing: what is not there.
+        reach: the tokens that the model takes.
         made: date of the page.
         version: of clla, which made the page.
     """
@@ -68,11 +70,12 @@ class PageData:
     error_text: str = ""
     samples: tuple[Sample, ...] = ()
     missing: tuple[Missing, ...] = ()
+    reach: Reach = field(default_factory=Reach)
 
     @property
     def context(self) -> int:
         """Tokens at which bytes are told."""
-        return self.plan.at_context or (self.report.context if self.report else 8192)
+        return self.plan.at_context or (self.report.context if self.report else self.reach.fit(8192))
 
     @property
     def dataset(self) -> str:

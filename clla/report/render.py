@@ -61,7 +61,7 @@ def _figures(data: PageData) -> dict[str, Any]:
         "sequence": _both(partial(plan_charts.draw_sequence, plan, data.context), WIDE),
         "plan": _both(partial(plan_charts.draw_plan, plan), WIDE),
     }
-    longest = max(131_072, 4 * data.context)
+    longest = data.reach.positions or max(131_072, 4 * data.context)
     found["memory"] = _both(partial(charts.draw_memory, plan, (64, longest)), HALF)
     if points := tables.measured_points(data):
         assert data.report is not None

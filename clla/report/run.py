@@ -84,7 +84,7 @@ def make_page(name: str, options: Options) -> PageData:
     reach.check_option("--window-length", options.window_length)
     today = datetime.now(UTC).date().isoformat()
     data = read_checkpoint(folder, made=today, version=clla.__version__)
-    data = replace(data, missing=what_is_missing(data))
+    data = replace(data, missing=what_is_missing(data), reach=reach)
     if options.windows or options.samples or options.prompts:
         data = _measured(data, folder, reach, options)
     data = replace(data, missing=data.missing + _not_wanted(data, options))
