@@ -139,6 +139,7 @@ def push(what: Push) -> tuple[Outgoing, Pushed]:
     Raises:
         CllaError: it cannot be, or was interrupted; the checkpoint on disk is as it was.
     """
+    check_folder(what.folder)
     repo_id = check_access(what.repo_id, private=what.private)
     what = replace(what, repo_id=repo_id)
     outgoing = prepare(what, ask=True)

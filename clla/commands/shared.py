@@ -177,6 +177,7 @@ def _notes(error: BaseException) -> list[str]:
 
 def start() -> None:
     """What every command that touches a model does first."""
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are raised, and told once
     from transformers.utils import logging
 
     import clla
