@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -255,6 +255,8 @@ class Plan:
         Raises:
             ValueError: a key is missing, or its value is of another type or out of range; all are named.
         """
+        if lacking := {f.name for f in fields(cls)} - data.keys() - {"capacity", "rope_bits"}:  # of older checkpoints
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         try:
             return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
         except ValidationError as error:

@@ -48,7 +48,8 @@ class CorruptArtifactError(CllaError):
 def reason(error: BaseException) -> str:
     """What an exception says, in one line; its class where it says nothing or no more than a key."""
     text = " ".join(str(error).split()).partition(" Exception raised from ")[0][:500]  # torch adds frames in C++
-    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) or not text else text
+    name = type(error).__name__
+    return name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text
 
 
 def is_memory(error: BaseException) -> bool:

@@ -174,7 +174,7 @@ def open_source(name: str) -> Source:
         _check_gguf(Path(path) / gguf_file)
     else:
         folder = Path(path)
-        if not folder.is_dir():
+        if not folder.exists():
             name, revision = split_revision(name)
             path, (folder, commit) = name, find_config(name, revision)
             options = {"revision": commit}

@@ -40,7 +40,7 @@ from clla.errors import CllaError, UsageError
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Hub id (user/repo[@revision]), directory, .gguf file, or 'demo'.")],
+    model: Annotated[str, typer.Argument(help="Hub id (user/repo\\[@revision]), directory, .gguf file, or 'demo'.")],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT)
     ] = None,

@@ -20,7 +20,7 @@ from clla.errors import UsageError, blamed
 
 
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo\\[@revision].")],
     prompt: Annotated[str, typer.Option(help="What to continue, or '-' for standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to write.")] = 100,
     chat: Annotated[bool, typer.Option(help="Use the chat template where there is one.")] = True,

@@ -24,7 +24,7 @@ from clla.commands.shared import (
 
 
 def heal(
-    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo[@revision].")],
+    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo\\[@revision].")],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT)
     ] = None,

@@ -85,7 +85,7 @@ def errors(as_json: bool = False, *, interrupted: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
-        console.say(f"Interrupted; {'; '.join(_notes(stop)) or interrupted}")
+        console.label("Interrupted", "", f"; {'; '.join(_notes(stop)) or interrupted}")
         raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except Exception as error:
         if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "format_message"):
