@@ -161,8 +161,8 @@ def push(what: Push) -> tuple[Outgoing, Pushed]:
             commit_message="Upload checkpoint converted with clla",
             revision=what.revision,
         )
-    except KeyboardInterrupt:
-        console.say(f"Interrupted; what arrived is not sent twice by: {what.command}")
+    except KeyboardInterrupt as error:
+        error.add_note(f"the checkpoint on disk is whole, and what arrived is not sent twice by: {what.command}")
         raise
     except Exception as error:  # classes of huggingface_hub, of its transport and of its storage
         raise explain(

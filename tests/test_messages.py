@@ -110,7 +110,7 @@ def test_interrupted_conversions_say_where_the_work_is(
     assert done.exit_code == 130 and f"kept in {tmp_path / 'out.work'}" in done.stderr and "--resume" in done.stderr
     monkeypatch.setattr("clla.convert.run.collect", stop)
     done = command("convert", pico_dir, "-o", tmp_path / "other", *small)
-    assert done.exit_code == 130 and "nothing is kept" in done.stderr and "--resume" not in done.stderr
+    assert done.exit_code == 130 and "nothing half-written was left" in done.stderr and "--resume" not in done.stderr
     assert not list(tmp_path.glob("other*"))
 
 

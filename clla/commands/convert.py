@@ -122,7 +122,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Convert a model to shared latents within a KV byte budget."""
-    with errors(as_json, interrupted="nothing was written and nothing is kept"):
+    with errors(as_json, interrupted="nothing half-written was left"):
         start()
         from accelerate import PartialState
 

@@ -78,7 +78,7 @@ def heal(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Train a converted model briefly against its source, to buy back what its budget lost."""
-    with errors(as_json, interrupted="the checkpoint is as it was, and nothing is kept"):
+    with errors(as_json, interrupted="the checkpoint is as it was, and nothing half-written was left"):
         start()
         from accelerate import PartialState
 
