@@ -96,7 +96,7 @@ def convert(
         resume: take up the finished stages of an interrupted run.
         work_dir: keep stats and plans here: another budget then takes seconds.
         report: measure before and after.
-        max_shard_size: of the weight files, e.g. '5GB'.
+        max_shard_size: of the weight files, e.g. '5GB' or '2GiB'.
         adapter_only: save the codec without the source's weights.
         overwrite: replace an earlier conversion in `output`.
 
@@ -105,7 +105,7 @@ def convert(
         computed in; the checkpoint has the source's dtype (None after a dry run).
 
     Raises:
-        CllaError: bad input, or a limit; nothing is left half-written.
+        CllaError: bad input, a limit, or an argument of another type or out of range; nothing is left half-written.
     """
     base = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     healing = {"heal": {"tokens": heal_tokens, "train": heal_train}}

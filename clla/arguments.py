@@ -13,7 +13,8 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, validat
 from clla.errors import UsageError
 from clla.recipe import LARGEST
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 LONGEST_NAME = 255  # bytes of a file's name
@@ -51,8 +52,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         UsageError: an argument has another type or is out of range.
     """
-    config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-    validated = validate_call(function, config=config)
+    validated = validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,7 +33,14 @@ from clla.places import writing
 
 ARTIFACT_VERSION = 1
 NEWER = {"capacity", "rope_bits", "kept_slot_bytes", "kept_state_bytes"}  # fields that older checkpoints lack
+Whole = Annotated[int, Field(ge=0, lt=2**31)]  # of what has a size: more would not fit in any memory
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 EVICT_BYTES = 6  # a row of a group with a capacity: position (int32) and score (half)
+
+
+def mistakes_in(error: ValidationError) -> str:
+    """Where something is wrong and what, one after the other."""
+    return "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
 
 
 def digest(*parts: Any) -> str:
@@ -49,8 +57,8 @@ def json_digest(data: Any) -> str:
 class KVShape:
     """What one layer caches for one token."""
 
-    num_key_value_heads: int
-    head_dim: int
+    num_key_value_heads: Positive
+    head_dim: Positive
 
     @property
     def values(self) -> int:
@@ -135,10 +143,10 @@ class LayerGroup:
         rope_pairs: which rotary pair of a head each pair of the rotary key turns like; empty unless it is decoupled.
     """
 
-    layers: tuple[int, ...]
-    tier_bits: tuple[int, ...]
+    layers: tuple[Whole, ...]
+    tier_bits: tuple[Positive, ...]
     predicted_loss: float = 0.0
-    rope_pairs: tuple[int, ...] = ()
+    rope_pairs: tuple[Whole, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,21 +176,21 @@ class Plan:
 
     groups: tuple[LayerGroup, ...]
     kv: KVShape
-    kv_itemsize: int
-    tier_size: int
-    window: int
-    sinks: int
-    flush_block: int
-    source: str
+    kv_itemsize: Positive
+    tier_size: Positive
+    window: Whole
+    sinks: Whole
+    flush_block: Positive
+    source: Literal["group", "first"]
     budget_bytes: float
-    at_context: int | None
+    at_context: Whole | None
     made_from: str
-    kept_layers: tuple[int, ...] = ()
-    kept_window: int = 0
-    kept_slot_bytes: int | None = None
-    kept_state_bytes: int = 0
-    capacity: int | None = None
-    rope_bits: int | None = None
+    kept_layers: tuple[Whole, ...] = ()
+    kept_window: Whole = 0
+    kept_slot_bytes: Whole | None = None
+    kept_state_bytes: Whole = 0
+    capacity: Positive | None = None
+    rope_bits: Positive | None = None
 
     @property
     def decoupled(self) -> bool:
@@ -270,17 +278,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys."""
-        names = {f.name for f in fields(cls)}
-        if lacking := names - data.keys() - NEWER:  # older checkpoints have none
-            raise KeyError(", ".join(sorted(lacking)))
-        data = {k: v for k, v in data.items() if k in names}
-        groups = tuple(
-            LayerGroup(tuple(g["layers"]), tuple(g["tier_bits"]), g["predicted_loss"], tuple(g.get("rope_pairs", ())))
-            for g in data.pop("groups")
-        )
-        data["kept_layers"] = tuple(data["kept_layers"])
-        return cls(groups=groups, kv=KVShape(**data.pop("kv")), **data)
+        """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys.
+
+        Raises:
+            ValueError: a key is missing, or its value is of another type or out of range; all are named.
+        """
+        if lacking := {f.name for f in fields(cls)} - data.keys() - NEWER:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            raise ValueError(mistakes_in(error)) from error
 
     def save(self, path: Path) -> None:
         data = {"version": ARTIFACT_VERSION, **self.to_json()}
@@ -294,7 +302,7 @@ class Plan:
             raise _damaged(path, "its checksum does not match its contents")
         try:
             return cls.from_json(data)
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise _damaged(path, f"no valid plan: {error}") from error
 
 

@@ -26,6 +26,7 @@ from clla.commands.shared import Commands
 
 app = typer.Typer(
     cls=Commands,
+    rich_markup_mode="rich",  # a bracket in a help text is escaped
     help="Convert language models to Cross-Layer Latent Attention: one dial, the KV byte budget.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

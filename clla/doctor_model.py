@@ -10,12 +10,13 @@ import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from clla.artifacts import Plan, read_json
+from clla.artifacts import read_json
 from clla.convert.healing import STATE_BYTES
 from clla.convert.run import moment_bytes, resolve
 from clla.doctor import Finding, plugin_registered
 from clla.errors import CllaError
 from clla.families import FAMILIES
+from clla.load import read_plan
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION
 from clla.modeling.decode_triton_clla import triton
 from clla.placement import choose_placement
@@ -153,10 +154,7 @@ def _converted(folder: Path) -> list[Finding]:
     if isinstance(version, int) and version > CLLA_SCHEMA_VERSION:
         text = f"written with schema {version}, this clla reads {CLLA_SCHEMA_VERSION} and older"
         return [Finding("checkpoint", "problem", text, "pip install -U clla")]
-    try:
-        plan = Plan.from_json(block)
-    except (KeyError, TypeError, ValueError) as error:
-        return [Finding("checkpoint", "problem", f"its config holds no plan: {error}", "convert again")]
+    plan = read_plan(folder)
     share = 100 * plan.row_bytes / plan.source_bytes_per_token
     found = [
         Finding("checkpoint", "ok", f"converted: {plan.num_layers} layers in {len(plan.groups)} groups"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,9 @@ class CorruptArtifactError(CllaError):
 
 def reason(error: BaseException) -> str:
     """What an exception says, in one line; its class where it says nothing or no more than a key."""
-    text = " ".join(str(error).split())[:500]
-    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) or not text else text
+    text = " ".join(str(error).split()).partition(" Exception raised from ")[0][:500]  # torch adds frames in C++
+    name = type(error).__name__
+    return name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text
 
 
 def is_memory(error: BaseException) -> bool:
@@ -77,10 +79,13 @@ def blamed(got: str, *, expected: str, remedy: str, kind: type[CllaError] = Clla
 
 @contextmanager
 def resumable(work: Path) -> Iterator[None]:
-    """Whatever ends the block, the user is told where the finished stages are, if there are any."""
+    """Whatever ends the block, the user is told where its finished stages are; where there are none, nothing stays."""
+    there = work.exists()
     try:
         yield
     except BaseException as error:
-        if work.is_dir() and any(path.is_file() for path in work.rglob("*")):
+        if any(path.is_file() for path in work.rglob("*")):
             error.add_note(f"what is finished is kept in {work}: the same command with --resume goes on from there")
+        elif not there:
+            shutil.rmtree(work, ignore_errors=True)
         raise

@@ -80,6 +80,8 @@ TEXT_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ATTENTION, LEFT_ALONE = "full_attention", ("sliding_attention", "chunked_attention", "linear_attention", "conv")
 NO_CACHE = ("mlp", "moe")
+# What every config says; nothing that anyone has made is near these.
+LARGEST_SIZES = {"num_hidden_layers": 10**4, "num_attention_heads": 10**5, "hidden_size": 10**7, "vocab_size": 10**9}
 
 
 def check_family(config: Any) -> None:
@@ -138,12 +140,12 @@ def check_family(config: Any) -> None:
             expected="a cache of the key-value heads alone",
             remedy="convert a model without new_decoder_architecture",
         )
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+    for name, most in LARGEST_SIZES.items():
         value = getattr(text, name, None)
-        if isinstance(value, int) and not 1 <= value < 2**31:
+        if isinstance(value, int) and not 1 <= value <= most:
             raise UnsupportedModelError(
                 f"the config says {name} {value}",
-                expected="at least 1, and a size that a model can have",
+                expected=f"from 1 to {most}",
                 remedy="correct it, or copy the config again",
             )
         if not isinstance(value, int):

@@ -139,6 +139,7 @@ def push(what: Push) -> tuple[Outgoing, Pushed]:
     Raises:
         CllaError: it cannot be, or was interrupted; the checkpoint on disk is as it was.
     """
+    check_folder(what.folder)
     repo_id = check_access(what.repo_id, private=what.private)
     what = replace(what, repo_id=repo_id)
     outgoing = prepare(what, ask=True)
@@ -160,8 +161,8 @@ def push(what: Push) -> tuple[Outgoing, Pushed]:
             commit_message="Upload checkpoint converted with clla",
             revision=what.revision,
         )
-    except KeyboardInterrupt:
-        console.say(f"Interrupted; what arrived is not sent twice by: {what.command}")
+    except KeyboardInterrupt as error:
+        error.add_note(f"the checkpoint on disk is whole, and what arrived is not sent twice by: {what.command}")
         raise
     except Exception as error:  # classes of huggingface_hub, of its transport and of its storage
         raise explain(

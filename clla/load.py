@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel, ValidationError, field_validator
 from transformers import AutoTokenizer, PreTrainedModel
 
 from clla import console
-from clla.artifacts import Plan, read_json
+from clla.artifacts import Plan, Positive, Whole, mistakes_in, read_json
 from clla.calling import make_callable
 from clla.checksums import CHECKSUMS, check_base, check_files
 from clla.errors import CllaError, CorruptArtifactError, is_memory, reason
@@ -20,6 +22,7 @@ from clla.lengths import Reach, reach_of
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
+from clla.modeling.rotary_clla import ROPE_FORMS
 from clla.recipe import Recipe, load_recipe
 from clla.revision import find_config, split_revision
 from clla.source import Source, check_complete, check_directory, model_folder, open_source, pick_dtype
@@ -56,12 +59,14 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
     folder = checkpoint_folder(path)
     check_folder(folder)
     checked = check_files(folder)
+    plan = read_plan(folder)
     try:
         config = CllaConfig.from_pretrained(folder)
-        plan = Plan.from_json(config.clla)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         compute = pick_dtype(dtype, stored, device)
-        loaded: Any = CllaForCausalLM.from_pretrained(folder, config=config, dtype=compute, output_loading_info=True)
+        loaded: Any = CllaForCausalLM.from_pretrained(
+            folder, config=config, dtype=compute, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         model, info = loaded
         check_complete(info, path)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -88,6 +93,47 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
             remedy="copy or download the checkpoint again",
         )
     return Checkpoint(model.to(device).eval().requires_grad_(False), tokenizer, plan, folder)
+
+
+class _Rope(BaseModel):
+    form: str
+    plain_layers: list[Whole]
+
+    @field_validator("form")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ROPE_FORMS:
+            raise ValueError(f"expected one of {', '.join(ROPE_FORMS)}")
+        return value
+
+
+class _Running(BaseModel):
+    """What a config's `clla` block holds beside the plan."""
+
+    rope: _Rope | None
+    kv_dtype: Literal["float32", "bfloat16", "float16"]
+    prefill_chunk: Positive
+    codec_sha256: str | None = None
+    healed: Literal["codec", "attention", "all"] | None = None
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan in a checkpoint's config, the rest of its `clla` block checked, too.
+
+    Raises:
+        CorruptArtifactError: a key is missing, or its value makes no sense.
+    """
+    block = read_json(folder / "config.json").get("clla")
+    try:
+        _Running.model_validate_json(json.dumps(block), strict=True)
+        return Plan.from_json(block)
+    except ValueError as error:
+        why = mistakes_in(error) if isinstance(error, ValidationError) else str(error)
+        raise CorruptArtifactError(
+            f"the clla block in {folder / 'config.json'} is not as clla convert writes it: {why}",
+            expected="a config that belongs to the weights beside it",
+            remedy="copy or download the checkpoint again, or convert the source model anew",
+        ) from error
 
 
 def checkpoint_folder(name: str) -> Path:

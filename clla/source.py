@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -137,7 +139,13 @@ class Source:
             kind=CorruptArtifactError,
         ):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
+                self.path,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **READABLE,
+                **options,
             )
         model, info = loaded
         check_complete(info, self.name)
@@ -161,28 +169,33 @@ def open_source(name: str) -> Source:
     """
     path, gguf_file = _locate(name)
     options, commit = {"gguf_file": gguf_file} if gguf_file else {}, None
+    told: dict[str, Any] = {}  # by config.json
     if gguf_file:
         _check_gguf(Path(path) / gguf_file)
     else:
         folder = Path(path)
-        if not folder.is_dir():
+        if not folder.exists():
             name, revision = split_revision(name)
             path, (folder, commit) = name, find_config(name, revision)
             options = {"revision": commit}
         check_directory(folder, name)
-        _check_code(read_json(folder / "config.json"), name)
-    with blamed(
-        f"{name!r} is no model that can be opened",
-        expected="a whole .gguf file of a kind that transformers unpacks"
-        if gguf_file
-        else "a config.json as transformers writes it",
-        remedy="download it again" if gguf_file else "correct what the reason names, or copy the config again",
-    ):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+        told = read_json(folder / "config.json")
+        _check_code(told, name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **READABLE, **options)
+    except Exception as error:  # OSError, ValueError and classes of huggingface_hub, gguf and others
+        if gguf_file:
+            expected, remedy = "a whole .gguf file of a kind that transformers unpacks", "download it again"
+        else:
+            expected = f"a config.json as transformers {transformers.__version__} writes it"
+            remedy = "correct what the reason names, or copy the config again"
+        raise CllaError(
+            f"{name!r} is no model that can be opened: {reason(error)}{_culprit(told, _parsed)}",
+            expected=expected,
+            remedy=remedy,
+        ) from error
     check_family(config)
     layers, kept = split_layers(config)
-    for setting, value in READABLE.items():
-        setattr(config, setting, value)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(Path(path))
     if gguf_file:
         dtype = torch.bfloat16  # block-quantized weights hold no more than that
@@ -196,14 +209,40 @@ def open_source(name: str) -> Source:
         )
     revision = commit or _fingerprint(Path(path), gguf_file)
     source = Source(name, path, gguf_file, config, kv_shape(config), layers, kept, revision, dtype, commit)
-    with blamed(
-        f"no model can be built from the config of {name}",
-        expected="sizes and words that transformers knows and that fit each other",
-        remedy="correct what the reason names, or copy the config again",
-        kind=UnsupportedModelError,
-    ):
+    try:
         assert source.parameters > 0
+    except Exception as error:  # whatever the classes of a family make of sizes and words that do not fit
+        raise UnsupportedModelError(
+            f"no model can be built from the config of {name}: {reason(error)}{_culprit(told, _built)}",
+            expected="sizes and words that transformers knows and that fit each other",
+            remedy="correct what the reason names, or copy the config again",
+        ) from error
     return source
+
+
+def _parsed(settings: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(**settings)
+
+
+def _built(settings: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_parsed(settings), trust_remote_code=False)
+
+
+def _culprit(settings: dict[str, Any], works: Callable[[dict[str, Any]], Any]) -> str:
+    """Which one of a config's settings is to blame, for a message: without it, by its default, all works."""
+
+    def fails(left_out: str | None) -> bool:
+        try:
+            works({name: value for name, value in settings.items() if name != left_out})
+        except Exception:
+            return True
+        return False
+
+    culprit = next((key for key in settings if key != "model_type" and not fails(key)), None) if fails(None) else None
+    if culprit is None:  # several, or something else
+        return ""
+    return f" (the config says {culprit}: {json.dumps(settings[culprit])[:100]}; without it, it can be read)"
 
 
 def check_directory(folder: Path, name: str) -> None:
@@ -256,11 +295,17 @@ def _check_gguf(path: Path) -> None:
 
 
 def _check_code(config: dict[str, Any], name: str) -> None:
-    """Refuse a model that is computed by code of its own: what it would do nobody has looked at."""
+    """Refuse a model without a kind, or computed by code of its own: what that would do nobody has looked at."""
     auto_map, kind = config.get("auto_map"), config.get("model_type")
+    if not isinstance(kind, str):
+        raise CllaError(
+            f"the config of {name} says model_type {json.dumps(kind)}",
+            expected="the name of a kind of model, such as llama",
+            remedy="correct it, or copy the config again",
+        )
     if not isinstance(auto_map, dict) or not auto_map:
         return
-    known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
+    known: Any = CONFIG_MAPPING.get(kind, None)
     theirs = MODEL_FOR_CAUSAL_LM_MAPPING[known].__name__ if known in MODEL_FOR_CAUSAL_LM_MAPPING else None
     if (
         kind != "clla"
@@ -285,11 +330,16 @@ def check_complete(info: dict[str, Any], name: str) -> None:
     Raises:
         CorruptArtifactError: a weight is missing or has another shape.
     """
-    lacking = [str(key) for name in ("missing_keys", "mismatched_keys") for key in info.get(name, ())]
-    if lacking:
+    for key, found, wanted in sorted(info.get("mismatched_keys", ()), key=str):
+        raise CorruptArtifactError(
+            f"the weight {key} of {name} has the shape {list(found)}, its config wants {list(wanted)}",
+            expected="a config and weights of the same model",
+            remedy="copy or download both again",
+        )
+    if lacking := sorted(map(str, info.get("missing_keys", ()))):
         raise CorruptArtifactError(
             f"{name} lacks {len(lacking)} weights, among them {lacking[0]}",
-            expected="a complete checkpoint",
+            expected="a complete checkpoint, and a config of the same model",
             remedy="copy or download it again",
         )
 

@@ -264,7 +264,9 @@ def test_resume_after_an_interruption(
     command = ["convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--no-report"]
     with monkeypatch.context() as patch:
         patch.setattr(f"clla.convert.{stage}", _refuse)
-        assert isinstance(clla(*command).exception, _Stop)
+        stopped = clla(*command)
+        assert stopped.exit_code == 1 and "this must not run again" in stopped.stderr
+        assert f"kept in {folder}.work" in stopped.stderr and "--resume" in stopped.stderr
     assert not folder.exists() and (tmp_path / "out.work").is_dir()
     with monkeypatch.context() as patch:
         patch.setattr("clla.convert.run.collect", _refuse)

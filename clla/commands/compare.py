@@ -14,7 +14,7 @@ from clla.errors import UsageError
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Hub id (user/repo[@revision]), directory, .gguf file, or 'demo'.")],
+    model: Annotated[str, typer.Argument(help="Hub id (user/repo\\[@revision]), directory, .gguf file, or 'demo'.")],
     budget: Annotated[str, typer.Option(help="Shares of the source's cache at the context, comma-separated.")] = "",
     methods: Annotated[Optional[str], typer.Option(help="Comma-separated; all by default.")] = None,
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",

@@ -41,7 +41,7 @@ from clla.errors import CllaError, UsageError
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Hub id (user/repo[@revision]), directory, .gguf file, or 'demo'.")],
+    model: Annotated[str, typer.Argument(help="Hub id (user/repo\\[@revision]), directory, .gguf file, or 'demo'.")],
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT, parser=path),
@@ -132,7 +132,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Convert a model to shared latents within a KV byte budget."""
-    with errors(as_json, interrupted="nothing was written and nothing is kept"):
+    with errors(as_json, interrupted="nothing half-written was left"):
         start()
         from accelerate import PartialState
 

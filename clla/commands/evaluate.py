@@ -19,7 +19,7 @@ from clla.commands.shared import (
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo\\[@revision].")],
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     windows: Annotated[int, typer.Option(min=1, max=MOST, help="Windows of text.")] = 4,
     window_length: Annotated[

@@ -71,7 +71,7 @@ def explained(error: Exception) -> CllaError:
             remedy=f"pip install --force-reinstall {(error.name or 'clla').partition('.')[0]}",
         )
     return InternalError(
-        f"internal error: {type(error).__name__}: {reason(error)} (raised in {_raised_in(error)})",
+        f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:500]} (raised in {_raised_in(error)})",
         expected="a result, or a message that says what is wrong with the input",
         remedy=f"if clla doctor finds nothing wrong with machine and model, open an issue with these versions: "
         f"{_versions()}. {_keep_traceback(error)}",

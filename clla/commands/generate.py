@@ -22,7 +22,7 @@ NEW_TOKENS = 100  # by default, where the model takes as many after the prompt
 
 
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo[@revision].")],
+    checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo\\[@revision].")],
     prompt: Annotated[str, typer.Option(help="What to continue, or '-' for standard input.")],
     max_new_tokens: Annotated[
         Optional[int], typer.Option(min=1, max=MOST, help="Tokens to write; default: 100, or what the model takes.")

@@ -13,7 +13,7 @@ from clla.commands.shared import HEAL, OUTPUT, RUN, TRAINED, Device, Dtype, Trac
 
 
 def heal(
-    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo[@revision].")],
+    checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo\\[@revision].")],
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT, parser=path),
@@ -73,7 +73,7 @@ def heal(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Train a converted model briefly against its source, to buy back what its budget lost."""
-    with errors(as_json, interrupted="the checkpoint is as it was, and nothing is kept"):
+    with errors(as_json, interrupted="the checkpoint is as it was, and nothing half-written was left"):
         start()
         from accelerate import PartialState
 

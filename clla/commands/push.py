@@ -21,7 +21,8 @@ def push(
     ] = False,
     revision: Annotated[Optional[str], typer.Option(help="Branch; it is made where there is none.")] = None,
     base_model: Annotated[
-        Optional[str], typer.Option(help="The source on the Hub, user/repo[@revision], where it was converted locally.")
+        Optional[str],
+        typer.Option(help="The source on the Hub, user/repo\\[@revision], where it was converted locally."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; the Hub is not asked.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -95,8 +95,8 @@ def errors(as_json: bool = False, *, interrupted: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
-        console.say(f"Interrupted; {'; '.join(_notes(stop)) or interrupted}")
-        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+        console.label("Interrupted", "", f"; {'; '.join(_notes(stop)) or interrupted}")
+        raise typer.Exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)) from None
     except Exception as error:
         if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "format_message"):
             raise  # typer's own
@@ -109,12 +109,16 @@ def errors(as_json: bool = False, *, interrupted: str) -> Iterator[None]:
         raise typer.Exit(found.exit_code) from error
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
 @contextmanager
 def _terminated() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, so that nothing half-written stays."""
 
     def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
+        raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -155,9 +159,10 @@ def _check_empty(words: list[str]) -> None:
     Raises:
         UsageError: there is one.
     """
-    for before, word in zip(["the argument", *words], words, strict=False):
-        name = word.removesuffix("=") if word.startswith("--") and word.endswith("=") else before
-        if word == "" or name != before:
+    for before, word in zip(["", *words], words, strict=False):
+        joined = word.startswith("--") and word.endswith("=")
+        if word == "" or joined:
+            name = word.removesuffix("=") if joined else before if before.startswith("-") else "an argument"
             raise UsageError(
                 f"{name} is empty",
                 expected="a value",
@@ -187,6 +192,7 @@ def _notes(error: BaseException) -> list[str]:
 
 def start() -> None:
     """What every command that touches a model does first."""
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are raised, and told once
     from transformers.utils import logging
 
     import clla

@@ -277,9 +277,11 @@ def heal(
     if not resume and processes.is_main_process:
         discard(work)
     work.mkdir(parents=True, exist_ok=True)
-    _check_same_run(work / "run.json", converted, config, resume=resume)
+    own = _same_run(work / "run.json", converted, config, resume=resume)
     with processes.main_process_first():
         sequences, held = healing_text(config, teacher, tokenizer, work)
+    if processes.is_main_process:
+        write_text(work / "run.json", json.dumps(own))
     batch = config.batch_tokens // length
     steps = min(config.tokens // length, len(sequences)) // max(1, batch)
     if batch < 1 or steps < 1:
@@ -382,8 +384,8 @@ def _accelerator(config: HealConfig, options: HealOptions, teacher: PreTrainedMo
     return accelerator
 
 
-def _check_same_run(path: Path, converted: CllaForCausalLM, config: HealConfig, *, resume: bool) -> None:
-    """Note what a run is made of; refuse to take up one that was made of something else.
+def _same_run(path: Path, converted: CllaForCausalLM, config: HealConfig, *, resume: bool) -> dict[str, Any]:
+    """What a run is made of, to be noted; one that was made of something else is not taken up.
 
     Raises:
         UsageError: the states in the work directory belong to another run.
@@ -399,7 +401,5 @@ def _check_same_run(path: Path, converted: CllaForCausalLM, config: HealConfig, 
                 expected="the same checkpoint and options as before",
                 remedy="give those again, or leave out --resume",
             )
-    processes = PartialState()
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        write_text(path, json.dumps(own))
+    PartialState().wait_for_everyone()  # who has not read it yet must find the old one
+    return own

@@ -1,0 +1,255 @@
+"""What a user reads when something is wrong: encodings, brackets, interrupts, memory, and values of functions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import clla as command
+from rich.table import Table
+from safetensors import SafetensorError
+
+import clla
+from clla import console
+from clla.arguments import parse_size
+from clla.commands.failures import InternalError, explained
+from clla.errors import CllaError, UsageError, reason
+from clla.source import open_source
+
+SCRIPT = """
+import os, signal, sys
+sys.argv[0] = "clla"
+from clla import cli, console
+from rich.table import Table
+from clla.commands import recipes
+SIGNS = "model Gr\\u00fc\\u00dfe \\u2013 \\u2192 \\u00d7 \\u2026 [/red] [bold]x[/bold] :smile: \\udce9"
+def ls():
+    with recipes.errors(True, interrupted="nothing is lost"):
+        do()
+"""
+MAIN = "cli.app.command(name='do')(ls)\nsys.argv[1:] = ['do']\ncli.main()\n"
+SHOW = """
+def do():
+    console.say(SIGNS)
+    console.results.print(SIGNS)
+    table = Table(SIGNS, title=SIGNS)
+    table.add_row(SIGNS)
+    console.show(table)
+    with console.progress(SIGNS, 1) as advance:
+        advance(1)
+        advance.note("[/x]")
+    print(SIGNS)
+"""
+
+
+def ran(body: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """A command of which `body` defines what it does."""
+    environment = {**os.environ, "COLUMNS": "200", **variables}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT + body + MAIN], env=environment, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "cp1252"])
+def test_any_encoding_takes_all_signs(encoding: str) -> None:
+    done = ran(SHOW, PYTHONIOENCODING=encoding)
+    out, err = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert done.returncode == 0, err
+    for text in (out, err):
+        assert "[/red] [bold]x[/bold] :smile:" in text and "\\udce9" in text
+        assert ("– → × …" if encoding == "utf-8" else "->") in text
+    assert "Grüße" in out or (encoding == "ascii" and "Gr\\xfc\\xdfe" in out)
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"COLUMNS": "20"}, {"LC_ALL": "C"}])
+def test_any_terminal_takes_all_signs(variables: dict[str, str]) -> None:
+    done = ran(SHOW, **variables)
+    assert done.returncode == 0 and b"[/red]" in done.stdout, done.stderr
+
+
+def test_signs_stay_in_tables_and_help() -> None:
+    for name in ("heal", "generate", "eval"):
+        assert "user/repo[@revision]" in " ".join(command(name, "--help").stdout.replace("│", " ").split()), name
+    table = Table("a[/b]")
+    table.add_row("[red]")
+    with console.results.capture() as capture:
+        console.results.print(table)
+    assert "a[/b]" in capture.get() and "[red]" in capture.get()
+
+
+INTERRUPTS = {
+    "Ctrl-C": ("raise KeyboardInterrupt", 130),
+    "SIGINT": ("os.kill(os.getpid(), signal.SIGINT)", 130),
+    "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM)", 143),
+}
+
+
+@pytest.mark.parametrize("kind", INTERRUPTS)
+def test_interrupts_say_what_they_leave(kind: str) -> None:
+    line, code = INTERRUPTS[kind]
+    done = ran(f"def do():\n    {line}\n    __import__('time').sleep(5)\n")
+    assert done.returncode == code and done.stderr.decode().strip() == "Interrupted; nothing is lost"
+
+
+def test_interrupted_conversions_say_where_the_work_is(
+    pico_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    small = ["--dataset", text_file, "--calibration-tokens", 256, "--sequence-length", 64, "--no-report"]
+    monkeypatch.setattr("clla.convert.run.make_codec", stop)
+    done = command("convert", pico_dir, "-o", tmp_path / "out", *small)
+    assert done.exit_code == 130 and f"kept in {tmp_path / 'out.work'}" in done.stderr and "--resume" in done.stderr
+    monkeypatch.setattr("clla.convert.run.collect", stop)
+    done = command("convert", pico_dir, "-o", tmp_path / "other", *small)
+    assert done.exit_code == 130 and "nothing half-written was left" in done.stderr and "--resume" not in done.stderr
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_what_nobody_foresaw_is_told_and_kept(tmp_path: Path) -> None:
+    body = "def do():\n    print('done', flush=True)\n    {}['x']\n"
+    done = ran(body, TMPDIR=str(tmp_path))
+    (kept,) = tmp_path.glob("clla-traceback-*")
+    assert done.returncode == 1 and b"Traceback" not in done.stderr and str(kept).encode() in done.stderr
+    assert b"internal error: KeyError" in done.stderr and b"transformers" in done.stderr
+    assert "KeyError: 'x'" in kept.read_text()
+    assert "internal error" in json.loads(done.stdout.splitlines()[-1])["error"]
+    assert b"Traceback" in ran(body, TMPDIR=str(tmp_path), CLLA_TRACEBACK="1").stderr
+    missing = ran("import tempfile\ntempfile.tempdir = '/no/such'\n" + body)
+    assert missing.returncode == 1 and b"CLLA_TRACEBACK=1 prints the traceback" in missing.stderr
+
+
+def test_a_closed_pipe_ends_in_silence() -> None:
+    line = f'{sys.executable} -c "$BODY" | head -1'
+    body = SCRIPT + "def do():\n    for i in range(100000): print(i)\n" + MAIN
+    done = subprocess.run(["bash", "-c", line], env={**os.environ, "BODY": body}, capture_output=True, check=False)
+    assert done.stdout == b"0\n" and not done.stderr
+
+
+ERRORS: dict[str, tuple[Exception, str]] = {
+    "memory": (MemoryError(), "out of memory"),
+    "memory of torch": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory"),
+    "disk": (OSError(28, "No space left on device"), "could not be written"),
+    "disk by safetensors": (SafetensorError("I/O error: File too large (os error 27)"), "could not be written"),
+    "safetensors": (SafetensorError("Error while deserializing header"), "file of weights"),
+    "recursion": (RecursionError("maximum recursion depth exceeded"), "nested"),
+    "unicode": (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), "Unicode"),
+    "import": (ImportError("cannot import name 'x'", name="pyarrow.lib"), "broken"),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_known_errors_have_a_remedy(kind: str) -> None:
+    error, word = ERRORS[kind]
+    found = explained(error)
+    assert word in found.got and found.expected and found.remedy and not isinstance(found, InternalError)
+    assert kind != "import" or found.remedy.endswith("pyarrow")
+
+
+def test_reasons_are_whole_and_one_line() -> None:
+    assert reason(ValueError("first:\n  the reason\n")) == "first: the reason"
+    assert reason(KeyError("x")) == "KeyError: 'x'" and reason(ValueError()) == "ValueError"
+
+
+WRONG: dict[str, Callable[[str], Any]] = {
+    "a model": lambda c: clla.convert(torch.nn.Linear(1, 1)),  # type: ignore[arg-type]
+    "an empty name": lambda c: clla.convert(""),
+    "a zero byte": lambda c: clla.convert("a\0b"),
+    "a number for a path": lambda c: clla.convert("x", output=5),  # type: ignore[arg-type]
+    "a word for a number": lambda c: clla.convert("x", window="8"),  # type: ignore[arg-type]
+    "yes for a number": lambda c: clla.convert("x", window=True),
+    "a size": lambda c: clla.convert("x", max_shard_size="5XB"),
+    "a word for a flag": lambda c: clla.convert("x", heal="yes"),  # type: ignore[arg-type]
+    "the text itself": lambda c: clla.evaluate(c, text="the text itself " * 100),
+    "no windows": lambda c: clla.evaluate(c, windows=0),
+    "short windows": lambda c: clla.evaluate(c, window_length=1),
+    "no context": lambda c: clla.evaluate(c, contexts=[0]),
+    "no contexts": lambda c: clla.evaluate(c, contexts=[]),
+    "one context": lambda c: clla.evaluate(c, contexts=64),  # type: ignore[arg-type]
+    "chunk 0": lambda c: clla.evaluate(c, chunk=0),
+    "dtype": lambda c: clla.load(c, dtype="float64"),
+    "device": lambda c: clla.load(c, device="banana"),
+    "learning rate": lambda c: clla.heal(c, codec_lr=float("nan")),
+    "tokens": lambda c: clla.heal(c, tokens=-1),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_functions_refuse_wrong_values(what: str, checkpoint: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        WRONG[what](str(checkpoint))
+    assert caught.value.got and caught.value.remedy
+
+
+def test_several_wrong_values_are_told_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        clla.evaluate("x", windows=0, chunk=-1, window_length=1)
+    assert all(option in caught.value.got for option in ("--windows is 0", "--chunk is -1", "--window-length is 1"))
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 1572864), ("300kb", 300_000)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text, "--max-shard-size") == size
+
+
+@pytest.mark.parametrize("text", ["", "500", "5XB", "-5GB", "GB", "0GB", "1B", "nanGB", "9" * 400 + "GB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--max-shard-size"):
+        parse_size(text, "--max-shard-size")
+
+
+@pytest.mark.parametrize("name", ["./nothere", "/data/models/nothere", "../x", "a/b/c", r"C:\models\x", "my model"])
+def test_paths_that_are_not_there(name: str) -> None:
+    with pytest.raises(CllaError, match="does not exist"):
+        open_source(name)
+    with pytest.raises(CllaError, match="does not exist"):
+        clla.load(name)
+
+
+def test_directories_that_hold_something_else(pico_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name, word in (("adapter", "merge_and_unload"), ("empty", "is empty"), ("", "empty|adapter|no config")):
+        with pytest.raises(CllaError, match=word):
+            open_source(str(tmp_path / name))
+    with pytest.raises(CllaError, match=str(pico_dir)):
+        open_source(str(pico_dir.parent))
+    with pytest.raises(CllaError, match="is a file"):
+        open_source(str(pico_dir / "model.safetensors"))
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"no model at all", b"GGUF" + bytes(100)])
+def test_files_that_are_no_gguf(data: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(CllaError) as caught:
+        open_source(str(tmp_path / "x.gguf"))
+    assert "download it again" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles') }}", "{% for m in messages %}{{ m['role'] }", "{{ x.y.z }}"]
+)
+def test_chat_templates_that_fail(template: str, checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(checkpoint, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(template)
+    done = command("generate", folder, "--prompt", "hello", "--max-new-tokens", 2)
+    assert done.exit_code == 1 and "chat template" in done.stderr and "--no-chat" in done.stderr
+    assert command("generate", folder, "--prompt", "hello", "--max-new-tokens", 2, "--no-chat").exit_code == 0
+
+
+def test_prompts_that_are_no_text(checkpoint: Path) -> None:
+    for prompt in ("caf\udce9", " ", ""):
+        assert command("generate", checkpoint, "--prompt", prompt).exit_code == 2
