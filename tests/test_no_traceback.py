@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 from conftest import byte_tokenizer, pico
 from helpers import clla
 from safetensors.torch import load_file, save_file
 from typer.models import OptionInfo
 from typer.testing import Result
+
+from clla.cli import app
 
 FEW = ["--calibration-tokens", 128, "--sequence-length", 64, "--at-context", 512, "--kv-budget", "25%", "--window", 8,
        "--no-report"]  # fmt: skip

@@ -190,8 +190,9 @@ def _convert(
     report = healing = None
     fitted, text = [fitted_text(recipe.calibration.dataset)], report_text(recipe.calibration.dataset)
     if recipe.heal is not None:
-        learned = recipe.heal.dataset or recipe.calibration.dataset
-        fitted.append(healed_on(learned, tokenizer, length=recipe.heal.sequence_length))
+        learned, length = recipe.heal.dataset or recipe.calibration.dataset, recipe.heal.sequence_length
+        assert length is not None, "the recipe is not resolved"
+        fitted.append(healed_on(learned, tokenizer, length=length))
     measured = None
     if options.report and run.placement != "stream":
         windows, left_out = run.report_windows()

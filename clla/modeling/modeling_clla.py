@@ -418,8 +418,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         """Give `generate` the compressed cache (versions differ in the parameters that follow).
 
         Raises:
-            ValueError: another kind of cache is asked for, or was passed; layers are to be left out; or more tokens than
-                there are positions for.
+            ValueError: another kind of cache is asked for, or was passed; layers are to be left out; there are more
+                tokens than positions.
         """
         if getattr(generation_config, "assistant_early_exit", None) is not None:
             raise ValueError(
