@@ -143,11 +143,11 @@ def sent_to(device: str) -> Callable[..., Any]:
     return lambda module, args, kwargs: (there(args), {name: there(x) for name, x in kwargs.items()})
 
 
-def pretended(name: str, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
-    """The model of a form on one GPU or two; `homes` names the device of the codec of each group."""
+def pretended(config: Any, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
+    """The model on one GPU or two; `homes` names the device of the codec of each group."""
     torch.set_default_dtype(dtype)
     try:
-        model = CllaForCausalLM(form(name).config).eval()
+        model = CllaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     move(model, f"{GPU}:0")
@@ -164,11 +164,12 @@ def pretended(name: str, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
     return model
 
 
-def run(name: str, dtype: str, homes: str, watch: Watch) -> list[dict[str, Any]]:
+def run(name: str, dtype: str, homes: str, watch: Watch, mode: FakeTensorMode) -> list[dict[str, Any]]:
     """What happened in each call: a prompt in two chunks, then tokens one by one."""
     found = []
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad(), Answers(watch), Copies(watch):
-        model = pretended("group" if name in ("static", "selected") else name, getattr(torch, dtype), homes)
+    config = form("group" if name in ("static", "selected") else name).config
+    with mode, torch.no_grad(), Answers(watch), Copies(watch):
+        model = pretended(config, getattr(torch, dtype), homes)
         model.select_tokens = 8 if name == "selected" else None
         cache = model.new_cache(PROMPT + STEPS if name == "static" else None)
         ids = torch.zeros(B, PROMPT + STEPS, dtype=torch.long, device=f"{GPU}:0")
@@ -182,7 +183,9 @@ def run(name: str, dtype: str, homes: str, watch: Watch) -> list[dict[str, Any]]
                 past_key_values=cache,
                 logits_to_keep=1,
             )
-            found.append({"tokens": stop - start, "syncs": watch.syncs, "copies": watch.copies, "launches": watch.launches})
+            found.append(
+                {"tokens": stop - start, "syncs": watch.syncs, "copies": watch.copies, "launches": watch.launches}
+            )
         assert {x.device.type for group in cache.groups for x in group.tensors()} == {GPU}
     return found
 
@@ -197,11 +200,13 @@ def main() -> None:
         module.on_gpu = lambda x: x.device.type == GPU  # type: ignore[attr-defined]
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
     decode_triton_clla._processors = lambda _: 132  # type: ignore[assignment]
+    mode = FakeTensorMode()  # one for all: tables that are made once are pretended, too
     for case in product(FORMS, DTYPES, HOMES):
         try:
-            found: Any = {"calls": run(*case, watch)}
+            found: Any = {"calls": run(*case, watch, mode)}
         except Exception as error:
-            found = {"error": "".join(traceback.format_exception(error)[-4:])[-1500:]}
+            places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+            found = {"error": f"{str(error)[:300]} at {places[-12:]}"}
         print(json.dumps({"case": case, **found}), flush=True)
 
 

@@ -307,7 +307,9 @@ def test_no_cache_is_larger_than_the_sources(name: str) -> None:
             model(ids[:, t : t + 1], past_key_values=cache)
             source(ids[:, t : t + 1], past_key_values=own)
             if name in ("first", "first without a window"):
-                rows = sum(group.layout.row_bytes * (group.filled + min(SINKS, group.encoded)) for group in cache.groups)
+                rows = sum(
+                    group.layout.row_bytes * (group.filled + min(SINKS, group.encoded)) for group in cache.groups
+                )
             there = own.layers if name != "static" else []
             nbytes = sum(x.nbytes for layer in there for x in tensors_of(layer)) or 300 * bytes_per_token(model)
             assert cache.nbytes <= nbytes + rows + 16, (t + 1, cache.nbytes, nbytes)

@@ -208,8 +208,6 @@ class Timeline:
         return [s.offset for s in self._segments] + ([self._padding] if self._padding is not None else [])
 
 
-def _selected(
-    select: "Callable[[Tensor], Tensor]", tensor: Tensor, values: "list[int]"
-) -> "tuple[Tensor, list[int]]":
+def _selected(select: "Callable[[Tensor], Tensor]", tensor: Tensor, values: "list[int]") -> "tuple[Tensor, list[int]]":
     found = select(tensor)
     return found, values[:1] * len(found) if len(set(values)) == 1 else found.tolist()
