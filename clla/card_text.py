@@ -230,8 +230,8 @@ def _gain(plan: Plan) -> str:
     if least is None:
         return "At this budget nothing is gained over the source's cache."
     return (
-        f"The exact tokens take up to {plan.exact_bytes:,.0f} bytes per sequence. Sequences below {least:,} tokens gain "
-        "nothing: all their tokens are exact."
+        f"The exact tokens take up to {plan.exact_bytes:,.0f} bytes per sequence. Sequences below {least:,} tokens "
+        "gain nothing: all their tokens are exact."
     )
 
 

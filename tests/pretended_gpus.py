@@ -1,4 +1,6 @@
-"""Whole models on GPUs that are only pretended, in a process of their own: `python pretended_gpus.py` prints JSON lines.
+"""Whole models on GPUs that are only pretended, in a process of their own.
+
+`python pretended_gpus.py` prints a line of JSON for each case.
 
 A device that PyTorch keeps for others' backends stands for GPUs, two of them. `FakeTensorMode` computes shapes and
 devices and nothing else, so what would wait for a GPU is answered here, and counted; kernels are stubs that look at
@@ -78,14 +80,19 @@ class Answers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, asked = getattr(func, "__name__", ""), args[0] if args else None
+        if func is torch.tensor and GPU in str((kwargs or {}).get("device")):
+            assert kwargs is not None
+            made, device = torch.tensor(asked, dtype=kwargs.get("dtype")), kwargs["device"]
+            self.watch.copies[line() or "elsewhere"] += 1
+            return torch.empty(made.shape, dtype=made.dtype, device=device)  # a constant would really be sent there
         if not isinstance(asked, FakeTensor) or name not in QUESTIONS:
             return func(*args, **(kwargs or {}))
         if asked.device.type == GPU and (where := line()):
             self.watch.syncs[where] += 1
         if name == "tolist":  # of the timeline: offsets, jumps of positions, tokens that are seen
             rows = [[0] * B for _ in range(asked.shape[0])]
-            if asked.dim() == 2:
-                rows[-1] = [self.watch.total] * B
+            if asked.dim() == 2:  # a pass of several tokens also asks for jumps
+                rows[1 if len(rows) == 2 else 2] = [self.watch.total] * B
             return rows
         return {"item": 0, "__int__": 0, "__index__": 0, "__float__": 0.0, "equal": True}.get(name, False)
 
