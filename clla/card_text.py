@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clla.artifacts import Plan
-from clla.calibrate.reading import hub_dataset
+from clla.calibrate.data import hub_dataset
 from clla.card_facts import Facts
 from clla.evaluate.plan_tables import bit_runs, span
 from clla.evaluate.report import LABELS
@@ -74,9 +74,10 @@ def memory(facts: Facts) -> str:
         _gain(plan),
     ]
     if plan.kept_layers:
-        counted = "; it is counted in the table" if plan.kept_bytes_at(plan.kept_window) else ""
+        bounded = f"a window of {plan.kept_window} tokens" if plan.kept_window else "a state of fixed size"
+        counted = "it is counted in the table" if plan.kept_window else "it is not counted in what is planned"
         layers = ", ".join(map(str, plan.kept_layers))
-        parts.append(f"Layers {layers} are as they were: their cache is bounded by {plan.bound}{counted}.")
+        parts.append(f"Layers {layers} are as they were: their cache is bounded by {bounded}; {counted}.")
     return "\n\n".join([*parts, *_picture(facts, "clla_plan.png", "Latent components and bits of each layer group")])
 
 
@@ -100,9 +101,7 @@ def quality(facts: Facts) -> str:
         ]
         for label, row in named
     ]
-    seen = {True: "which calibration left out", False: "which **calibration had read too**"}.get(
-        measured["unseen"], "of which it is **not known whether calibration had read it**"
-    )
+    seen = "which calibration left out" if measured["unseen"] else "which **calibration had read too**"
     chunk = measured["chunk"]
     parts = [
         "## Quality",
@@ -192,8 +191,7 @@ def text_of(dataset: str | None) -> str:
     if dataset in ("bundled", "self"):
         return BUNDLED if dataset == "bundled" else "text that the model wrote itself"
     if found := hub_dataset(dataset):
-        config = f"configuration `{found.config}`, " if found.config else ""
-        return f"[{found.repo}]({HUB}/datasets/{found.repo}) ({config}split `{found.split}`)"
+        return f"[{found[0]}]({HUB}/datasets/{found[0]}) (split `{found[1]}`)"
     return f"a local file, `{Path(dataset).name}`"
 
 
@@ -232,8 +230,8 @@ def _gain(plan: Plan) -> str:
     if least is None:
         return "At this budget nothing is gained over the source's cache."
     return (
-        f"The exact tokens take up to {plan.exact_bytes:,.0f} bytes per sequence. Below {least:,} tokens nothing is "
-        "gained: all tokens are exact."
+        f"The exact tokens take up to {plan.exact_bytes:,.0f} bytes per sequence. Sequences below {least:,} tokens "
+        "gain nothing: all their tokens are exact."
     )
 
 

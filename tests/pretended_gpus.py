@@ -1,4 +1,6 @@
-"""Whole models on GPUs that are only pretended, in a process of their own: `python pretended_gpus.py` prints JSON lines.
+"""Whole models on GPUs that are only pretended, in a process of their own.
+
+`python pretended_gpus.py` prints a line of JSON for each case.
 
 A device that PyTorch keeps for others' backends stands for GPUs, two of them. `FakeTensorMode` computes shapes and
 devices and nothing else, so what would wait for a GPU is answered here, and counted; kernels are stubs that look at
@@ -78,14 +80,19 @@ class Answers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, asked = getattr(func, "__name__", ""), args[0] if args else None
+        if func is torch.tensor and GPU in str((kwargs or {}).get("device")):
+            assert kwargs is not None
+            made, device = torch.tensor(asked, dtype=kwargs.get("dtype")), kwargs["device"]
+            self.watch.copies[line() or "elsewhere"] += 1
+            return torch.empty(made.shape, dtype=made.dtype, device=device)  # a constant would really be sent there
         if not isinstance(asked, FakeTensor) or name not in QUESTIONS:
             return func(*args, **(kwargs or {}))
         if asked.device.type == GPU and (where := line()):
             self.watch.syncs[where] += 1
         if name == "tolist":  # of the timeline: offsets, jumps of positions, tokens that are seen
             rows = [[0] * B for _ in range(asked.shape[0])]
-            if asked.dim() == 2:
-                rows[-1] = [self.watch.total] * B
+            if asked.dim() == 2:  # a pass of several tokens also asks for jumps
+                rows[1 if len(rows) == 2 else 2] = [self.watch.total] * B
             return rows
         return {"item": 0, "__int__": 0, "__index__": 0, "__float__": 0.0, "equal": True}.get(name, False)
 
@@ -143,11 +150,11 @@ def sent_to(device: str) -> Callable[..., Any]:
     return lambda module, args, kwargs: (there(args), {name: there(x) for name, x in kwargs.items()})
 
 
-def pretended(name: str, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
-    """The model of a form on one GPU or two; `homes` names the device of the codec of each group."""
+def pretended(config: Any, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
+    """The model on one GPU or two; `homes` names the device of the codec of each group."""
     torch.set_default_dtype(dtype)
     try:
-        model = CllaForCausalLM(form(name).config).eval()
+        model = CllaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     move(model, f"{GPU}:0")
@@ -164,11 +171,12 @@ def pretended(name: str, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
     return model
 
 
-def run(name: str, dtype: str, homes: str, watch: Watch) -> list[dict[str, Any]]:
+def run(name: str, dtype: str, homes: str, watch: Watch, mode: FakeTensorMode) -> list[dict[str, Any]]:
     """What happened in each call: a prompt in two chunks, then tokens one by one."""
     found = []
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad(), Answers(watch), Copies(watch):
-        model = pretended("group" if name in ("static", "selected") else name, getattr(torch, dtype), homes)
+    config = form("group" if name in ("static", "selected") else name).config
+    with mode, torch.no_grad(), Answers(watch), Copies(watch):
+        model = pretended(config, getattr(torch, dtype), homes)
         model.select_tokens = 8 if name == "selected" else None
         cache = model.new_cache(PROMPT + STEPS if name == "static" else None)
         ids = torch.zeros(B, PROMPT + STEPS, dtype=torch.long, device=f"{GPU}:0")
@@ -199,11 +207,13 @@ def main() -> None:
         module.on_gpu = lambda x: x.device.type == GPU  # type: ignore[attr-defined]
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
     decode_triton_clla._processors = lambda _: 132  # type: ignore[assignment]
+    mode = FakeTensorMode()  # one for all: tables that are made once are pretended, too
     for case in product(FORMS, DTYPES, HOMES):
         try:
-            found: Any = {"calls": run(*case, watch)}
+            found: Any = {"calls": run(*case, watch, mode)}
         except Exception as error:
-            found = {"error": "".join(traceback.format_exception(error)[-4:])[-1500:]}
+            places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+            found = {"error": f"{str(error)[:300]} at {places[-12:]}"}
         print(json.dumps({"case": case, **found}), flush=True)
 
 

@@ -254,14 +254,14 @@ def test_encoding_that_fails_changes_nothing(name: str, monkeypatch: pytest.Monk
         return packed(*arguments)
 
     packed = group_clla.packed
-    for cache in caches:
-        run(name, cache, ids[:, :50])
+    for each in caches:
+        run(name, each, ids[:, :50])
     with monkeypatch.context() as patch:
         patch.setattr(group_clla, "packed", failing)
         with pytest.raises(torch.OutOfMemoryError):
             run(name, caches[0], ids[:, 50:])
     assert caches[0].get_seq_length() == 50 and caches[0].nbytes == caches[1].nbytes
-    assert torch.equal(*(run(name, cache, ids[:, 50:]) for cache in caches))
+    assert torch.equal(*(run(name, each, ids[:, 50:]) for each in caches))
 
 
 # Modes

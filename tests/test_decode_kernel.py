@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clla.evaluate.shapes import random_plan, shape_config
 from clla.modeling import decode_clla, decode_triton_clla
-from clla.modeling.decode_clla import LatentRows
+from clla.modeling.decode_clla import LatentRows, PackedRows
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns
@@ -367,6 +367,21 @@ def test_the_twin_in_blocks(block: int, held: int, kernel_device: str, monkeypat
         weights = problem.weights()
         expected = torch.einsum("bhmk,bkhd->bhmd", weights.double().cpu(), problem.decoded(values=True))
         close(rows.values(weights, problem.layer), expected, 3e-6)
+
+
+@pytest.mark.parametrize(("kernels", "count"), [(True, 2048), (False, 32768)], ids=["kernels", "twin"])
+def test_small_weights_count_in_fp16(kernels: bool, count: int, kernel_device: str) -> None:
+    """Attention spread evenly over many tokens that get a hundredth of it: less each than fp16 tells from nothing."""
+    layout = RowLayout((8, 4, 2), 8)
+    generator = torch.Generator().manual_seed(0)
+    data = layout.pack(torch.randn(1, count, layout.rank, generator=generator) + 0.5).to(kernel_device)
+    weights = torch.full((1, 1, 1, count), 0.01 / count, device=kernel_device)
+    expected = 0.01 * layout.unpack(data).double().mean(1)
+    rows = PackedRows(data, layout, torch.float16, torch.zeros(1, dtype=torch.int64))
+    with by(kernels):
+        found = decode_triton_clla.packed_sums(rows, weights) if kernels else rows._sums(weights[0])
+    error = (found[0].double() - expected).abs().max() / expected.abs().max()
+    assert error < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def found() -> dict[tuple[str, ...], Any]:
 
 @pytest.mark.parametrize(("name", "dtype", "homes"), product(FORMS, DTYPES, HOMES))
 def test_models_on_pretended_gpus(name: str, dtype: str, homes: str, found: dict[tuple[str, ...], Any]) -> None:
-    """No device is mixed up; each forward pass waits once, no step copies from the host, kernels read where they can."""
+    """No device is mixed up; a pass waits once, a step copies nothing from the host, kernels read."""
     told = found[name, dtype, homes]
     assert "error" not in told, told["error"]
     assert all(sum(call["syncs"].values()) == 1 for call in told["calls"]), told["calls"][-1]

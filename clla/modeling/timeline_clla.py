@@ -99,8 +99,8 @@ class Timeline:
             asked["seen"] = mask.sum(-1)
             if self.max_padding >= self.length:  # some saw nothing but padding yet
                 asked["leading"] = (mask.cumsum(-1) == 0).sum(-1)
-        if attention_mask is not None and attention_mask.is_floating_point():
-            asked["other"] = (attention_mask.to(device) != mask).sum(-1)
+        if attention_mask is not None and mask is not None and attention_mask.is_floating_point():
+            asked["other"] = attention_mask.to(device).ne(mask).sum(-1)
         # One answer from the device for all that is asked of it.
         told = dict(zip(asked, torch.stack(list(asked.values())).tolist(), strict=True))
         front, padding = self._front or [0] * batch, self._padding
