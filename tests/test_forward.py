@@ -36,7 +36,9 @@ def same(found: Any, expected: Any) -> None:
     assert list(found) == list(expected)
     for name in found:
         if name != CACHE:
-            torch.testing.assert_close(found[name], expected[name], **TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                found[name], expected[name], **TOLERANCE, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 LABELS = tokens(2, 60, seed=5)
@@ -88,7 +90,10 @@ def test_losses_of_routers_are_the_sources(name: str) -> None:
 def test_gradients_are_the_sources() -> None:
     ids = tokens(2, 20)
     gradients = []
-    for model in (pico(), converted_of(pico(), plan_of(source_and_stats("llama")[1], pico()), source_and_stats("llama")[1])):
+    for model in (
+        pico(),
+        converted_of(pico(), plan_of(source_and_stats("llama")[1], pico()), source_and_stats("llama")[1]),
+    ):
         source = getattr(model, "source", model).requires_grad_(True)
         model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in source.named_parameters()})
@@ -100,18 +105,34 @@ def test_gradients_are_the_sources() -> None:
 def trained_loss(model: Any, folder: Any, *, own_loss: bool = False, **options: Any) -> dict[str, float]:
     """Losses of one step, and of an evaluation, as Trainer reports them."""
     arguments = TrainingArguments(
-        str(folder), max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=4, use_cpu=True, seed=0,
-        report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, learning_rate=0.0, **options,
-    )  # fmt: skip
+        str(folder),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+        use_cpu=True,
+        seed=0,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        learning_rate=0.0,
+        **options,
+    )
     rows = [{"input_ids": x, "labels": x} for x in tokens(8, 40)]
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        total = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
         return total / (num_items_in_batch or labels[:, 1:].numel())
 
     trainer = Trainer(
-        model.requires_grad_(True), arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss if own_loss else None
-    )  # fmt: skip
+        model.requires_grad_(True),
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_loss_func=loss if own_loss else None,
+    )
     trainer.train()
     found = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     return {"loss": found["loss"], "grad_norm": found["grad_norm"], **{"eval": trainer.evaluate()["eval_loss"]}}

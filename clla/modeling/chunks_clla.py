@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .hooks_clla import CACHE
 
+
 class Chunks:
     """One call of a model, cut into chunks.
 

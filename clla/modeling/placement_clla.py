@@ -38,7 +38,9 @@ def device_map_of(model: Any, strategy: str, max_memory: Any, dtype: Any) -> "di
     if strategy == "sequential":
         memory = accelerate.utils.get_max_memory(max_memory)
     else:
-        memory = accelerate.utils.get_balanced_memory(model, max_memory, low_zero=strategy == "balanced_low_0", **common)
+        memory = accelerate.utils.get_balanced_memory(
+            model, max_memory, low_zero=strategy == "balanced_low_0", **common
+        )
     main = next((device for device in memory if device not in OFFLOADED), "cpu")
     reserved = 0  # on the main device, for codecs of offloaded layers
     while True:
