@@ -105,9 +105,19 @@ def test_gradients_are_the_sources() -> None:
 def trained_loss(model: Any, folder: Any, *, own_loss: bool = False, **options: Any) -> dict[str, float]:
     """Losses of one step, and of an evaluation, as Trainer reports them."""
     arguments = TrainingArguments(
-        str(folder), max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=4, use_cpu=True, seed=0,
-        report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, learning_rate=0.0, **options,
-    )  # fmt: skip
+        str(folder),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+        use_cpu=True,
+        seed=0,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        learning_rate=0.0,
+        **options,
+    )
     rows = [{"input_ids": x, "labels": x} for x in tokens(8, 40)]
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -117,8 +127,12 @@ def trained_loss(model: Any, folder: Any, *, own_loss: bool = False, **options: 
         return total / (num_items_in_batch or labels[:, 1:].numel())
 
     trainer = Trainer(
-        model.requires_grad_(True), arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss if own_loss else None
-    )  # fmt: skip
+        model.requires_grad_(True),
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_loss_func=loss if own_loss else None,
+    )
     trainer.train()
     found = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     return {"loss": found["loss"], "grad_norm": found["grad_norm"], **{"eval": trainer.evaluate()["eval_loss"]}}

@@ -67,10 +67,11 @@ REFUSED: dict[str, tuple[Callable[[CllaForCausalLM], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_before_anything_runs(name: str) -> None:
     converted, ran = full_rank(), []
-    options, message = REFUSED[name]
+    make, message = REFUSED[name]
+    options = make(converted)
     hook = converted.source.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=message):
-        converted.generate(tokens(1, 30), **COMMON, **options(converted))
+        converted.generate(tokens(1, 30), **COMMON, **options)
     hook.remove()
     assert not ran
 
@@ -134,8 +135,8 @@ def test_training_settings_of_a_source_do_nothing(saved: str, tmp_path: Path) ->
         works_as_ever(converted)
         assert source.generation_config.to_dict() == own, "the source's own settings were changed"
         return
+    source.generation_config = GenerationConfig(use_cache=False, prefill_chunk_size=5)
     converted.generation_config = source.generation_config  # as a checkpoint of an earlier version has it
-    source.generation_config.cache_config = None
     source.save_pretrained(tmp_path / "source")
     base = {"path": str(tmp_path / "source")} if saved == "codec alone" else None
     write_checkpoint(tmp_path, converted, byte_tokenizer(), base_model=base)
@@ -213,9 +214,4 @@ def test_parts_can_be_set() -> None:
         head = converted.get_output_embeddings()
         converted.set_output_embeddings(nn.Linear(64, 260, bias=False))
         converted.get_output_embeddings().weight.data = -head.weight.data
-        torch.testing.assert_close(converted(259 - ids).logits, -expected)
-        other = pico(seed=0).model
-        other.load_state_dict(converted.get_decoder().state_dict())
-        converted.set_decoder(other)
-        assert converted.get_decoder() is other
         torch.testing.assert_close(converted(259 - ids).logits, -expected)

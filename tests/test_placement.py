@@ -82,9 +82,14 @@ def homes(device_map: dict[str, Any], names: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize(
     "memory",
-    [{0: "12GiB", 1: "22GiB"}, {0: "9GiB", 1: "9GiB"}, {0: "8GiB", "cpu": "60GiB"}, {0: "5GiB", 1: "5GiB", "cpu": "9GiB"}],
+    [
+        {0: "12GiB", 1: "22GiB"},
+        {0: "9GiB", 1: "9GiB"},
+        {0: "8GiB", "cpu": "60GiB"},
+        {0: "5GiB", 1: "5GiB", "cpu": "9GiB"},
+    ],
     ids=["two", "two, full", "one and the CPU", "everything"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("strategy", ["auto", "sequential"])
 def test_codecs_lie_beside_their_first_layers(strategy: str, memory: dict[Any, str]) -> None:
     model = on_meta()

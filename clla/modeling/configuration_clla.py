@@ -13,6 +13,7 @@ class CllaConfig(PreTrainedConfig):
         clla: schema version, plan (layer groups, tier bits, window, sinks, latent source), rope layout,
             storage dtype of exact keys and values, prefill chunk, and the codec's checksum.
         base_model: where the source weights are, for a codec-only checkpoint.
+        use_cache: whether a forward pass returns its cache unless told otherwise.
 
     Raises:
         ValueError: the checkpoint was written by a newer version.
@@ -23,7 +24,7 @@ class CllaConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - as the base class has it
     has_no_defaults_at_init = True
 
-    def __init__(self, text_config=None, clla=None, base_model=None, **kwargs):
+    def __init__(self, text_config=None, clla=None, base_model=None, use_cache=True, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         version = (clla or {}).get("schema_version", CLLA_SCHEMA_VERSION)
@@ -37,8 +38,8 @@ class CllaConfig(PreTrainedConfig):
         if text_config is not None:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(name, getattr(text_config, name, None))
-        kwargs.setdefault("use_cache", True)  # the source's may be a remainder of its training
         super().__init__(**kwargs)
+        self.use_cache = use_cache  # of its own: the source's may be a remainder of its training
         # Last, because the base class validates what `__getattr__` finds (see `validate`).
         self.text_config = text_config
 
