@@ -107,7 +107,7 @@ def _alone(whole: PreTrainedModel, text: Any, kind: str, told: dict[str, Any]) -
     own = {**told, "model_type": kind, "tie_word_embeddings": tied, "architectures": None, "dtype": whole.dtype}
     config = AutoConfig.for_model(**{**settings, **own, **({"rope_parameters": rope} if rope else {})})
     known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    cls = known[0] if isinstance(known, tuple) else known
+    cls: Any = known[0] if isinstance(known, tuple) else known
     weights = {f"{cls.base_model_prefix}.{key}": value for key, value in decoder.state_dict().items()}
     if not tied:
         weights["lm_head.weight"] = head.weight

@@ -72,6 +72,7 @@ Written from what the tests find (`make models-page`), which put a tiny model of
 - **generate**: greedy decoding gives the tokens of the source.
 - **without clla**: the same logits and tokens where only transformers and the code in the checkpoint are there.
 - **clla convert** and the columns after it: the command runs; `convert` with its report, `heal` with the codec alone.
+  "no: own attention" says that `heal` refuses it, since its attention does not go through transformers' interface.
   Of caches that are measured, all bytes are those that the plan says, windows and states of layers left alone included.
 
 Where no length is given, calibration, reports, `eval`, `bench`, `compare`, `heal` and `generate` keep to what a model
@@ -111,7 +112,9 @@ clla.extract_language_model("MODEL", "text-model")
 ```
 
 It takes the language model out by transformers' own classes, with its tokenizer, compares its logits with those of the
-whole and writes nothing if they differ. Tried with {extracted}. The language models within Qwen2-VL, Qwen2.5-VL and
+whole and writes nothing if they differ. Tried with
+{extracted}.
+The language models within Qwen2-VL, Qwen2.5-VL and
 Qwen3-VL have no class of their own: for text they are Qwen2 and Qwen3 models, and are saved as such. What has neither
 (GLM-4V) is refused.
 """

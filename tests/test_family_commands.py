@@ -21,7 +21,7 @@ PROMPT = "The lake lies under a cold light, and the mill runs by it."
 # What does not work for a family: words of the message, and what the table says.
 REFUSED: dict[tuple[str, str], tuple[str, str]] = {
     ("heal", name): ("computes its attention in a way that healing cannot take part in", "no: own attention")
-    for name in ("bloom", "falcon", "falcon-alibi", "gemma2", "mpt")
+    for name in ("bloom", "falcon", "falcon-alibi", "gemma2", "gpt_oss", "mpt", "xglm")
 }
 
 

@@ -163,6 +163,7 @@ def test_defaults_keep_to_the_positions(converted: Path) -> None:
         "heal CONVERTED --sequence-length 161",
         "generate CONVERTED --max-new-tokens 155 --prompt abcdef",
         "generate CONVERTED --prompt " + "x" * 161,
+        "report CONVERTED --windows 0 --samples 0 --prompt " + "x" * 161,
     ],
 )
 def test_lengths_beyond_the_positions_are_refused(
@@ -170,7 +171,7 @@ def test_lengths_beyond_the_positions_are_refused(
 ) -> None:
     """With the limit and the option, before weights are read (a prompt is only known with the tokenizer)."""
     monkeypatch.chdir(gpt2_dir.parent)
-    if not command.startswith("generate"):
+    if "--prompt" not in command:
         forbidden = lambda *args, **options: pytest.fail("weights were read")  # noqa: E731
         monkeypatch.setattr(PreTrainedModel, "from_pretrained", forbidden)
     words = [{"SOURCE": str(gpt2_dir), "CONVERTED": str(converted)}.get(word, word) for word in command.split()]
@@ -179,7 +180,7 @@ def test_lengths_beyond_the_positions_are_refused(
     assert done.exit_code == 2, done.output + done.stderr
     assert (
         f"at most {POSITIONS} tokens" in done.stderr
-        and ("--max-new-tokens" if "generate" in words else option) in done.stderr
+        and ("--max-new-tokens" if "--prompt" in words else option) in done.stderr
     )
 
 

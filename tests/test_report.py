@@ -280,7 +280,6 @@ def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path
     [
         (["--samples", 9], 2, "built-in prompts"),
         (["--prompt", " "], 2, "the prompt is empty"),
-        (["--prompt", "word " * 300, "--windows", 0], 2, "fewer than the 1,024"),
         (["--text", "nowhere.txt", "--windows", 1], 1, "does not exist"),
         (["--teacher", "nowhere", "--samples", 1], 1, "nowhere"),
     ],

@@ -30,6 +30,7 @@ from clla.modeling.observe_clla import is_observed, listen, listening, observed
 from clla.modeling.quantize_clla import JoinedLayout, RowLayout, layout_of
 from clla.modeling.rotary_clla import Rotation
 from clla.passing import RecordingCache
+from clla.placement import decoder_layers
 
 T = TypeVar("T")
 
@@ -345,6 +346,8 @@ def _unobserved(model: PreTrainedModel) -> UnsupportedModelError:
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> Tensor:
     """Final hidden states [B, T, h] of a model, through a cache that keeps nothing."""
     base: Any = model.base_model
+    if base is model:  # it is known by the name that it has within a larger model, as with Llama 4
+        base = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
     return base(input_ids=input_ids, use_cache=True, **{CACHE: cache}).last_hidden_state
 
 
