@@ -25,6 +25,7 @@ from clla.evaluate.perplexity import compare as measure
 from clla.evaluate.retrieval import make_trials, retrieve
 from clla.recipe import Recipe
 from clla.source import open_source, pick_device
+from clla.vocabulary import check_tokens
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def run_comparison(name: str, options: Options) -> Comparison:
         work.mkdir(parents=True, exist_ok=True)
         run = Run(source, recipe, where, work)
         windows = evaluation_windows(options.text, run.tokenizer, count=options.windows, length=options.context)
+        check_tokens(windows, source.config.get_text_config().vocab_size, run.tokenizer)
         bench = Bench(
             source=source,
             model=run.model(),

@@ -30,7 +30,6 @@ from clla.calibrate.data import (
 )
 from clla.calibrate.positions import rope_settings
 from clla.calibrate.stream import StreamedCollector
-from clla.calibrate.vocabulary import check_tokens
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
 from clla.convert.decouple import DecoupledSpectra, settle_decoupled
@@ -47,6 +46,7 @@ from clla.families import FAMILIES
 from clla.placement import choose_placement
 from clla.recipe import Provenance, Recipe, parse_budget
 from clla.source import Source, pick_dtype
+from clla.vocabulary import check_tokens
 
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8}

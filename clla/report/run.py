@@ -21,6 +21,7 @@ from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.render import GENERATOR, render, write_page
 from clla.report.samples import PROMPTS, built_in, make_samples
 from clla.source import pick_device
+from clla.vocabulary import check_tokens
 
 LONGEST = 2048  # tokens of a window, where the model takes as many
 ENDLESS = 1 << 40  # tokens that a model without learned positions takes
@@ -93,6 +94,7 @@ def _measured(data: PageData, folder: Path, options: Options) -> PageData:
     longest = getattr(loaded.model.config.text_config, "max_position_embeddings", None) or ENDLESS
     length = options.window_length or min(LONGEST, longest)
     windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.windows), length=length)
+    check_tokens(windows, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
     if options.windows:
         data = _with_errors(data, loaded, source, windows, options.text)
     if source is not None and (options.samples or options.prompts):
