@@ -123,7 +123,7 @@ def read_plan(folder: Path) -> Plan:
     Raises:
         CorruptArtifactError: a key is missing, or its value makes no sense.
     """
-    block = read_json(folder / "config.json").get("clla")
+    block: Any = read_json(folder / "config.json").get("clla")
     try:
         _Running.model_validate_json(json.dumps(block), strict=True)
         return Plan.from_json(block)

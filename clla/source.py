@@ -306,12 +306,9 @@ def _check_code(config: dict[str, Any], name: str) -> None:
     if not isinstance(auto_map, dict) or not auto_map:
         return
     known: Any = CONFIG_MAPPING.get(kind, None)
-    theirs = MODEL_FOR_CAUSAL_LM_MAPPING[known].__name__ if known in MODEL_FOR_CAUSAL_LM_MAPPING else None
-    if (
-        kind != "clla"
-        and "AutoModelForCausalLM" in auto_map
-        and theirs not in (config.get("architectures") or [theirs])
-    ):
+    theirs = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(known, None), "__name__", None) if known else None
+    named = config.get("architectures") or [theirs]
+    if kind != "clla" and "AutoModelForCausalLM" in auto_map and (known is None or theirs not in named):
         raise UnsupportedModelError(
             f"{name} is computed by code of its own ({auto_map['AutoModelForCausalLM']}), which clla does not run",
             expected=f"a model that transformers {transformers.__version__} computes itself",

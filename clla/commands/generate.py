@@ -42,11 +42,11 @@ def generate(
         start()
         import torch
 
-        from clla.calibrate.vocabulary import check_tokens
         from clla.lengths import reach_of
         from clla.load import load_checkpoint
         from clla.modeling.hooks_clla import CACHE
         from clla.source import pick_device
+        from clla.vocabulary import check_tokens
 
         if not math.isfinite(temperature):
             raise UsageError(f"--temperature {temperature}", expected="a number from 0 on", remedy="correct it")

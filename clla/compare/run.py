@@ -29,6 +29,7 @@ from clla.evaluate.retrieval import make_trials, plantable, retrieve
 from clla.lengths import reach_of
 from clla.recipe import Recipe
 from clla.source import open_source, pick_device
+from clla.vocabulary import check_tokens
 
 CONTEXT, LONG_CONTEXT = 2048, 8192  # where the model takes as many tokens
 
@@ -158,6 +159,7 @@ def run_comparison(name: str, options: Options) -> Comparison:
         work.mkdir(parents=True, exist_ok=True)
         run = Run(source, recipe, where, work)
         windows = evaluation_windows(options.text, run.tokenizer, count=options.windows, length=context)
+        check_tokens(windows, source.config.get_text_config().vocab_size, run.tokenizer)
         bench = Bench(
             source=source,
             model=run.model(),

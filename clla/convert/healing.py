@@ -32,6 +32,7 @@ from clla.heal.train import BEST, Point, Progress, Schedule, discard, load_train
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import HealConfig, Recipe
+from clla.vocabulary import check_tokens
 
 # (share of the source's bytes from which on it holds, what is trained, tokens on CPU and on GPU)
 DEFAULTS = ((0.10, "codec", 131_072, 4_000_000), (0.04, "all", 131_072, 20_000_000), (0.0, "all", 262_144, 100_000_000))
@@ -280,6 +281,8 @@ def heal(
     own = _same_run(work / "run.json", converted, config, resume=resume)
     with processes.main_process_first():
         sequences, held = healing_text(config, teacher, tokenizer, work)
+    for ids in (sequences, held):
+        check_tokens(ids, teacher.config.get_text_config().vocab_size, tokenizer)
     if processes.is_main_process:
         write_text(work / "run.json", json.dumps(own))
     batch = config.batch_tokens // length

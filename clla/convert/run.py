@@ -27,7 +27,6 @@ from clla.calibrate.positions import rope_settings
 from clla.calibrate.reading import read_documents
 from clla.calibrate.seen import fingerprint
 from clla.calibrate.stream import StreamedCollector
-from clla.calibrate.vocabulary import check_tokens
 from clla.convert.assemble import attach, clla_block
 from clla.convert.checkpoint import check_disk
 from clla.convert.decouple import DecoupledSpectra, settle_decoupled
@@ -45,6 +44,7 @@ from clla.lengths import reach_of
 from clla.placement import choose_placement
 from clla.recipe import Provenance, Recipe, parse_budget
 from clla.source import Source, pick_dtype
+from clla.vocabulary import check_tokens
 
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
 DEFAULT_LENGTH = 1024  # of calibration sequences

@@ -21,6 +21,7 @@ from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.vocabulary import check_tokens
 
 NAMES = ("source", "int4", "converted")
 UNSEEN = {  # what is said of a text
@@ -172,6 +173,7 @@ def before_and_after(
         on_step: called with 1 after each window.
     """
     device = converted.device
+    check_tokens(windows, converted.config.text_config.vocab_size, tokenizer)
     windows = windows.to(device)
     chunk = chunk or plan.window or converted.prefill_chunk
     kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])

@@ -25,6 +25,7 @@ from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.render import GENERATOR, render, write_page
 from clla.report.samples import PROMPTS, built_in, make_samples
 from clla.source import pick_device
+from clla.vocabulary import check_tokens
 
 LONGEST = 2048  # tokens of a window, where the model takes as many
 
@@ -100,6 +101,7 @@ def _measured(data: PageData, folder: Path, reach: Reach, options: Options) -> P
     data = replace(data, missing=data.missing + missing)
     length = options.window_length or reach.fit(LONGEST)
     windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.windows), length=length)
+    check_tokens(windows, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
     if options.windows:
         known = unseen(options.text, fitted_of(folder), left_out=options.text == "bundled")
         data = _with_errors(data, loaded, source, windows, options.text, known)
