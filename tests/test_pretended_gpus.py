@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 pytest.skip("the answers to `tolist` are not counted as one yet, see `Answers`", allow_module_level=True)
 
-from pretended_gpus import DTYPES, FORMS, HOMES
+from pretended_gpus import DTYPES, FORMS, HOMES  # noqa: E402
 
 
 @pytest.fixture(scope="module")
