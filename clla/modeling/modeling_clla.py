@@ -170,9 +170,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
                 with torch.device("meta"):
                     shape = cls(copy.deepcopy(config))
                 kwargs["device_map"] = device_map_of(shape, kwargs["device_map"], kwargs.get("max_memory"), dtype)
-            loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.generation_config = for_compressed_cache(model.generation_config)
+            loaded: Any = super().from_pretrained(path, *model_args, config=config, **kwargs)
+            whole = loaded[0] if isinstance(loaded, tuple) else loaded
+            whole.generation_config = for_compressed_cache(whole.generation_config)
             return loaded
         codec = load_file(str(cached_file(path, CODEC_FILE, **where)))
         if tensor_digest(codec) != config.clla["codec_sha256"]:
@@ -216,15 +216,19 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = for_compressed_cache(GenerationConfig.from_pretrained(path, **where))
         return (model.eval(), *info) if info else model.eval()
 
-    def save_pretrained(
-        self, save_directory: Any, *args: Any, state_dict: "Optional[dict[str, Tensor]]" = None, **kwargs: Any
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: "Optional[dict[str, Tensor]]" = None,
+        **kwargs: Any,
     ) -> None:
         """As in transformers; the weights are written whole, also those of a codec-only checkpoint."""
         own = self.codec_tensors() if state_dict is None else state_dict
         codec = {name.removeprefix("codec."): v for name, v in own.items() if name.startswith("codec.")}
         self.config.clla["codec_sha256"] = tensor_digest(codec)
         self.config.base_model = None
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def codec_tensors(self) -> "dict[str, Tensor]":
         """The codec's tensors on the CPU, by their names in a state dict, wherever they are."""
@@ -266,9 +270,11 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.source.set_decoder(decoder)
         self.watch_source()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: Optional[int] = None, pad_to_multiple_of: Optional[int] = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """As in transformers, by the source, which knows what is tied; a checkpoint saved afterwards is whole."""
-        embeddings = self.source.resize_token_embeddings(*args, **kwargs)
+        embeddings = self.source.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.text_config.vocab_size = self.source.config.get_text_config().vocab_size
         return embeddings
 
