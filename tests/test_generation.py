@@ -38,7 +38,7 @@ COMMON: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id
         {"cache_implementation": "hybrid"},
         {"prefix_allowed_tokens_fn": lambda batch, ids: list(range(50))},
     ],
-    ids=str,
+    ids=lambda options: " ".join(f"{k}={v if isinstance(v, (int, float, str)) else ''}" for k, v in options.items()),
 )
 def test_modes_give_the_sources_tokens(options: dict[str, Any]) -> None:
     model, _ = source_and_stats("llama")
