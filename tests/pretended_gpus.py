@@ -23,7 +23,6 @@ from test_cache import form
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clla.modeling import (
     absorbed_triton_clla,
@@ -100,7 +99,8 @@ class Gpus(TorchDispatchMode):
             if made is not NotImplemented:
                 return made
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given: list[Tensor] = []
+        mapped([args, *kwargs.values()], given.append)
         homes = {x.device for x in given if isinstance(x, OnGpu)}
         home = kwargs.get("device") or (given[0].device if given else torch.device("cpu"))
         if name in ("_to_copy", "copy_"):
@@ -113,18 +113,21 @@ class Gpus(TorchDispatchMode):
             assert not strangers, f"{name} of tensors on {homes} and {strangers} on the host"
             if name in ASKING:
                 self.syncs[line()] += 1
-        if home.type != GPU:
-            return func(*inner(args), **inner(kwargs))
-        if "device" in kwargs:
+        if home.type == GPU and "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        known = {id(x.there): x for x in given if isinstance(x, OnGpu)}
-        made = func(*inner(args), **inner(kwargs))
-        home = torch.device(GPU, home.index or 0)
-        return tree_map_only(Tensor, lambda x: known[id(x)] if id(x) in known else OnGpu(x, home), made)
+        there = [mapped(x, lambda x: x.there if isinstance(x, OnGpu) else x) for x in (args, *kwargs.values())]
+        made = func(*there[0], **dict(zip(kwargs, there[1:], strict=True)))
+        if home.type != GPU:
+            return made
+        known, home = {id(x.there): x for x in given if isinstance(x, OnGpu)}, torch.device(GPU, home.index or 0)
+        return mapped(made, lambda x: known[id(x)] if id(x) in known else OnGpu(x, home))
 
 
-def inner(tree: Any) -> Any:
-    return tree_map_only(OnGpu, lambda x: x.there, tree)
+def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same lists and tuples with their tensors changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    return type(tree)(mapped(x, change) for x in tree) if type(tree) in (list, tuple) else tree
 
 
 def line() -> str:
