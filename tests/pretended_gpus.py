@@ -2,9 +2,9 @@
 
 `python pretended_gpus.py` prints a line of JSON for each case.
 
-A device that PyTorch keeps for others' backends stands for GPUs, two of them. `FakeTensorMode` computes shapes and
-devices and nothing else, so what would wait for a GPU is answered here, and counted; kernels are stubs that look at
-what they are given.
+A device that PyTorch keeps for others' backends stands for GPUs. Their tensors wrap tensors on the CPU, where all that
+is done to them is done, once it is certain that it would be done on one GPU: numbers are real, answers to the host
+are, too. Kernels are stubs that look at what they are given, and write zeros.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
+from helpers import tokens
 from test_cache import form
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,100 +34,126 @@ from clla.modeling import (
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 GPU = "pretended"
-FORMS = ("group", "static", "selected", "strict", "first", "evict", "sliding")
-DTYPES = ("bfloat16", "float16")
 HOMES = ("one", "beside", "second")  # one GPU; two, each group's codec beside its first layer, or all on the second
-B, PROMPT, STEPS = 2, 40, 12
+CASES = [
+    *product(("group", "static", "selected", "strict", "first", "evict"), ("bfloat16",), HOMES),
+    ("group", "float16", "one"),
+    ("sliding", "bfloat16", "beside"),
+]
+B, PADDING = 2, 5
+CUTS = (0, 20, 44, 45, 46, 47, 48, 49)  # of the text; the last token but one fills a block that leaves the window
 KERNELS = (
     (decode_triton_clla, "logits_kernel"),
     (decode_triton_clla, "sums_kernel"),
     (absorbed_triton_clla, "absorbed_kernel"),
     (pack_triton_clla, "pack_kernel"),
 )
-QUESTIONS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "equal", "nonzero")
+ASKING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero", "_unique2", "unique_dim")
 
 
-class Watch:
-    """What happened since `clear`: syncs and copies between host and GPU by line of `clla/modeling`, and launches."""
+class OnGpu(Tensor):
+    """A tensor of a pretended GPU; `there` is where its numbers are."""
+
+    there: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, there: Tensor, device: torch.device) -> OnGpu:
+        like = {"strides": there.stride(), "storage_offset": there.storage_offset(), "dtype": there.dtype}
+        with torch.inference_mode(False):  # a view of an ordinary tensor is one, too
+            return Tensor._make_wrapper_subclass(cls, there.shape, device=device, **like)  # type: ignore[attr-defined]
+
+    def __init__(self, there: Tensor, device: torch.device) -> None:
+        self.there = there
+
+    def data_ptr(self) -> int:
+        return self.there.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.there.untyped_storage()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of `Gpus`")
+
+
+class Gpus(TorchDispatchMode):
+    """Computes what pretended GPUs are told to, and counts since `clear`: launches, syncs and copies from the host."""
 
     def __init__(self) -> None:
-        self.total = 0  # tokens of the calls so far
+        super().__init__()
         self.clear()
 
     def clear(self) -> None:
-        self.syncs: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()  # by line of code
         self.copies: Counter[str] = Counter()
-        self.launches: Counter[str] = Counter()
-
-
-def line() -> str | None:
-    """The line of the library that is at work; None in code of transformers or of this test."""
-    for frame in reversed(traceback.extract_stack(limit=40)):
-        if "/clla/modeling/" in frame.filename:
-            return f"{frame.filename.rsplit('/', 1)[1]}:{frame.lineno}"
-        if "/transformers/" in frame.filename:
-            return None
-    return None
-
-
-class Answers(TorchFunctionMode):
-    """Answers to what a GPU would have to be asked."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, asked = getattr(func, "__name__", ""), args[0] if args else None
-        if func is torch.tensor and GPU in str((kwargs or {}).get("device")):
-            assert kwargs is not None
-            made, device = torch.tensor(asked, dtype=kwargs.get("dtype")), kwargs["device"]
-            self.watch.copies[line() or "elsewhere"] += 1
-            return torch.empty(made.shape, dtype=made.dtype, device=device)  # a constant would really be sent there
-        if not isinstance(asked, FakeTensor) or name not in QUESTIONS:
-            return func(*args, **(kwargs or {}))
-        if asked.device.type == GPU and (where := line()):
-            self.watch.syncs[where] += 1
-        if name == "tolist":  # of the timeline: offsets, jumps of positions, tokens that are seen
-            rows = [[0] * B for _ in range(asked.shape[0])]
-            if asked.dim() == 2:  # a pass of several tokens also asks for jumps
-                rows[1 if len(rows) == 2 else 2] = [self.watch.total] * B
-            return rows
-        return {"item": 0, "__int__": 0, "__index__": 0, "__float__": 0.0, "equal": True}.get(name, False)
-
-
-class Copies(TorchDispatchMode):
-    """Counts copies between host and GPU."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self.watch = watch
+        self.launches: Counter[str] = Counter()  # by kernel
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("_to_copy", "copy_", "lift_fresh_copy") and isinstance(out, Tensor):
-            devices = {x.device.type for x in (*args, out) if isinstance(x, Tensor)}
-            if len(devices) > 1 and (where := line()):
-                self.watch.copies[where] += 1
-        return out
+        if torch.is_inference_mode_enabled():  # where operations that are made of others come whole
+            with self:
+                made = func.decompose(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
+        kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
+        given: list[Tensor] = []
+        mapped([args, *kwargs.values()], given.append)
+        homes = {x.device for x in given if isinstance(x, OnGpu)}
+        home = kwargs.get("device") or (given[0].device if given else torch.device("cpu"))
+        if name in ("_to_copy", "copy_"):
+            if (source := given[-1].device).type != home.type:
+                (self.syncs if source.type == GPU else self.copies)[line()] += 1
+        elif homes:
+            home = kwargs.get("device") or next(iter(homes))
+            assert len(homes) == 1, f"{name} of tensors on {homes}"
+            strangers = [x.shape for x in given if x.dim() and not isinstance(x, OnGpu)]
+            assert not strangers, f"{name} of tensors on {homes} and {strangers} on the host"
+            if name in ASKING:
+                self.syncs[line()] += 1
+        if home.type == GPU and "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        there = [mapped(x, lambda x: x.there if isinstance(x, OnGpu) else x) for x in (args, *kwargs.values())]
+        made = func(*there[0], **dict(zip(kwargs, there[1:], strict=True)))
+        if home.type != GPU:
+            return made
+        known, home = {id(x.there): x for x in given if isinstance(x, OnGpu)}, torch.device(GPU, home.index or 0)
+        return mapped(made, lambda x: known[id(x)] if id(x) in known else OnGpu(x, home))
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same lists and tuples with their tensors changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    return type(tree)(mapped(x, change) for x in tree) if type(tree) in (list, tuple) else tree
+
+
+def line() -> str:
+    """The line of the library, or of transformers, that is at work."""
+    for frame in reversed(traceback.extract_stack(limit=40)):
+        if "/clla/modeling/" in frame.filename or "/transformers/" in frame.filename:
+            return f"{frame.filename.rsplit('/', 1)[1]}:{frame.lineno}"
+    return "elsewhere"
 
 
 class Stub:
     """A kernel that looks at what it is given."""
 
-    def __init__(self, kernel: Any, name: str, watch: Watch) -> None:
-        self.names, self.name, self.watch = kernel.arg_names, name, watch
+    def __init__(self, kernel: Any, name: str, gpus: Gpus) -> None:
+        self.names, self.name, self.gpus = kernel.arg_names, name, gpus
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            given = {name: x for name, x in {**dict(zip(self.names, args, strict=False)), **kwargs}.items()
-                     if isinstance(x, Tensor)}  # fmt: skip
-            assert len({x.device for x in given.values()}) == 1, (self.name, {n: x.device for n, x in given.items()})
-            assert all(x.device.type == GPU for x in given.values()), self.name
+        def launch(*args: Any, **options: Any) -> None:
+            given = {name: x for name, x in zip(self.names, args, strict=False) if isinstance(x, Tensor)}
+            homes = {name: str(x.device) for name, x in given.items()}
+            assert all(isinstance(x, OnGpu) for x in given.values()) and len(set(homes.values())) == 1, homes
             # A latent that is packed comes as it lies in its tensor, with all its strides.
             flat = {n: x for n, x in given.items() if x.dim() and x.shape[-1] > 1 and self.name != "pack_kernel"}
             assert all(x.stride(-1) == 1 for x in flat.values()), (self.name, {n: x.stride() for n, x in flat.items()})
-            self.watch.launches[self.name] += 1
+            given["out"].zero_()
+            self.gpus.launches[self.name] += 1
 
         return launch
 
@@ -136,9 +161,9 @@ class Stub:
 def move(module: nn.Module, device: str) -> None:
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+            setattr(owner, name, nn.Parameter(parameter.detach().to(device), requires_grad=False))
         for name, buffer in list(owner.named_buffers(recurse=False)):
-            setattr(owner, name, torch.empty_like(buffer, device=device))
+            setattr(owner, name, buffer.to(device))
 
 
 def sent_to(device: str) -> Callable[..., Any]:
@@ -150,13 +175,14 @@ def sent_to(device: str) -> Callable[..., Any]:
     return lambda module, args, kwargs: (there(args), {name: there(x) for name, x in kwargs.items()})
 
 
-def pretended(config: Any, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
+def pretended(like: CllaForCausalLM, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
     """The model on one GPU or two; `homes` names the device of the codec of each group."""
     torch.set_default_dtype(dtype)
     try:
-        model = CllaForCausalLM(config).eval()
+        model = CllaForCausalLM(like.config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+    model.load_state_dict(like.state_dict())
     move(model, f"{GPU}:0")
     if homes == "one":
         return model
@@ -171,48 +197,49 @@ def pretended(config: Any, dtype: torch.dtype, homes: str) -> CllaForCausalLM:
     return model
 
 
-def run(name: str, dtype: str, homes: str, watch: Watch, mode: FakeTensorMode) -> list[dict[str, Any]]:
-    """What happened in each call: a prompt in two chunks, then tokens one by one."""
+def run(name: str, dtype: str, homes: str, gpus: Gpus) -> list[dict[str, Any]]:
+    """What happened in each call: a prompt in two chunks, the second sequence padded, then tokens one by one."""
     found = []
-    config = form("group" if name in ("static", "selected") else name).config
-    with mode, torch.no_grad(), Answers(watch), Copies(watch):
-        model = pretended(config, getattr(torch, dtype), homes)
+    like = form("group" if name in ("static", "selected") else name)
+    with torch.no_grad(), gpus:
+        model = pretended(like, getattr(torch, dtype), homes)
         model.select_tokens = 8 if name == "selected" else None
-        cache = model.new_cache(PROMPT + STEPS if name == "static" else None)
-        ids = torch.zeros(B, PROMPT + STEPS, dtype=torch.long, device=f"{GPU}:0")
-        for start, stop in ((0, 20), (20, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + STEPS))):
-            watch.clear()
-            watch.total = stop
-            model(
+        cache = model.new_cache(CUTS[-1] if name == "static" else None)
+        mask = torch.ones(B, CUTS[-1], dtype=torch.long)
+        mask[1, :PADDING] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        ids, mask, positions = (x.to(f"{GPU}:0") for x in (tokens(*mask.shape), mask, positions))
+        for start, stop in pairwise(CUTS):
+            gpus.clear()
+            logits = model(
                 ids[:, start:stop],
-                attention_mask=torch.ones(B, stop, dtype=torch.long, device=f"{GPU}:0"),
-                position_ids=torch.arange(start, stop, device=f"{GPU}:0").expand(B, -1),
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
                 past_key_values=cache,
                 logits_to_keep=1,
-            )
-            found.append(
-                {"tokens": stop - start, "syncs": watch.syncs, "copies": watch.copies, "launches": watch.launches}
-            )
+            ).logits
+            assert logits.device == ids.device
+            seen = {"syncs": gpus.syncs, "copies": gpus.copies, "launches": gpus.launches}
+            found.append({"tokens": stop - start, "encoded": cache.groups[0].encoded, **seen})
         assert {x.device.type for group in cache.groups for x in group.tensors()} == {GPU}
     return found
 
 
 def main() -> None:
     backend_registration._setup_privateuseone_for_python_backend(GPU)
-    torch._C._set_only_lift_cpu_tensors(True)  # a tensor made of numbers is pretended before it goes to the device
-    watch = Watch()
+    torch._C._set_only_lift_cpu_tensors(True)  # so that a tensor made of a list is seen to be sent to its device
+    gpus = Gpus()
     for module, name in KERNELS:
-        setattr(module, name, Stub(getattr(module, name), name, watch))
+        setattr(module, name, Stub(getattr(module, name), name, gpus))
     for module in (decode_clla, group_clla, pack_triton_clla):
         module.on_gpu = lambda x: x.device.type == GPU  # type: ignore[attr-defined]
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
     decode_triton_clla._processors = lambda _: 132  # type: ignore[assignment]
-    mode = FakeTensorMode()  # one for all: tables that are made once are pretended, too
-    for case in product(FORMS, DTYPES, HOMES):
+    for case in CASES:
         try:
-            found: Any = {"calls": run(*case, watch, mode)}
+            found: Any = {"calls": run(*case, gpus)}
         except Exception as error:
-            places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+            places = [f"{f.filename.rsplit('/', 1)[1]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
             found = {"error": f"{str(error)[:300]} at {places[-12:]}"}
         print(json.dumps({"case": case, **found}), flush=True)
 

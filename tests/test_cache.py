@@ -77,7 +77,7 @@ def test_positive_numbers_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("dropped", [40, 41, 1000])
+@pytest.mark.parametrize("dropped", [40, 1000])
 def test_a_cache_without_tokens_is_a_new_one(name: str, dropped: int) -> None:
     """Also for another number of sequences, and without the padding of those before."""
     cache, ids = new_cache(name), tokens(3, 40, seed=2)
@@ -102,7 +102,9 @@ def test_dropped_tokens_are_forgotten(name: str, stays: int) -> None:
     run(name, caches[1], ids[:, :stays], lossless=True, **{k: v[:, :stays] for k, v in options.items()})
     assert {layer.get_seq_length() for cache in caches for layer in cache.layers} == {stays}
     # No mask: what comes are tokens, even where only padding came before.
-    found = [[run(name, cache, part, lossless=True) for part in other.split(1, dim=1)] for cache in caches]
+    found = [
+        [run(name, cache, part, lossless=True) for part in other.split((1, 1, 8, 1, 1), dim=1)] for cache in caches
+    ]
     torch.testing.assert_close(*(torch.cat(parts, 1) for parts in found), atol=2e-3, rtol=2e-3)
 
 
@@ -155,23 +157,24 @@ def test_more_tokens_than_a_static_cache_was_made_for_are_refused_at_once() -> N
     run("group", cache, tokens(1, 60))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["group", "strict", "evict"])
-def test_masks_of_any_dtype_mean_the_same(name: str, dtype: torch.dtype) -> None:
+def test_masks_of_any_dtype_mean_the_same(name: str) -> None:
     """More tokens than a mask of 8 bits or fp16 could count."""
     ids = tokens(2, 300)
     options, logits = padded(ids, 37), []
-    for mask in (options["attention_mask"], options["attention_mask"].to(dtype)):
-        cache = new_cache(name)
-        for start, stop in ((0, 298), (298, 299), (299, 300)):
+    for dtype in (torch.long, torch.bool, torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+        cache, mask = new_cache(name), options["attention_mask"].to(dtype)
+        for start, stop in ((0, 299), (299, 300)):
             own = {"attention_mask": mask[:, :stop], "position_ids": options["position_ids"][:, start:stop]}
             logits.append(run(name, cache, ids[:, start:stop], logits_to_keep=1, **own))
         assert not cache.timeline.holes
-    assert all(torch.equal(a, b) for a, b in zip(logits[:3], logits[3:], strict=True))
-    if name == "evict":
-        hidden = torch.ones_like(ids)
-        hidden[1, -5:] = 0
-        refused(name, new_cache(name), ids[:, -20:], "padding on the left", attention_mask=hidden[:, -20:].to(dtype))
+        assert torch.equal(logits[-2], logits[0]) and torch.equal(logits[-1], logits[1])
+        if name == "evict":
+            hidden = torch.ones_like(ids)
+            hidden[1, -5:] = 0
+            refused(
+                name, new_cache(name), ids[:, -20:], "padding on the left", attention_mask=hidden[:, -20:].to(dtype)
+            )
 
 
 # Forward passes that fail
@@ -196,8 +199,11 @@ def layers_of(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "hybrid"])
-@pytest.mark.parametrize("layer", [0, 1, 3])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), KeyboardInterrupt()], ids=["memory", "interrupt"])
+@pytest.mark.parametrize(
+    ("layer", "error"),
+    [(0, KeyboardInterrupt()), (1, torch.OutOfMemoryError()), (3, KeyboardInterrupt())],
+    ids=[0, 1, 3],
+)
 def test_a_pass_that_fails_never_was(name: str, layer: int, error: BaseException) -> None:
     """The first chunk, the third of a prompt, a single token; also where the retry has other padding."""
     ids, caches = tokens(2, 90), [new_cache(name) for _ in range(2)]
@@ -274,7 +280,7 @@ def test_caches_outlive_the_mode_of_a_call(name: str, modes: str) -> None:
     contexts: dict[str, Callable[[], Any]] = {
         "inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": nullcontext}  # fmt: skip
     first, second = (contexts[mode] for mode in modes.split())
-    model, ids, logits = form(name), tokens(2, 60), []
+    model, ids, logits = form(name), tokens(2, 48), []
     for context in (second, first):  # the whole in one mode, and a part of it in another
         cache = new_cache(name)
         with context():
@@ -285,7 +291,7 @@ def test_caches_outlive_the_mode_of_a_call(name: str, modes: str) -> None:
                 cache.crop(-1)
         with second():
             model.codec.requires_grad_(modes.endswith(" grad"))  # healing trains it
-            parts = [model(part, past_key_values=cache).logits for part in ids[:, 31:].split((1, 1, 20, 7), dim=1)]
+            parts = [model(part, past_key_values=cache).logits for part in ids[:, 31:].split((1, 16), dim=1)]
             model.codec.requires_grad_(False)
         logits.append(torch.cat(parts, 1))
         if modes.endswith(" grad"):
@@ -298,21 +304,24 @@ def test_caches_outlive_the_mode_of_a_call(name: str, modes: str) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_no_cache_is_larger_than_the_sources(name: str) -> None:
-    """At no length, token by token. A latent of the first layer's input is stored beside exact tokens, too."""
-    model, ids = form(name), tokens(1, 300)
-    cache, own = new_cache(name, 300), DynamicCache(config=model.config.text_config)
+    """Token by token until many are in latents. Slots and scores of rows are counted apart.
+
+    A latent of the first layer's input is stored beside exact tokens, too.
+    """
+    model, ids = form(name), tokens(1, 56)
+    cache, own = new_cache(name, 56), DynamicCache(config=model.config.text_config)
     source, rows = pico({"sliding": "qwen2-sliding", "hybrid": "lfm2"}.get(name, "llama")), 0
     with torch.no_grad():
-        for t in range(300):
-            model(ids[:, t : t + 1], past_key_values=cache)
-            source(ids[:, t : t + 1], past_key_values=own)
+        for part in ids.split(1, dim=1):
+            model(part, past_key_values=cache)
+            source(part, past_key_values=own)
             if name in ("first", "first without a window"):
-                rows = sum(
-                    group.layout.row_bytes * (group.filled + min(SINKS, group.encoded)) for group in cache.groups
-                )
+                rows = sum(g.layout.row_bytes * (g.filled + min(SINKS, g.encoded)) for g in cache.groups)
             there = own.layers if name != "static" else []
-            nbytes = sum(x.nbytes for layer in there for x in tensors_of(layer)) or 300 * bytes_per_token(model)
-            assert cache.nbytes <= nbytes + rows + 16, (t + 1, cache.nbytes, nbytes)
+            nbytes = sum(x.nbytes for layer in there for x in tensors_of(layer)) or 56 * bytes_per_token(model)
+            beside = 16 + sum(g.held.score.nbytes for g in cache.groups if g.held is not None)
+            assert cache.nbytes <= nbytes + rows + beside, (cache.get_seq_length(), cache.nbytes, nbytes)
+    assert cache.groups[0].encoded >= 2 * (BLOCK + SINKS)
 
 
 def tensors_of(layer: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ What is kept carries no gradient: a loss reaches the decoder and the tokens of i
 """
 
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -111,8 +111,8 @@ class CllaCache(Cache):
             )
             for spec, module in zip(settings["groups"], codec.groups, strict=True)
         ]
-        kept = DynamicCache(config=config.text_config).layers if settings["kept_layers"] else []
-        self.kept: dict[int, Any] = {i: kept[i] for i in settings["kept_layers"]}
+        self._text_config = config.text_config
+        self.kept = self._new_layers(settings["kept_layers"])
         layers: dict[int, Any] = dict(self.kept)
         layers.update({i: CllaLayer(group, i) for group in self.groups for i in group.layers})
         self.group_of_layer = {i: group for group in self.groups for i in group.layers}
@@ -217,12 +217,8 @@ class CllaCache(Cache):
         if self._before is None:
             return
         self._restore()
-        for layer in self.kept.values():
-            if hasattr(layer, "conv_states"):  # and recurrent ones, which are changed where they are
-                if self.timeline.length:
-                    self._torn = True
-                else:
-                    layer.reset()
+        if self.timeline.length and any(hasattr(layer, "conv_states") for layer in self.kept.values()):
+            self._torn = True  # these and recurrent ones are changed where they are
 
     def _state(self) -> Any:
         kept = {i: {name: _copied(value) for name, value in vars(layer).items()} for i, layer in self.kept.items()}
@@ -235,7 +231,16 @@ class CllaCache(Cache):
         for group, module, state in zip(self.groups, self.codec.groups, groups, strict=True):
             group.codec = module
             group.restore(state)
-        for i, state in kept.items():
+        self._set_kept(kept)
+
+    def _new_layers(self, indices: "Iterable[int]") -> "dict[int, Any]":
+        """The source's own cache layers of some of its layers, empty."""
+        indices = list(indices)
+        layers = DynamicCache(config=self._text_config).layers if indices else []
+        return {i: layers[i] for i in indices}
+
+    def _set_kept(self, states: "dict[int, dict[str, Any]]") -> None:
+        for i, state in states.items():
             vars(self.kept[i]).clear()
             vars(self.kept[i]).update(state)
 
@@ -339,6 +344,8 @@ class CllaCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        # Buffers that are only zeroed would stay, and be of as many sequences as before.
+        self._set_kept({i: vars(layer) for i, layer in self._new_layers(self.kept).items()})
         self.timeline.reset()
         for group in self.groups:
             group.reset()

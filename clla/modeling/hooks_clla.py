@@ -55,19 +55,21 @@ def rope_of(
     if settings is None:
         return None
     own = next(model.get_input_embeddings().parameters()).dtype  # the parameter itself may be offloaded
-    return rope_with(rotary_module(model), settings, like=torch.empty(1, dtype=dtype or own))
+    return rope_with(rotary_module(model), settings, dtype=dtype or own)
 
 
-def rope_with(rotary: Any, settings: "dict[str, Any]", *, like: Tensor) -> Rope:
-    """Rotations as a rotary module makes them, in the dtype of `like`; settings as of `rope_of`."""
+def rope_with(rotary: Any, settings: "dict[str, Any]", *, dtype: torch.dtype) -> Rope:
+    """Rotations as a rotary module makes them, in a dtype; settings as of `rope_of`."""
     grids = hasattr(rotary, "mrope_section")  # positions in time, height and width, which are one for text
     if "layer_type" in inspect.signature(rotary.forward).parameters:  # local and global rotations in one module
         rotary = partial(rotary, layer_type="full_attention")
-    return Rope(
-        lambda positions: rotary(like.to(positions.device), positions.expand(3, -1, -1) if grids else positions),
-        settings["form"],
-        tuple(settings["plain_layers"]),
-    )
+
+    def angles(positions: Tensor) -> "tuple[Tensor, Tensor]":
+        like = torch.empty(1, dtype=dtype, device=positions.device)
+        found: "tuple[Tensor, Tensor]" = rotary(like, positions.expand(3, -1, -1) if grids else positions)
+        return found
+
+    return Rope(angles, settings["form"], tuple(settings["plain_layers"]))
 
 
 def logits_head(model: Any) -> "Callable[[Tensor], Tensor]":

@@ -319,7 +319,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, h].
-            attention_mask: [B, past + T], zeros at padding.
+            attention_mask: [B, past + T], zeros at padding; None for no padding but that of earlier calls.
             position_ids: [B, T].
             past_key_values: what an earlier call returned; made anew when None. transformers from 5.24 on call it
                 `cache`; both names are understood.
@@ -353,6 +353,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("attention_mask must be [batch, tokens]; other masks cannot be cut into chunks")
         past, count = cache.get_seq_length(), inputs.shape[1]
         cache.check(inputs.shape[0], count, position_ids, attention_mask)
+        if attention_mask is None:
+            attention_mask = cache.timeline.unpadded(count, inputs.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
         position_ids = position_ids.expand(inputs.shape[0], -1)

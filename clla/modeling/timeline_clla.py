@@ -150,6 +150,12 @@ class Timeline:
         assert self._padding is not None, "begin() announces the tokens first"
         return self._padding
 
+    def unpadded(self, count: int, device: torch.device) -> Optional[Tensor]:
+        """Mask [B, length + count] of `count` more tokens that hides the padding so far; None where there is none."""
+        if not self.max_padding:
+            return None
+        return (torch.arange(self.length + count, device=device) >= self.padding.to(device)[:, None]).long()
+
     def rotation(self, start: int, stop: int) -> Optional[Rotation]:
         """The rotation to a range of slots, with angles [B or 1, stop - start, p]."""
         if self.rope is None:

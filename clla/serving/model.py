@@ -223,7 +223,7 @@ def rope_of_config(text: Any, settings: dict[str, Any] | None, dtype: torch.dtyp
     with torch.device("meta"):  # a skeleton without weights tells which module it is
         skeleton = rotary_module(AutoModelForCausalLM.from_config(text))
     assert skeleton is not None, "keys are rotated"
-    return rope_with(type(skeleton)(config=text), settings, like=torch.empty(1, dtype=dtype))
+    return rope_with(type(skeleton)(config=text), settings, dtype=dtype)
 
 
 def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: Any) -> None:
