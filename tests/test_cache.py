@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -270,6 +271,49 @@ def test_encoding_that_fails_changes_nothing(name: str, monkeypatch: pytest.Monk
     assert torch.equal(*(run(name, each, ids[:, 50:]) for each in caches))
 
 
+@pytest.mark.parametrize("name", ["group", "sliding", "strict", "evict"])
+@pytest.mark.parametrize("change", ["repeat", "select", "reorder"])
+def test_other_sequences_come_whole_or_not_at_all(name: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short for the last group."""
+    rows = torch.tensor([1, 0])
+    changes: dict[str, Callable[[CllaCache], None]] = {
+        "repeat": lambda held: held.batch_repeat_interleave(2),
+        "select": lambda held: held.batch_select_indices(rows),
+        "reorder": lambda held: held.reorder_cache(rows),
+    }  # fmt: skip
+    ids, caches = tokens(2, 50), [new_cache(name) for _ in range(2)]
+    for each in caches:
+        run(name, each, ids[:, :49])
+
+    def failing(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(caches[0].groups[-1], "rebatch", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        changes[change](caches[0])
+    assert caches[0].nbytes == caches[1].nbytes
+    assert torch.equal(*(run(name, each, ids[:, 49:]) for each in caches))
+
+
+# Copies
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_copies_go_on_by_themselves(name: str) -> None:
+    """One prompt, several continuations: as the documentation of transformers does it."""
+    prompt, first, second = tokens(2, 45), tokens(2, 12, seed=5), tokens(2, 12, seed=6)
+    held = new_cache(name)
+    run(name, held, prompt)
+    with torch.inference_mode():
+        twin = copy.deepcopy(held)
+    assert twin.codec is held.codec and twin.nbytes == held.nbytes
+    found = [run(name, held, first), run(name, twin, second)]
+    for ids, logits in zip((first, second), found, strict=True):
+        fresh = new_cache(name)
+        run(name, fresh, prompt)
+        assert torch.equal(run(name, fresh, ids), logits)
+
+
 # Modes
 
 
@@ -297,6 +341,24 @@ def test_caches_outlive_the_mode_of_a_call(name: str, modes: str) -> None:
         if modes.endswith(" grad"):
             logits[-1].square().mean().backward()
     torch.testing.assert_close(*(x.detach() for x in logits), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["group", "static", "first", "sliding"])
+@pytest.mark.parametrize("of_source", [False, True], ids=["model", "its source"])
+def test_the_attention_may_change_between_calls(name: str, of_source: bool) -> None:
+    """Also to one that cannot be observed, for weights of a prompt's last token, and back."""
+    model, ids, cache = form(name, True), tokens(1, 60), new_cache(name, lossless=True)
+    owner = model.source if of_source else model
+    found = [run(name, cache, ids[:, :40], lossless=True), run(name, cache, ids[:, 40:41], lossless=True)]
+    try:
+        for start, implementation in ((41, "eager"), (50, "sdpa")):
+            owner.set_attn_implementation(implementation)
+            parts = ids[:, start : start + 9].split(1, dim=1)
+            found += [run(name, cache, part, lossless=True) for part in parts]
+    finally:
+        model.set_attn_implementation("sdpa")
+    expected = run(name, new_cache(name, lossless=True), ids[:, :59], lossless=True)
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-3, rtol=2e-3)
 
 
 # Bytes

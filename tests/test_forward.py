@@ -165,6 +165,37 @@ def test_whether_losses_take_keywords_is_the_sources_answer() -> None:
         del converted.source.accepts_loss_kwargs
 
 
+@pytest.mark.parametrize("source", ["group", "first"])
+def test_replicas_compute_the_same(source: str) -> None:
+    """Several GPUs without a launcher: `Trainer` then uses DataParallel, whose replicas hold tensors, no parameters."""
+    converted, ids = full_rank(source=source), tokens(2, 60)
+    replicas = {module: module._replicate_for_data_parallel() for module in converted.modules()}
+    for module, replica in replicas.items():
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[child])
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            replica.__dict__[name] = None if tensor is None else tensor.detach().clone()
+    with torch.no_grad():
+        assert torch.equal(replicas[converted](ids).logits, converted(ids).logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_that_a_source_counts_from_its_mask(side: str) -> None:
+    """OPT leaves padding out where it is told no positions; other families do not."""
+    ids = tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, slice(11) if side == "left" else slice(-11, None)] = 0
+    model, converted = source_and_stats("opt")[0], full_rank("opt")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        for kind in (torch.long, torch.bool, torch.float32):
+            found = converted(ids, attention_mask=mask.to(kind)).logits[mask.bool()]
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+        mask[:, 30] = 0
+        with pytest.raises(ValueError, match="position_ids jump"):
+            converted(ids, attention_mask=mask)
+
+
 # Gradient checkpointing
 
 
@@ -174,7 +205,7 @@ def test_gradient_checkpointing_is_refused(part: str) -> None:
     converted = converted_of(pico(), plan_of(stats, pico()), stats).train().requires_grad_(True)
     ids = tokens(1, 20)
     if part == "model":
-        with pytest.raises(ValueError, match="not support"):
+        with pytest.raises(ValueError, match="cannot be trained with gradient checkpointing"):
             converted.gradient_checkpointing_enable()
         return
     if part == "source":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from conftest import byte_tokenizer, pico, pico_of
 from helpers import converted_of, plan_of, stats_of, tokens
 from test_model import TOLERANCE, full_rank, lossy, source_and_stats
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, WatermarkingConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, WatermarkingConfig
 
 from clla.convert.checkpoint import write_checkpoint
 from clla.modeling.cache_clla import CllaCache
@@ -156,6 +158,30 @@ def test_a_user_may_turn_the_returned_cache_off() -> None:
     converted = lossy()
     converted.config.use_cache = False
     assert CACHE not in converted(tokens(1, 20)) and CACHE in converted(tokens(1, 20), use_cache=True)
+
+
+@pytest.mark.parametrize("saved", ["whole", "codec alone"])
+def test_settings_given_on_loading_are_followed(saved: str, tmp_path: Path) -> None:
+    converted = lossy()
+    converted.source.save_pretrained(tmp_path / "source")
+    base = {"path": str(tmp_path / "source")} if saved == "codec alone" else None
+    write_checkpoint(tmp_path, converted, byte_tokenizer(), base_model=base)
+    options: dict[str, Any] = {"output_hidden_states": True, "use_cache": False, "torch_dtype": torch.bfloat16}
+    for load in (CllaForCausalLM, AutoModelForCausalLM):
+        model = load.from_pretrained(tmp_path, **options)
+        with torch.no_grad():
+            output = model(tokens(1, 50))
+        assert len(output.hidden_states) == 5 and CACHE not in output
+        assert output.logits.dtype == torch.bfloat16 == model.codec.groups[0].encoder.dtype
+
+
+def test_another_process_opens_a_pickled_model(tmp_path: Path) -> None:
+    converted, ids = lossy(), tokens(1, 50)
+    with torch.no_grad():
+        torch.save((converted, ids, converted(ids).logits), tmp_path / "model.pt")
+    code = "import sys, torch; torch.set_grad_enabled(False); torch.set_num_threads(1); "
+    code += "m, ids, x = torch.load(sys.argv[1], weights_only=False); torch.testing.assert_close(m(ids).logits, x)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
 
 
 # Embeddings

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
+from conftest import byte_tokenizer
 from helpers import tokens
 from test_model import full_rank, lossy
 
 from clla.convert.assemble import clla_block
+from clla.convert.checkpoint import write_checkpoint
 from clla.evaluate.shapes import random_plan, shape_config
 from clla.modeling.configuration_clla import CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.modeling.placement_clla import device_map_of
+from clla.modeling.placement_clla import beside_layers, device_map_of
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
 
@@ -60,6 +62,44 @@ def test_any_part_can_be_offloaded(part: str, saved: Path) -> None:
     expected = model.generate(ids, **OPTIONS)
     cpu_offload(model.get_submodule(part), execution_device=torch.device("cpu"))
     assert torch.equal(model.generate(ids, **OPTIONS), expected)
+
+
+def test_the_device_map_knows_dtypes_by_name(saved: Path) -> None:
+    for options in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"dtype": "auto"}):
+        model = CllaForCausalLM.from_pretrained(saved, device_map="auto", **options)
+        assert model.dtype == (torch.float32 if options == {"dtype": "auto"} else torch.bfloat16)
+
+
+SOURCE_PARTS = {f"source.model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(4)} | {
+    "source.model.embed_tokens": "disk", "source.model.norm": "cpu", "source.model.rotary_emb": "cpu",
+    "source.lm_head": "disk", "codec": "disk"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"device_map": "auto", "max_memory": {"cpu": "200KB"}}, {"device_map": {"source": "cpu", "codec": "cpu"}},
+     {"device_map": {"": "disk"}}, {"device_map": {"model": "cpu", "lm_head": "disk"}}, {"device_map": SOURCE_PARTS}],
+    ids=["auto", "whole", "everything", "the source's names", "parts"],
+)  # fmt: skip
+def test_codecs_alone_are_placed_likewise(options: dict[str, Any], tmp_path: Path) -> None:
+    converted = lossy(sinks=2)
+    converted.source.save_pretrained(tmp_path / "source")
+    (tmp_path / "codec").mkdir()
+    write_checkpoint(tmp_path / "codec", converted, byte_tokenizer(), base_model={"path": str(tmp_path / "source")})
+    placed = CllaForCausalLM.from_pretrained(tmp_path / "codec", offload_folder=str(tmp_path / "off"), **options)
+    assert not any(p.is_meta for p in placed.codec.parameters())
+    ids = tokens(1, 30)
+    expected = converted.generate(ids, **OPTIONS)
+    assert torch.equal(placed.generate(ids, **OPTIONS), expected)
+    placed.save_pretrained(tmp_path / "whole")
+    assert torch.equal(CllaForCausalLM.from_pretrained(tmp_path / "whole").generate(ids, **OPTIONS), expected)
+
+
+def test_codecs_of_offloaded_layers_lie_where_these_are_computed() -> None:
+    layers = {f"model.layers.{i}": home for i, home in enumerate(("cpu", 0, "disk", 1))}
+    found = beside_layers(lossy(), {"model.embed_tokens": "cpu", **layers, "model.norm": 1, "lm_head": 1})
+    assert found["source.model.layers.3"] == 1 and found["source.lm_head"] == 1
+    assert [found[f"codec.groups.{i}"] for i in range(2)] == [0, 1]
 
 
 def on_meta() -> CllaForCausalLM:

@@ -12,6 +12,7 @@ kept rows are masked like the last K slots before the exact ones.
 What is kept carries no gradient: a loss reaches the decoder and the tokens of its own forward pass.
 """
 
+import copy
 from contextlib import contextmanager
 from typing import Any, Callable, Iterable, Iterator, Optional
 
@@ -102,7 +103,7 @@ class CllaCache(Cache):
         select: Optional[int] = None,
     ) -> None:
         settings = config.clla
-        self.codec, self.select, self.max_length = codec, select, max_length
+        self.config, self.codec, self.select, self.max_length = config, codec, select, max_length
         self.timeline, self._workspace = Timeline(rope), Workspace()
         self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         self.groups = [
@@ -122,6 +123,14 @@ class CllaCache(Cache):
         self._before: Any = None  # what was kept before the forward pass that runs
         self._torn = False  # whether a forward pass failed that cannot be taken back
         super().__init__(layers=[layers[i] for i in sorted(layers)])
+
+    @keeping
+    def __deepcopy__(self, memo: "dict[int, Any]") -> "CllaCache":
+        """A cache that goes on by itself, of the same model: config and codec are shared."""
+        memo.update({id(part): part for part in (self.config, *self.codec.modules())})
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def check(self, batch: int, count: int, position_ids: Optional[Tensor], attention_mask: Optional[Tensor]) -> None:
         """Whether `count` more tokens of `batch` sequences can come, with these positions and this mask.
@@ -164,6 +173,11 @@ class CllaCache(Cache):
                 "a forward pass failed that could not be taken back, so this cache holds a part of its tokens: call "
                 "reset() and give it all tokens, or make a new cache"
             )
+
+    @torch.compiler.disable
+    def unsee(self) -> None:
+        """Say that no attention of the next forward pass can be observed, so that it cannot read latents."""
+        self._ordinary.clear()
 
     @torch.compiler.disable
     def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor]) -> None:
@@ -374,37 +388,46 @@ class CllaCache(Cache):
         self.check_whole()
         if left < max(group.shortest for group in self.groups):
             raise ValueError("tokens were evicted meanwhile: the cache can only go back within its exact window")
-        self._before = self._state()
-        try:
+        with self._all_or_nothing():
             super().crop(left - length)
             self.timeline.crop(left)
             for group in self.groups:
                 group.crop(left)
-        except BaseException:
-            self._restore()
-            raise
-        self._before = None
 
     @keeping
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._rebatch(lambda t, dim=0: t.index_select(dim, beam_idx.to(t.device)))
+        with self._all_or_nothing():
+            super().reorder_cache(beam_idx)
+            self._rebatch(lambda t, dim=0: t.index_select(dim, beam_idx.to(t.device)))
 
     @keeping
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._rebatch(lambda t, dim=0: t.repeat_interleave(repeats, dim=dim))
+        with self._all_or_nothing():
+            super().batch_repeat_interleave(repeats)
+            self._rebatch(lambda t, dim=0: t.repeat_interleave(repeats, dim=dim))
 
     @keeping
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
         chosen = torch.arange(len(indices), device=indices.device)[indices] if indices.dtype == torch.bool else indices
-        self._rebatch(lambda t, dim=0: t.index_select(dim, chosen.to(t.device)))
+        with self._all_or_nothing():
+            super().batch_select_indices(indices)
+            self._rebatch(lambda t, dim=0: t.index_select(dim, chosen.to(t.device)))
 
     def _rebatch(self, select: Callable[..., Tensor]) -> None:
         self.timeline.rebatch(select)
         for group in self.groups:
             group.rebatch(select)
+
+    @contextmanager
+    def _all_or_nothing(self) -> "Iterator[None]":
+        """Where something fails within it (other sequences may need more memory), the cache is as before."""
+        self._before = self._state()
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            raise
+        self._before = None
 
 
 def _refuse_length(tokens_to_remove: int) -> None:

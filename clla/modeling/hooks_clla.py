@@ -54,7 +54,7 @@ def rope_of(
     """
     if settings is None:
         return None
-    own = next(model.get_input_embeddings().parameters()).dtype  # the parameter itself may be offloaded
+    own = model.get_input_embeddings().weight.dtype  # the weight may be offloaded, or a replica's, that is no parameter
     return rope_with(rotary_module(model), settings, dtype=dtype or own)
 
 
@@ -98,6 +98,14 @@ def rotary_module(model: nn.Module) -> nn.Module | None:
     if len(found) > 1:
         raise ValueError(f"expected one rotary embedding, found {len(found)}")
     return found[0] if found else None
+
+
+def counts_padding(model: nn.Module) -> bool:
+    """Whether a model that is told no positions counts them from its mask, padding left out."""
+    return any(
+        POSITIONS.search(name.rpartition(".")[2]) and "attention_mask" in inspect.signature(module.forward).parameters
+        for name, module in model.named_modules()
+    )
 
 
 def position_slots(model: nn.Module) -> Optional[int]:

@@ -25,15 +25,21 @@ from .cache_clla import CllaCache
 from .chunks_clla import Chunks, cut, joined
 from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
-from .hooks_clla import CACHE, attention_modules, decoder_of, position_slots, rope_of
-from .observe_clla import LISTENER, is_observed, listening, observed
-from .placement_clla import STRATEGIES, device_map_of
+from .hooks_clla import CACHE, attention_modules, counts_padding, decoder_of, position_slots, rope_of
+from .observe_clla import LISTENER, PREFIX, is_observed, listening, observed
+from .placement_clla import STRATEGIES, beside_layers, device_map_of, of_source
 from .quantize_clla import tensor_digest
 
 CODEC_FILE = "clla_codec.safetensors"
 HUB_KEYWORDS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
 CACHES = (None, "dynamic", "static")  # of transformers' `cache_implementation`
 OUTPUTS = ("output_hidden_states", "output_attentions")  # that a config may ask for
+SETTINGS = ("use_cache", "return_dict", *OUTPUTS)  # of a config, that are given to `from_pretrained`
+NO_CHECKPOINTING = (
+    "a converted model cannot be trained with gradient checkpointing, which computes layers a second time when the "
+    "cache has moved on: leave gradient_checkpointing out, call model.source.gradient_checkpointing_disable(), and "
+    "save memory by shorter sequences, a smaller batch, or `clla heal --gradient-checkpointing`"
+)
 SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # of two configs
 
 
@@ -95,10 +101,18 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.loss_type = self.source.loss_type
         self.prefill_chunk = config.clla["prefill_chunk"]
         self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
+        self.counts_padding = counts_padding(self.source)  # not, where it is told no positions
         self.select_tokens: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
         self.watch_source()
         self.post_init()
+
+    def __setstate__(self, state: "dict[str, Any]") -> None:
+        """Where another process has pickled the model, its attention is not registered here yet."""
+        super().__setstate__(state)
+        own = self.source.config._attn_implementation
+        if is_observed(own):
+            observed(own.removeprefix(PREFIX))
 
     def watch_source(self) -> None:
         """Show the cache what it needs: the attention over it, the inputs of the first layers (`first` source)."""
@@ -144,9 +158,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _show_input_to_cache(self, module: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
         # Families name the cache differently (`past_key_values`, `layer_past`). One source may carry several
-        # conversions: only the cache made for this one listens.
+        # conversions: only the cache made for this one listens, or for a replica of it (of DataParallel).
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, CllaCache)]
-        for cache in (cache for cache in caches if cache.codec is self.codec):
+        for cache in (cache for cache in caches if cache.config is self.config):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cache.group_of_layer[module.layer_idx].observe(hidden)
 
@@ -161,15 +175,22 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         """
         path = pretrained_model_name_or_path
         where = {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
-        if not isinstance(config, CllaConfig):
-            config = CllaConfig.from_pretrained(path, **where)
+        if isinstance(config, CllaConfig):
+            config = copy.deepcopy(config)
+        else:
+            config = CllaConfig.from_pretrained(path if config is None else config, **where)
+        for name in (name for name in SETTINGS if name in kwargs):
+            setattr(config, name, kwargs.pop(name))
+        dtype = kwargs.pop("torch_dtype", None)  # an older name
+        kwargs["dtype"] = dtype = kwargs.get("dtype") or dtype or config.dtype
+        device_map = kwargs.get("device_map")
         if config.base_model is None:
-            if kwargs.get("device_map") in STRATEGIES:
-                dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-                dtype = config.dtype if dtype in (None, "auto") else dtype
+            if isinstance(device_map, str) and device_map in STRATEGIES:
+                dtype = config.dtype if dtype == "auto" else dtype
+                dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
                 with torch.device("meta"):
                     shape = cls(copy.deepcopy(config))
-                kwargs["device_map"] = device_map_of(shape, kwargs["device_map"], kwargs.get("max_memory"), dtype)
+                kwargs["device_map"] = device_map_of(shape, device_map, kwargs.get("max_memory"), dtype)
             loaded: Any = super().from_pretrained(path, *model_args, config=config, **kwargs)
             whole = loaded[0] if isinstance(loaded, tuple) else loaded
             whole.generation_config = for_compressed_cache(whole.generation_config)
@@ -185,7 +206,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             "state_dict",
         )  # they speak of the codec's files
         kwargs = {k: v for k, v in kwargs.items() if k not in unfit}
-        kwargs["dtype"] = kwargs.get("dtype") or config.dtype
+        if isinstance(device_map, dict):
+            kwargs["device_map"] = of_source(device_map)
         gguf_file = config.base_model.get("gguf_file")
         if gguf_file:
             kwargs["gguf_file"] = gguf_file
@@ -211,7 +233,13 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             model = cls(config)
         model.source = source
         model.codec.load_state_dict(codec, assign=True)
-        model.codec.to(device=source.device, dtype=source.dtype)
+        model.codec.to(dtype=source.dtype)
+        if hasattr(source, "hf_device_map"):
+            model.hf_device_map = beside_layers(model, source.hf_device_map)
+            for i, group in enumerate(model.codec.groups):
+                group.to(model.hf_device_map[f"codec.groups.{i}"])
+        else:
+            model.codec.to(source.device)
         model.watch_source()
         model.generation_config = for_compressed_cache(GenerationConfig.from_pretrained(path, **where))
         return (model.eval(), *info) if info else model.eval()
@@ -349,7 +377,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         cache = self.new_cache() if cache is None else cache
         self._check_cache(cache)
         self._refuse_recomputation(given=cache.get_seq_length() > 0)
-        if attention_mask is not None and attention_mask.dim() != 2:
+        if not is_observed(self.source.config._attn_implementation):  # it may have changed since the last call
+            cache.unsee()
+        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
             raise ValueError("attention_mask must be [batch, tokens]; other masks cannot be cut into chunks")
         past, count = cache.get_seq_length(), inputs.shape[1]
         cache.check(inputs.shape[0], count, position_ids, attention_mask)
@@ -357,6 +387,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = cache.timeline.unpadded(count, inputs.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
+            if self.counts_padding and attention_mask is not None:
+                position_ids = _without_padding(position_ids, attention_mask.to(inputs.device).bool())
         position_ids = position_ids.expand(inputs.shape[0], -1)
         if self.position_slots is not None and past + count > self.position_slots:  # padding takes no position
             self._check_length(int(position_ids.max()) + 1)
@@ -387,6 +419,14 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         result = type(output)(**{**output, CACHE: cache if wanted else None})
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Not for converted models.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(NO_CHECKPOINTING)
+
     @torch.compiler.disable
     def _refuse_recomputation(self, given: bool) -> None:
         """A layer that is computed again, in the backward pass, finds a cache that has moved on, or none."""
@@ -395,11 +435,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         )
         # No public function tells whether a backward pass is running; torch's own checkpointing asks this one.
         if checkpointing or (given and torch._C._current_graph_task_id() != -1):
-            raise ValueError(
-                "a converted model cannot be trained with gradient checkpointing, which computes layers a second time "
-                "when the cache has moved on: call model.source.gradient_checkpointing_disable(), and save memory by "
-                "shorter sequences, a smaller batch, or `clla heal --gradient-checkpointing`"
-            )
+            raise ValueError(NO_CHECKPOINTING)
 
     def _check_length(self, tokens: int) -> None:
         """Refuse more tokens than the source has positions for, which it would fail at with an index error.
@@ -480,6 +516,14 @@ def for_compressed_cache(generation_config: Any) -> Any:
     if own.cache_implementation not in CACHES:
         own.cache_implementation = None
     return own
+
+
+def _without_padding(slots: Tensor, mask: Tensor) -> Tensor:
+    """Positions [B, T] of the newest slots [1, T], tokens that the mask [B, S] hides not counted."""
+    seen = mask.long().cumsum(-1)
+    straight = (slots - (seen == 0).sum(-1, keepdim=True)).clamp(min=0)
+    count = slots.shape[1]
+    return torch.where(mask[:, -count:], seen[:, -count:] - 1, straight)
 
 
 @torch.compiler.disable

@@ -59,6 +59,24 @@ def device_map_of(model: Any, strategy: str, max_memory: Any, dtype: Any) -> "di
     return rest | homes
 
 
+def of_source(device_map: "dict[str, Any]") -> "dict[str, Any]":
+    """The source's part of a converted model's device map; one that names nothing of that model is the source's."""
+    parts = {name: device for name, device in device_map.items() if name.split(".")[0] == "source"}
+    return {name[len("source.") :]: device for name, device in parts.items()} or device_map
+
+
+def beside_layers(model: Any, device_map: "dict[str, Any]") -> "dict[str, Any]":
+    """The device map of a converted model whose source has this one: every codec where its first layer is computed."""
+    names = {module: name for name, module in model.source.named_modules()}
+    attention = attention_modules(model.source)
+    main = next((device for device in device_map.values() if device not in OFFLOADED), "cpu")  # as accelerate has it
+    found = {f"source.{name}".rstrip("."): device for name, device in device_map.items()}
+    for i, spec in enumerate(model.config.clla["groups"]):
+        device = _device_in(device_map, names[attention[spec["layers"][0]]])
+        found[f"codec.groups.{i}"] = main if device in OFFLOADED else device
+    return found
+
+
 def _device_in(device_map: "dict[str, Any]", name: str) -> Any:
     """The device of a module: that of the longest name in the map which it begins with."""
     parts = name.split(".")
