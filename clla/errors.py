@@ -52,6 +52,15 @@ def reason(error: BaseException) -> str:
     return name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: names and JSON may hold halves of characters, or bytes in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))

@@ -25,6 +25,7 @@ from clla.source import open_source
 
 SCRIPT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes away from what runs behind it
 sys.argv[0] = "clla"
 from clla import cli, console
 from rich.table import Table

@@ -98,6 +98,11 @@ def rotary_module(model: nn.Module) -> nn.Module | None:
     return found[0] if found else None
 
 
+def has_bias_table(model: nn.Module) -> bool:
+    """Whether a model adds biases of positions from a table, in which padding takes a position too."""
+    return any(hasattr(module, "build_mpt_alibi_tensor") for module in model.modules())
+
+
 def position_slots(model: nn.Module) -> Optional[int]:
     """Positions that a model holds in a table, learned or of biases; None where it computes them for any length.
 

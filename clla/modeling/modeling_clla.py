@@ -25,7 +25,7 @@ from .cache_clla import CllaCache
 from .chunks_clla import Chunks, cut, joined
 from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
-from .hooks_clla import CACHE, attention_modules, decoder_of, position_slots, rope_of
+from .hooks_clla import CACHE, attention_modules, decoder_of, has_bias_table, position_slots, rope_of
 from .observe_clla import LISTENER, is_observed, listening, observed
 from .placement_clla import STRATEGIES, device_map_of
 from .quantize_clla import tensor_digest
@@ -95,6 +95,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.loss_type = self.source.loss_type
         self.prefill_chunk = config.clla["prefill_chunk"]
         self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
+        self.padding_counts = has_bias_table(self.source)
         self.select_tokens: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
         self.watch_source()
@@ -356,8 +357,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
         position_ids = position_ids.expand(inputs.shape[0], -1)
-        if self.position_slots is not None and past + count > self.position_slots:  # padding takes no position
-            self._check_length(int(position_ids.max()) + 1)
+        if self.position_slots is not None and past + count > self.position_slots:
+            self._check_length(past + count if self.padding_counts else int(position_ids.max()) + 1)
 
         begin = partial(_begin, cache, position_ids, attention_mask, past)
         call = {
@@ -434,7 +435,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         mask, length = model_kwargs.get("attention_mask"), generation_config.max_length
         if self.position_slots is not None and length is not None and length > self.position_slots:
-            padding = 0 if mask is None else int((mask == 0).sum(-1).min())
+            padding = 0 if mask is None or self.padding_counts else int((mask == 0).sum(-1).min())
             self._check_length(length - padding)
         wanted, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
         if wanted not in CACHES or generation_config.cache_config is not None:
