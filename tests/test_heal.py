@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FAMILY_CONFIGS, pico
+from conftest import FAMILY_CONFIGS, byte_tokenizer, pico
 from helpers import clla, converted_of, finish, plan_of, stats_of, tokens, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from clla.artifacts import Stats
 from clla.baselines.stored import SourceCache
 from clla.convert.healing import resolve_healing
+from clla.convert.healing_text import _packed
 from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.heal.attention import View, _seen, masks, mixed_attention, view_of, visible
@@ -472,6 +473,14 @@ def test_half_written_states_are_passed_over(unbroken: tuple[Distiller, Progress
     (tmp_path / "step-00000020.partial").mkdir()
     assert last_state(tmp_path) == tmp_path / "step-00000010"
     assert last_state(tmp_path / "nowhere") is None
+
+
+def test_what_is_kept_back_of_a_short_text_is_not_lacking(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is taken beside what is trained on, as long as there is some."""
+    config = HealConfig(dataset=str(text_file), tokens=256, sequence_length=64)
+    sequences, held = _packed(config, byte_tokenizer(), 4)
+    assert len(sequences) == 4 and len(held) == 4 and "read repeatedly" not in capsys.readouterr().err
+    assert not {tuple(row) for row in sequences.tolist()} & {tuple(row) for row in held.tolist()}
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:

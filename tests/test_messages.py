@@ -165,6 +165,7 @@ WRONG: dict[str, Callable[[str], Any]] = {
     "a model": lambda c: clla.convert(torch.nn.Linear(1, 1)),  # type: ignore[arg-type]
     "an empty name": lambda c: clla.convert(""),
     "a zero byte": lambda c: clla.convert("a\0b"),
+    "no Unicode": lambda c: clla.convert("caf\udce9"),
     "a number for a path": lambda c: clla.convert("x", output=5),  # type: ignore[arg-type]
     "a word for a number": lambda c: clla.convert("x", window="8"),  # type: ignore[arg-type]
     "yes for a number": lambda c: clla.convert("x", window=True),
@@ -254,3 +255,10 @@ def test_chat_templates_that_fail(template: str, checkpoint: Path, tmp_path: Pat
 def test_prompts_that_are_no_text(checkpoint: Path) -> None:
     for prompt in ("caf\udce9", " ", ""):
         assert command("generate", checkpoint, "--prompt", prompt).exit_code == 2
+
+
+def test_names_that_are_no_text() -> None:
+    """JSON and YAML could not hold them."""
+    for words in (["convert", "nothing", "-o", "caf\udce9"], ["convert", "nothing", "--dataset", "\udce9.txt"]):
+        done = command(*words)
+        assert done.exit_code == 2 and "is no UTF-8" in done.stderr
