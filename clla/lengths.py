@@ -71,9 +71,11 @@ class Reach:
             expected = f"at most {self.positions} tokens, for which the model has positions"
             raise UsageError(got, expected=expected, remedy=remedy)
         if self.trained is not None and tokens > self.trained:
-            console.say(
-                f"[yellow]Warning:[/yellow] {got}: beyond the {self.trained} positions that the model is made for; "
-                "bytes and speed are what they are, text would not be"
+            console.label(
+                "Warning:",
+                "yellow",
+                f" {got}: beyond the {self.trained} positions that the model is made for; bytes and speed are what they "
+                "are, text would not be",
             )
 
 

@@ -102,6 +102,7 @@ def config_cases() -> list[Any]:
         "quantized in an unknown way": {"quantization_config": {"quant_method": "banana"}},
         "float64": {"dtype": "float64"},
         "banana dtype": {"dtype": "banana"},
+        "own code for the config alone": {"model_type": "my", "auto_map": {"AutoConfig": "my.My"}},
         "own code": {"model_type": "my", "auto_map": {"AutoConfig": "my.My", "AutoModelForCausalLM": "my.Model"}},
         "own code for a known type": {"architectures": ["My"], "auto_map": {"AutoModelForCausalLM": "my.Model"}},
         "eager": {"_attn_implementation": "banana"},
@@ -317,7 +318,7 @@ def block_cases() -> list[Any]:
 
 BLOCK = ("schema_version", "groups", "kv", "kv_itemsize", "tier_size", "window", "sinks", "flush_block", "source",
          "budget_bytes", "at_context", "made_from", "kept_layers", "kept_window", "capacity", "rope_bits", "rope",
-         "kv_dtype", "prefill_chunk", "codec_sha256")  # fmt: skip
+         "kv_dtype", "prefill_chunk", "codec_sha256", "kept_state_bytes", "kept_slot_bytes")  # fmt: skip
 
 
 def test_the_keys_are_those_of_a_checkpoint(originals: Path) -> None:
@@ -384,6 +385,7 @@ TOGETHER = (
     ("bench", "--largest-batch"),
     ("bench", "--memory-limit 500"),
     ("generate", "--temperature nan"),
+    ("generate", "--temperature 1e-320"),
     ("generate", "--max-new-tokens 0"),
     ("plan", "--sweep --kv-budget 3%"),
     ("plan", "--budgets 3%"),
