@@ -74,8 +74,8 @@ class Reach:
             console.label(
                 "Warning:",
                 "yellow",
-                f" {got}: beyond the {self.trained} positions that the model is made for; bytes and speed are what they "
-                "are, text would not be",
+                f" {got}: beyond the {self.trained} positions that the model is made for; bytes and speed are what "
+                "they are, text would not be",
             )
 
 

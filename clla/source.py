@@ -95,8 +95,8 @@ class Source:
         with blamed(
             f"{self.name} has no tokenizer that can be read",
             expected="tokenizer files beside the weights",
-            remedy="copy tokenizer.json and tokenizer_config.json of the model into its directory once more; a tokenizer "
-            "with code of its own, which clla does not run, must be saved as a tokenizer.json first",
+            remedy="copy tokenizer.json and tokenizer_config.json of the model into its directory once more; a "
+            "tokenizer with code of its own, which clla does not run, must be saved as a tokenizer.json first",
         ):
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, **self._where())
 
