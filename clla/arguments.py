@@ -10,7 +10,7 @@ from typing import Annotated, ParamSpec, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, validate_call
 
-from clla.errors import UsageError
+from clla.errors import UsageError, is_unicode
 from clla.recipe import LARGEST
 
 P = ParamSpec("P")
@@ -18,6 +18,7 @@ R = TypeVar("R")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 LONGEST_NAME = 255  # bytes of a file's name
+LONGEST_SHOWN = 80  # characters of a value, in a message
 
 
 def _named(value: str | Path) -> str | Path:
@@ -25,7 +26,7 @@ def _named(value: str | Path) -> str | Path:
     text = str(value)
     if not text.strip():
         raise ValueError("it is empty")
-    if "\0" in text or any(len(part.encode(errors="surrogateescape")) > LONGEST_NAME for part in Path(text).parts):
+    if "\0" in text or not is_unicode(text) or any(len(part.encode()) > LONGEST_NAME for part in Path(text).parts):
         raise ValueError("no file and no model can have that name")
     return value
 
@@ -72,8 +73,7 @@ def _mistakes(error: ValidationError) -> UsageError:
     for found in error.errors():
         name = str(found["loc"][0])
         told = re.sub(r"^Value error, ", "", found["msg"])
-        value = repr(found["input"]) if isinstance(found["input"], str | int | float | list | tuple | None) else None
-        shown = value if value is not None and len(value) < 80 else f"a {type(found['input']).__name__}"
+        shown = _shown(found["input"])
         lines.setdefault(f"--{name.replace('_', '-')}", (shown, []))[1].append(told[:1].lower() + told[1:])
     texts = [f"{name} is {value}: {' or '.join(dict.fromkeys(why))}" for name, (value, why) in lines.items()]
     return UsageError(
@@ -81,6 +81,13 @@ def _mistakes(error: ValidationError) -> UsageError:
         expected="names and paths as text, and numbers in their ranges",
         remedy="correct it; help(clla.convert) and clla convert --help say what is what",
     )
+
+
+def _shown(value: object) -> str:
+    """A value of an argument, for a message."""
+    value = str(value) if isinstance(value, Path) else value
+    text = repr(value) if isinstance(value, str | int | float | list | tuple | None) else f"a {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def parse_size(text: str, option: str) -> int:

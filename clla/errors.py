@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to|failed to) allocate|bad_alloc", re.IGNORECASE)
+SCRATCH = ("spill", "offload-")  # in a work directory, of no use to a later run
 
 
 class CllaError(Exception):
@@ -52,6 +53,15 @@ def reason(error: BaseException) -> str:
     return name if not text else f"{name}: {text}" if isinstance(error, KeyError) else text
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: names and JSON may hold halves of characters, or bytes in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))
@@ -84,8 +94,13 @@ def resumable(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if any(path.is_file() for path in work.rglob("*")):
+        if any(path.is_file() and _is_finished(path.relative_to(work)) for path in work.rglob("*")):
             error.add_note(f"what is finished is kept in {work}: the same command with --resume goes on from there")
         elif not there:
             shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _is_finished(file: Path) -> bool:
+    """Whether a file of a work directory, named within it, is a result that a later run takes up."""
+    return file.suffix != ".partial" and not file.parts[0].startswith(SCRATCH)

@@ -15,7 +15,7 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
 )
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import enable_progress_bars, validate_repo_id
 
 from clla import console
@@ -117,8 +117,12 @@ def prepare(what: Push, *, ask: bool) -> Outgoing:
         ask: the Hub for the base model of a codec; else only names are found.
 
     Raises:
-        CllaError: the checkpoint is damaged, or its codec cannot be pushed alone.
+        CllaError: a bad name, the checkpoint is damaged, or its codec cannot be pushed alone.
     """
+    try:
+        validate_repo_id(what.repo_id)
+    except HFValidationError as error:
+        raise explain(error, f"nothing can be pushed to {what.repo_id}") from error
     check_folder(what.folder)
     if not check_files(what.folder):
         console.say(f"{what.folder} has no {CHECKSUMS}: whether it is damaged is not known")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clla import console
-from clla.errors import UsageError
+from clla.errors import UnsupportedModelError, UsageError
 from clla.modeling.hooks_clla import position_slots
 
 # How configs call the length that a model was trained for.
@@ -37,6 +37,20 @@ class Reach:
     def fit(self, length: int, *, new_tokens: int = 0) -> int:
         """A default length in tokens, shortened to what the model takes with `new_tokens` after it; at least 1."""
         return length if self.tokens is None else max(1, min(length, self.tokens - new_tokens))
+
+    def fit_sequence(self, length: int, least: int) -> int:
+        """`fit` of the sequences that a model is fitted on, which have at least `least` tokens.
+
+        Raises:
+            UnsupportedModelError: the model takes fewer.
+        """
+        if self.tokens is not None and self.tokens < least:
+            raise UnsupportedModelError(
+                f"the model takes {self.tokens} tokens, by its config",
+                expected=f"at least {least}, the shortest sequence that it could be fitted on",
+                remedy="correct the config, or use a model for longer texts",
+            )
+        return self.fit(length)
 
     def check_option(self, option: str, length: int | None) -> None:
         """`check` of a length that an option asks for; None asks for nothing."""

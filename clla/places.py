@@ -47,6 +47,12 @@ def check_writable(path: Path, option: str) -> None:
     Raises:
         UsageError: something is in its way, or its place cannot be written to.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UsageError(
+            f"{path} is a device, a pipe or a socket, which would be replaced",
+            expected="a file or a directory",
+            remedy=f"choose another {option}",
+        )
     parent = next(place for place in path.absolute().parents if place.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -102,6 +108,8 @@ def holding(*paths: Path, needed: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _holding(path: Path, needed: bool) -> Iterator[None]:
+    if not path.name:
+        raise UsageError(f"{path} is a whole disk", expected="a directory in it", remedy="choose another")
     file = path.with_name(path.name + LOCK)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

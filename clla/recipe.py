@@ -17,6 +17,7 @@ from clla.recipes import builtin_recipes
 from clla.revision import COMMIT
 
 RECIPE_VERSION = 1
+SHORTEST = 32  # tokens of a sequence that a model is fitted on
 LARGEST = 2**53  # whole number: more is a slip, and neither JSON nor torch would hold it
 
 
@@ -47,7 +48,7 @@ class CalibrationConfig(_Section):
     )
     tokens: int | None = Field(None, gt=0, description="tokens to read; by default 16384 on CPU, 262144 on GPU")
     sequence_length: int | None = Field(
-        None, ge=32, description="tokens a sequence; by default 1024, or as many as the model takes"
+        None, ge=SHORTEST, description="tokens a sequence; by default 1024, or as many as the model takes"
     )
     batch_size: int | None = Field(None, ge=1, description="sequences a forward pass; by default 1 on CPU, 8 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
@@ -190,7 +191,7 @@ class HealConfig(_Section):
         None, gt=0, description="highest learning rate of the weights; default a tenth of the codec's"
     )
     sequence_length: int | None = Field(
-        None, ge=64, description="tokens a sequence; by default 2048, or as many as the model takes"
+        None, ge=SHORTEST, description="tokens a sequence; by default 2048, or as many as the model takes"
     )
     batch_tokens: int | None = Field(None, gt=0, description="tokens a step; by default 2048 on CPU, 65536 on GPU")
     codec_share: float = Field(

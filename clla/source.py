@@ -21,10 +21,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.utils import cached_file
 
+from clla import console
 from clla.artifacts import KVShape, digest, read_json
 from clla.errors import CllaError, CorruptArtifactError, UnsupportedModelError, UsageError, blamed, reason
 from clla.families import check_family, kv_shape, split_layers
@@ -36,6 +38,7 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF = b"GGUF"  # how such a file begins
 # What a config may say for training, and what reading a model needs.
 READABLE = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # widest first
 PIECE, PIECES = 1 << 16, 1 << 10  # bytes of a piece, and pieces of a file, that tell two models apart
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
@@ -92,7 +95,8 @@ class Source:
         with blamed(
             f"{self.name} has no tokenizer that can be read",
             expected="tokenizer files beside the weights",
-            remedy="copy tokenizer.json and tokenizer_config.json of the model into its directory once more",
+            remedy="copy tokenizer.json and tokenizer_config.json of the model into its directory once more; a "
+            "tokenizer with code of its own, which clla does not run, must be saved as a tokenizer.json first",
         ):
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, **self._where())
 
@@ -150,6 +154,7 @@ class Source:
         model, info = loaded
         check_complete(info, self.name)
         check_finite(model, self.name)
+        settle_generation(model, self.name)
         model.config._name_or_path = self.name
         if placement == "device":
             model.to(device)
@@ -308,9 +313,10 @@ def _check_code(config: dict[str, Any], name: str) -> None:
     known: Any = CONFIG_MAPPING.get(kind, None)
     theirs = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(known, None), "__name__", None) if known else None
     named = config.get("architectures") or [theirs]
-    if kind != "clla" and "AutoModelForCausalLM" in auto_map and (known is None or theirs not in named):
+    if kind != "clla" and (known is None or ("AutoModelForCausalLM" in auto_map and theirs not in named)):
+        code = auto_map.get("AutoModelForCausalLM", next(iter(auto_map.values())))
         raise UnsupportedModelError(
-            f"{name} is computed by code of its own ({auto_map['AutoModelForCausalLM']}), which clla does not run",
+            f"{name} is computed by code of its own ({code}), which clla does not run",
             expected=f"a model that transformers {transformers.__version__} computes itself",
             remedy="upgrade transformers, which may know it by now; or save its weights in the form of a model type "
             "that it knows",
@@ -356,6 +362,19 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
                 expected="finite numbers",
                 remedy="download the model again; if it is so everywhere, it was damaged in training or by a cast",
             )
+
+
+def settle_generation(model: PreTrainedModel, name: str) -> None:
+    """Leave out of a model's generation config what transformers reads and does not save: older ones name a temperature
+    and no sampling.
+    """
+    found: Any = model.generation_config
+    try:
+        if found is not None:
+            found.validate(strict=True)
+    except (AttributeError, TypeError, ValueError) as error:
+        model.generation_config = GenerationConfig(**{key: getattr(found, key) for key in TOKEN_IDS})
+        console.say(f"Of the generation config of {name} only its tokens are kept: {reason(error)}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -137,7 +137,7 @@ def test_rows_without_a_text_column_list_the_columns(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no text file"):
+    with pytest.raises(DatasetError, match="is a directory"):
         load_documents(str(tmp_path))
 
 
@@ -359,6 +359,7 @@ def test_packed_files_are_unpacked(kind: str, pack: str, tmp_path: Path) -> None
         ({"id": 3}, "which has no column text"),
         ({"text": 5}, "whose text is a number"),
         ({"text": " "}, "whose text is blank"),
+        ({"text": "half \ud83d"}, "whose text holds half a character"),
         ({"text": ["a"]}, "whose text is a list"),
         ("words", "which is a string and no object"),
         ([1], "which is a list and no object"),

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from clla.calibrate import fisher
 from clla.calibrate.fisher import BLOCK, sampled_label_gradient
+from clla.errors import CllaError
 
 ROWS = 256
 
@@ -120,6 +121,14 @@ def test_layout_of_the_logits_does_not_matter() -> None:
     """Some models compute sequence first and hand out a transposed view."""
     logits = logits_of(6, 4, 9).transpose(0, 1)  # [4, 6, 9], not contiguous
     torch.testing.assert_close(gradient(logits), gradient(logits.contiguous()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused(value: float) -> None:
+    logits = torch.zeros(1, 3, 200)
+    logits[0, 1, 150] = value
+    with pytest.raises(CllaError, match="NaN or infinite"):
+        sampled_label_gradient(logits, torch.Generator())
 
 
 def test_no_graph_is_kept() -> None:

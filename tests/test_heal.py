@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FAMILY_CONFIGS, pico
+from conftest import FAMILY_CONFIGS, byte_tokenizer, pico
 from helpers import clla, converted_of, finish, plan_of, stats_of, tokens, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from clla.artifacts import Stats
 from clla.baselines.stored import SourceCache
 from clla.convert.healing import resolve_healing
+from clla.convert.healing_text import _packed
 from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.heal.attention import View, _seen, masks, mixed_attention, view_of, visible
@@ -474,6 +475,14 @@ def test_half_written_states_are_passed_over(unbroken: tuple[Distiller, Progress
     assert last_state(tmp_path / "nowhere") is None
 
 
+def test_what_is_kept_back_of_a_short_text_is_not_lacking(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is taken beside what is trained on, as long as there is some."""
+    config = HealConfig(dataset=str(text_file), tokens=256, sequence_length=64)
+    sequences, held = _packed(config, byte_tokenizer(), 4)
+    assert len(sequences) == 4 and len(held) == 4 and "read repeatedly" not in capsys.readouterr().err
+    assert not {tuple(row) for row in sequences.tolist()} & {tuple(row) for row in held.tolist()}
+
+
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="sequences"):
         run(tmp_path, Schedule(steps=1000, batch=4, codec_lr=1e-3, weight_lr=1e-3, cache_share=0, evaluations=1))
@@ -499,7 +508,9 @@ def test_defaults_follow_the_budget_and_the_batch(share: float, trained: str) ->
         assert config.weight_lr == pytest.approx(config.codec_lr / 10)
     assert found["cuda"].codec_lr == 1e-3 and found["cpu"].codec_lr == pytest.approx(1e-3 * (2048 / 65536) ** 0.5)
     assert found["cuda"].tokens > found["cpu"].tokens
-    given = HealConfig(tokens=5, train="attention", codec_lr=1e-5, batch_tokens=64, dataset="b.txt", weight_lr=1.0)
+    given = HealConfig(
+        tokens=5, train="attention", codec_lr=1e-5, batch_tokens=64, dataset="b.txt", weight_lr=1.0, sequence_length=64
+    )
     assert resolve_healing(given, plan, recipe, torch.device("cpu")) == given
 
 

@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, pico_config, pico_of
 from helpers import clla, converted_of, plan_of, stats_of, tokens
 from transformers import PreTrainedModel
 
-from clla.errors import UsageError
+from clla.errors import UnsupportedModelError, UsageError
 from clla.lengths import Reach, reach_of
 from clla.modeling.modeling_clla import CllaForCausalLM
 
@@ -67,7 +67,8 @@ def test_fit_and_check(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match=r"--context 101\. at most 100 tokens, for which .* lower --context"):
         Reach(100, 100).check_option("--context", 101)
     Reach(None, 100).check_option("--context", 101)
-    assert "beyond the 100 positions" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("Warning: --context 101: beyond the 100 positions")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,26 @@ def test_padding_takes_no_position(short: CllaForCausalLM) -> None:
     assert answer.shape == (1, 84)
     with pytest.raises(ValueError, match="65 tokens"):
         model.generate(ids, attention_mask=mask, max_new_tokens=15, eos_token_id=None, pad_token_id=258)
+
+
+@torch.no_grad()
+def test_padding_takes_a_position_in_a_table_of_biases() -> None:
+    source = pico_of(pico_config("mpt", max_seq_len=64, without=NO_SIZES))
+    stats = stats_of(source)
+    model: Any = converted_of(source, plan_of(stats, source), stats)
+    ids, mask = torch.cat((torch.full((1, 20), 258), tokens(1, 40)), 1), torch.ones(1, 60, dtype=torch.long)
+    mask[:, :20] = 0
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=4, eos_token_id=None).shape == (1, 64)
+    with pytest.raises(ValueError, match="65 tokens"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=5, eos_token_id=None)
+    with pytest.raises(ValueError, match="65 tokens"):
+        model(tokens(1, 65), position_ids=torch.arange(65)[None].clamp(max=40))
+
+
+def test_models_for_less_than_a_sequence_are_refused() -> None:
+    assert Reach(40, 40).fit_sequence(1024, 32) == 40 and Reach().fit_sequence(1024, 32) == 1024
+    with pytest.raises(UnsupportedModelError, match=r"takes 16 tokens.* at least 32"):
+        Reach(None, 16).fit_sequence(1024, 32)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,16 +16,18 @@ import torch
 from helpers import clla as command
 from rich.table import Table
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 import clla
 from clla import console
 from clla.arguments import parse_size
 from clla.commands.failures import InternalError, explained
 from clla.errors import CllaError, UsageError, reason
-from clla.source import open_source
+from clla.source import open_source, settle_generation
 
 SCRIPT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes away from what runs behind it
 sys.argv[0] = "clla"
 from clla import cli, console
 from rich.table import Table
@@ -164,6 +167,7 @@ WRONG: dict[str, Callable[[str], Any]] = {
     "a model": lambda c: clla.convert(torch.nn.Linear(1, 1)),  # type: ignore[arg-type]
     "an empty name": lambda c: clla.convert(""),
     "a zero byte": lambda c: clla.convert("a\0b"),
+    "no Unicode": lambda c: clla.convert("caf\udce9"),
     "a number for a path": lambda c: clla.convert("x", output=5),  # type: ignore[arg-type]
     "a word for a number": lambda c: clla.convert("x", window="8"),  # type: ignore[arg-type]
     "yes for a number": lambda c: clla.convert("x", window=True),
@@ -241,8 +245,6 @@ def test_files_that_are_no_gguf(data: bytes, tmp_path: Path) -> None:
     "template", ["{{ raise_exception('roles') }}", "{% for m in messages %}{{ m['role'] }", "{{ x.y.z }}"]
 )
 def test_chat_templates_that_fail(template: str, checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(checkpoint, tmp_path / "chat")
     (folder / "chat_template.jinja").write_text(template)
     done = command("generate", folder, "--prompt", "hello", "--max-new-tokens", 2)
@@ -250,6 +252,37 @@ def test_chat_templates_that_fail(template: str, checkpoint: Path, tmp_path: Pat
     assert command("generate", folder, "--prompt", "hello", "--max-new-tokens", 2, "--no-chat").exit_code == 0
 
 
+def test_generation_configs_that_fail(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "odd")
+    (folder / "clla_checksums.json").unlink()
+    for settings, code in (('{"stop_strings": ["x"]}', 0), ('{"repetition_penalty": 0}', 1)):
+        (folder / "generation_config.json").write_text(settings)
+        done = command("generate", folder, "--prompt", "hello", "--max-new-tokens", 2)
+        assert done.exit_code == code, done.stderr
+    assert "generation_config.json: `penalty`" in " ".join(done.stderr.split())
+
+
+def test_what_transformers_does_not_save_is_left_out(pico_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A temperature without sampling, as older models name it: found before calibration, not after it."""
+    model = AutoModelForCausalLM.from_pretrained(pico_dir)
+    config: Any = model.generation_config
+    settle_generation(model, "it")
+    assert model.generation_config is config and not capsys.readouterr().err
+    config.temperature, config.eos_token_id = 0.6, 257
+    settle_generation(model, "it")
+    assert "generation config of it" in capsys.readouterr().err
+    kept: Any = model.generation_config
+    assert kept.eos_token_id == 257 and kept.temperature != 0.6
+    kept.validate(strict=True)
+
+
 def test_prompts_that_are_no_text(checkpoint: Path) -> None:
     for prompt in ("caf\udce9", " ", ""):
         assert command("generate", checkpoint, "--prompt", prompt).exit_code == 2
+
+
+def test_names_that_are_no_text() -> None:
+    """JSON and YAML could not hold them."""
+    for words in (["convert", "nothing", "-o", "caf\udce9"], ["convert", "nothing", "--dataset", "\udce9.txt"]):
+        done = command(*words)
+        assert done.exit_code == 2 and "is no UTF-8" in done.stderr

@@ -21,7 +21,7 @@ from clla.cli import app, recipes_app
 from clla.commands.shared import path
 from clla.convert.checkpoint import OLD, PARTIAL, check_output, finished_directory, tidy
 from clla.convert.run import stats_bytes
-from clla.errors import CllaError, UsageError
+from clla.errors import CllaError, UsageError, resumable
 from clla.places import LOCK, check_file, check_writable, expanded, holding, writing
 from clla.recipe import Recipe
 from clla.source import open_source
@@ -98,6 +98,16 @@ def test_what_killed_runs_left_goes_and_what_is_not_ours_stays(tmp_path: Path) -
     assert (out / "new").is_file()
 
 
+def test_only_what_is_finished_can_be_resumed(tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    for name, kept in (("spill/hidden-0-0", False), ("stats-1.safetensors.ab.partial", False), ("plan-1.json", True)):
+        with pytest.raises(ValueError) as caught, resumable(work):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).write_text("x")
+            raise ValueError
+        assert (hasattr(caught.value, "__notes__"), work.exists()) == (kept, kept)
+
+
 def test_a_dry_run_deletes_nothing_that_it_did_not_make(
     pico_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +153,17 @@ def test_paths_are_checked_before_a_model_is_opened(bad: str, tmp_path: Path, mo
     done = clla("convert", "model.gguf", *options)
     said = {"work": "lies in the output", "output": "cannot be written"}[bad]
     assert done.exit_code == 2 and said in " ".join(done.stderr.split())
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """A pipe stands for devices, too."""
+    os.mkfifo(tmp_path / "pipe")
+    for command in (["convert", "nothing", "-o"], ["plan", "nothing", "--save"], ["report", "nothing", "-o"]):
+        done = clla(*command, tmp_path / "pipe")
+        assert done.exit_code == 2 and "a device, a pipe or a socket" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+    with pytest.raises(UsageError, match="whole disk"), holding(Path("/")):
+        pass
 
 
 def test_the_home_directory_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

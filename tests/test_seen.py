@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,26 @@ def test_the_bundled_text(sha: str | None, texts: Path) -> None:
     assert unseen(str(texts / "own name.txt.xz"), fitted, left_out=False) is False
     assert unseen("bundled", [fitted_text(str(texts / "own name.txt.xz"))], left_out=True) is True
     assert unseen("bundled", [FittedText("bundled", fitted[0].sha256, False)], left_out=True) is False
+
+
+def test_excerpts_and_other_forms_are_known(texts: Path) -> None:
+    lines = [f"line {number} tells of the number {number * 7919}" for number in range(2000)]
+    (texts / "own.txt").write_text("\n".join(lines))
+    (texts / "excerpt.txt").write_text("\r\n".join(lines[500:700]))
+    (texts / "rows.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    (texts / "more.txt").write_text("\n".join(["And then something else happened", *lines]))
+    fitted = [fitted_text(str(texts / "own.txt"))]
+    for name in ("excerpt.txt", "rows.jsonl", "more.txt"):
+        assert unseen(str(texts / name), fitted, left_out=False) is False, name
+    (texts / "own.txt").unlink()
+    assert unseen(str(texts / "excerpt.txt"), fitted, left_out=False) is None
+    with lzma.open(bundled_path(), "rt", encoding="utf-8") as stream:
+        begun = stream.read(300_000)
+    (texts / "start.txt").write_text(begun[:200_000])  # without a block that is kept back
+    (texts / "more of it.txt").write_text(begun[200_000:])
+    assert unseen(str(texts / "start.txt"), [fitted_text("bundled")], left_out=False) is False
+    assert unseen("bundled", [fitted_text(str(texts / "start.txt"))], left_out=True) is True
+    assert unseen("bundled", [fitted_text(str(texts / "more of it.txt"))], left_out=True) is False
 
 
 def test_what_cannot_be_known_is_not_claimed(texts: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clla.errors import CllaError
+
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of probabilities in fp32 at once: what a cache holds, or many rows
 BLOCK = 128  # entries that a draw sums up first
 
@@ -27,6 +29,9 @@ def sampled_label_gradient(logits: Tensor, generator: torch.Generator, *, out: T
 
     Returns:
         [B, T, V] in the dtype of `logits`.
+
+    Raises:
+        CllaError: a logit is NaN or infinite.
     """
     if out is None or (out.shape, out.dtype, out.device) != (logits.shape, logits.dtype, logits.device):
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -37,6 +42,12 @@ def sampled_label_gradient(logits: Tensor, generator: torch.Generator, *, out: T
         probabilities = rows_in[start : start + rows].softmax(-1, dtype=torch.float32)
         rows_out[start : start + rows] = probabilities
         _block_sums(probabilities, out=sums[start : start + rows])
+    if not sums.isfinite().all():
+        raise CllaError(
+            "the model's logits are NaN or infinite",
+            expected="finite numbers",
+            remedy="pass --dtype float32; if that does not help, the model is damaged: download it again",
+        )
     # One uniform number a row, drawn on the CPU, keeps the draw identical on every device.
     uniform = torch.rand(len(rows_in), 1, generator=generator, dtype=torch.float32).to(logits.device)
     label, probability = _draw(rows_in, sums, uniform)

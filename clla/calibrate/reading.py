@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clla import console
-from clla.errors import DatasetError
+from clla.errors import DatasetError, is_unicode
 from clla.places import expanded
 
 TEXT_FIELDS = ("text", "content", "document", "body")
@@ -144,6 +144,8 @@ def _source_of(dataset: str, tell: bool) -> Iterator[str]:
             expected=f"{FORMATS}, a Hub data set id, 'bundled' or 'self'",
             remedy="check the path given to --dataset or --text",
         )
+    if path.is_dir():
+        raise DatasetError(f"{path} is a directory", expected=FORMATS, remedy="name one of its files")
     if not kind or not path.is_file():
         raise DatasetError(
             f"{path} is no text file that is understood", expected=FORMATS, remedy="rename or convert it"
@@ -341,7 +343,9 @@ def _texts(rows: Iterator[tuple[str, Any]], name: str, tell: bool) -> Iterator[s
 
 def _column(row: Any) -> str | None:
     """Of a row, the first column with text."""
-    return next((c for c in TEXT_FIELDS if isinstance(row.get(c), str)), None) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        return None
+    return next((c for c in TEXT_FIELDS if isinstance(row.get(c), str) and is_unicode(row[c])), None)
 
 
 def _why(row: Any) -> str:
@@ -351,7 +355,9 @@ def _why(row: Any) -> str:
     column = next((c for c in TEXT_FIELDS if c in row), None)
     if column is None:
         return f"which has no column {TEXT_FIELDS[0]}"
-    return f"whose {column} is {'blank' if isinstance(row[column], str) else _type(row[column])}"
+    if isinstance(row[column], str):
+        return f"whose {column} {'is blank' if is_unicode(row[column]) else 'holds half a character (a surrogate)'}"
+    return f"whose {column} is {_type(row[column])}"
 
 
 def _type(value: Any) -> str:

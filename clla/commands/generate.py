@@ -16,8 +16,9 @@ from clla.commands.shared import (
     errors,
     start,
 )
-from clla.errors import UsageError, blamed
+from clla.errors import CllaError, UsageError, blamed, reason
 
+COLDEST = 1e-6  # temperature: divided by less, logits become infinite
 NEW_TOKENS = 100  # by default, where the model takes as many after the prompt
 
 
@@ -48,8 +49,10 @@ def generate(
         from clla.source import pick_device
         from clla.vocabulary import check_tokens
 
-        if not math.isfinite(temperature):
-            raise UsageError(f"--temperature {temperature}", expected="a number from 0 on", remedy="correct it")
+        if not math.isfinite(temperature) or 0 < temperature < COLDEST:
+            raise UsageError(
+                f"--temperature {temperature}", expected=f"0, or a number from {COLDEST:g} on", remedy="correct it"
+            )
         text = _prompt(prompt)
         loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
         if chat and loaded.tokenizer.chat_template:
@@ -74,13 +77,21 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         model: Any = loaded.model
         model.select_tokens = select_tokens
-        output = model.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            num_beams=num_beams,
-            return_dict_in_generate=True,
-            **sampling,
-        )
+        try:
+            output = model.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                num_beams=num_beams,
+                return_dict_in_generate=True,
+                tokenizer=loaded.tokenizer,
+                **sampling,
+            )
+        except (TypeError, ValueError) as error:
+            raise CllaError(
+                f"{checkpoint} cannot generate with these options and its generation_config.json: {reason(error)}",
+                expected="settings that transformers' generate() takes",
+                remedy="correct what the reason names",
+            ) from error
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         print(loaded.tokenizer.decode(new, skip_special_tokens=True))
         cache, plan = output[CACHE], loaded.plan

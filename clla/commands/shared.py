@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from clla import console
 from clla.commands.failures import explained, wants_traceback
-from clla.errors import CllaError, UsageError
+from clla.errors import CllaError, UsageError, is_unicode
 from clla.places import expanded
 from clla.recipes import builtin_recipes
 
@@ -145,7 +145,7 @@ class Commands(TyperGroup):
         as_json = "--json" in ctx.args
         try:
             with errors(as_json, interrupted="nothing had begun"):
-                _check_empty(ctx.args)
+                _check_words(ctx.args)
             return super().invoke(ctx)
         except Exception as error:
             if as_json and hasattr(error, "format_message"):  # a slip in the options, which typer shows on stderr
@@ -153,12 +153,17 @@ class Commands(TyperGroup):
             raise
 
 
-def _check_empty(words: list[str]) -> None:
-    """Refuse empty options and arguments, which a path or a number would be made of in silence.
+def _check_words(words: list[str]) -> None:
+    """Refuse options and arguments that are empty, which a path or a number would be made of in silence, or no UTF-8.
 
     Raises:
         UsageError: there is one.
     """
+    for word in words:
+        if not is_unicode(word):
+            raise UsageError(
+                f"{word} is no UTF-8", expected="options and names in UTF-8", remedy="convert it, or rename the file"
+            )
     for before, word in zip(["", *words], words, strict=False):
         joined = word.startswith("--") and word.endswith("=")
         if word == "" or joined:

@@ -31,7 +31,7 @@ from clla.evaluate.report import Report, write_report
 from clla.heal.sharding import launched_sharded
 from clla.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.places import expanded, holding
-from clla.recipe import Recipe
+from clla.recipe import SHORTEST, Recipe
 from clla.source import pick_device, start_processes
 
 
@@ -98,7 +98,7 @@ def _heal(
     folder = checkpoint_folder(path)
     reach = checkpoint_reach(folder)
     reach.check_option("--sequence-length", changes.get("sequence_length"))
-    length = changes.get("sequence_length") or reach.fit(HEAL_LENGTH)
+    length = changes.get("sequence_length") or reach.fit_sequence(HEAL_LENGTH, SHORTEST)
     recipe = recipe_of(folder).model_copy(update={"heal": None})
     recipe = recipe.override({"heal": {**changes, "sequence_length": length}})
     assert recipe.heal is not None

@@ -79,17 +79,17 @@ def _packed(config: HealConfig, tokenizer: Any, wanted: int) -> tuple[Tensor, Te
     assert config.dataset and config.sequence_length
     dataset, length = config.dataset, config.sequence_length
 
-    def pack(texts: Iterable[str]) -> Tensor:
+    def pack(texts: Iterable[str], count: int) -> Tensor:
         return torch.cat(
-            token_batches(texts, tokenizer, tokens=wanted * length, sequence_length=length, seed=config.seed)
+            token_batches(texts, tokenizer, tokens=count * length, sequence_length=length, seed=config.seed)
         )
 
     if holds_back(dataset, tokenizer, length=length):
         left_out = held_out_blocks(read_documents(dataset, tell=False))
         held = whole_windows(left_out, tokenizer, count=HELD_OUT_WINDOWS, length=length)
-        sequences = pack(calibration_blocks(read_documents(dataset)))
+        sequences = pack(calibration_blocks(read_documents(dataset)), wanted)
     else:  # too short for that: keep the last sequences back
-        sequences = pack(read_documents(dataset))
+        sequences = pack(read_documents(dataset), wanted + HELD_OUT_WINDOWS)
         count = min(HELD_OUT_WINDOWS, len(sequences) // 2)
         if count == 0:
             raise DatasetError(

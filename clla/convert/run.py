@@ -42,7 +42,7 @@ from clla.evaluate.perplexity import Subject, compare
 from clla.families import FAMILIES
 from clla.lengths import reach_of
 from clla.placement import choose_placement
-from clla.recipe import Provenance, Recipe, parse_budget
+from clla.recipe import SHORTEST, Provenance, Recipe, parse_budget
 from clla.source import Source, pick_dtype
 from clla.vocabulary import check_tokens
 
@@ -72,13 +72,13 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
     batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
     dtype = str(pick_dtype(recipe.runtime.compute_dtype, source.dtype, device)).removeprefix("torch.")
-    length = recipe.calibration.sequence_length or reach.fit(DEFAULT_LENGTH)
+    length = recipe.calibration.sequence_length or reach.fit_sequence(DEFAULT_LENGTH, SHORTEST)
     changes: dict[str, dict[str, Any]] = {
         "calibration": {"tokens": tokens, "batch_size": batch_size, "sequence_length": length},
         "runtime": {"compute_dtype": dtype},
     }
     if recipe.heal is not None:
-        changes["heal"] = {"sequence_length": recipe.heal.sequence_length or reach.fit(HEAL_LENGTH)}
+        changes["heal"] = {"sequence_length": recipe.heal.sequence_length or reach.fit_sequence(HEAL_LENGTH, SHORTEST)}
     filled = recipe.override(changes)
     # Not from the metadata of installed packages: clla may run from a checkout.
     versions = {package.__name__: str(package.__version__) for package in (clla, torch, transformers)}

@@ -133,8 +133,10 @@ def cut(module: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "Opti
     chunks = getattr(kwargs.get(CACHE), "chunks", None)
     if chunks is None:
         return None
-    call = inspect.signature(module.forward).bind(*args, **kwargs)
-    last = chunks.before(module, {**call.arguments, **call.arguments.pop("kwargs", {})})
+    signature, named = inspect.signature(module.forward), {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        named.update(value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    last = chunks.before(module, named)
     return None if last is None else ((), last)
 
 

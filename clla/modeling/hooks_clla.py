@@ -100,12 +100,17 @@ def rotary_module(model: nn.Module) -> nn.Module | None:
     return found[0] if found else None
 
 
-def counts_padding(model: nn.Module) -> bool:
+def skips_padding(model: nn.Module) -> bool:
     """Whether a model that is told no positions counts them from its mask, padding left out."""
     return any(
         POSITIONS.search(name.rpartition(".")[2]) and "attention_mask" in inspect.signature(module.forward).parameters
         for name, module in model.named_modules()
     )
+
+
+def has_bias_table(model: nn.Module) -> bool:
+    """Whether a model adds biases of positions from a table, in which padding takes a position too."""
+    return any(hasattr(module, "build_mpt_alibi_tensor") for module in model.modules())
 
 
 def position_slots(model: nn.Module) -> Optional[int]:

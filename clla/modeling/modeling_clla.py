@@ -25,7 +25,7 @@ from .cache_clla import CllaCache
 from .chunks_clla import Chunks, cut, joined
 from .configuration_clla import CllaConfig
 from .group_clla import reading_tokens
-from .hooks_clla import CACHE, attention_modules, counts_padding, decoder_of, position_slots, rope_of
+from .hooks_clla import CACHE, attention_modules, decoder_of, has_bias_table, position_slots, rope_of, skips_padding
 from .observe_clla import LISTENER, PREFIX, is_observed, listening, observed
 from .placement_clla import STRATEGIES, beside_layers, device_map_of, of_source
 from .quantize_clla import tensor_digest
@@ -101,7 +101,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.loss_type = self.source.loss_type
         self.prefill_chunk = config.clla["prefill_chunk"]
         self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
-        self.counts_padding = counts_padding(self.source)  # not, where it is told no positions
+        self.skips_padding = skips_padding(self.source)
+        self.padding_takes_positions = has_bias_table(self.source)
         self.select_tokens: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
         self.watch_source()
@@ -387,11 +388,11 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = cache.timeline.unpadded(count, inputs.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + count, device=inputs.device)[None]
-            if self.counts_padding and attention_mask is not None:
+            if self.skips_padding and attention_mask is not None:
                 position_ids = _without_padding(position_ids, attention_mask.to(inputs.device).bool())
         position_ids = position_ids.expand(inputs.shape[0], -1)
-        if self.position_slots is not None and past + count > self.position_slots:  # padding takes no position
-            self._check_length(int(position_ids.max()) + 1)
+        if self.position_slots is not None and past + count > self.position_slots:
+            self._check_length(past + count if self.padding_takes_positions else int(position_ids.max()) + 1)
 
         begin = partial(_begin, cache, position_ids, attention_mask, past)
         call = {
@@ -472,7 +473,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         mask, length = model_kwargs.get("attention_mask"), generation_config.max_length
         if self.position_slots is not None and length is not None and length > self.position_slots:
-            padding = 0 if mask is None else int((mask == 0).sum(-1).min())
+            padding = 0 if mask is None or self.padding_takes_positions else int((mask == 0).sum(-1).min())
             self._check_length(length - padding)
         wanted, given = generation_config.cache_implementation, model_kwargs.get(CACHE)
         if wanted not in CACHES or generation_config.cache_config is not None:
