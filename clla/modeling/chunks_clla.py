@@ -133,7 +133,8 @@ def cut(module: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "Opti
     chunks = getattr(kwargs.get(CACHE), "chunks", None)
     if chunks is None:
         return None
-    signature, named = inspect.signature(module.forward), {}
+    signature = inspect.signature(module.forward)
+    named: "dict[str, Any]" = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         named.update(value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
     last = chunks.before(module, named)

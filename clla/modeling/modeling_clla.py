@@ -9,6 +9,7 @@ Shape legend: B sequences, T tokens, n = 2·H_kv·d, h hidden size, r rank of a 
 
 import copy
 import inspect
+import os
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -178,8 +179,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         where = {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
         if isinstance(config, CllaConfig):
             config = copy.deepcopy(config)
-        else:
-            config = CllaConfig.from_pretrained(path if config is None else config, **where)
+        else:  # a path, or an object of another copy of this code
+            config = CllaConfig.from_pretrained(config if isinstance(config, (str, os.PathLike)) else path, **where)
         for name in (name for name in SETTINGS if name in kwargs):
             setattr(config, name, kwargs.pop(name))
         dtype = kwargs.pop("torch_dtype", None)  # an older name
@@ -236,9 +237,10 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         model.codec.load_state_dict(codec, assign=True)
         model.codec.to(dtype=source.dtype)
         if hasattr(source, "hf_device_map"):
-            model.hf_device_map = beside_layers(model, source.hf_device_map)
+            places = beside_layers(model, source.hf_device_map)
             for i, group in enumerate(model.codec.groups):
-                group.to(model.hf_device_map[f"codec.groups.{i}"])
+                group.to(places[f"codec.groups.{i}"])
+            model.hf_device_map = places
         else:
             model.codec.to(source.device)
         model.watch_source()
