@@ -229,6 +229,11 @@ def test_hybrids_that_cannot_go_back_say_so_until_they_are_reset() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         run("hybrid", cache, ids)
     run("hybrid", cache, ids)  # nothing had been there
+    other = new_cache("hybrid")
+    Break(layers_of("hybrid")[3], 1, torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError):
+        run("hybrid", other, tokens(3, 50))
+    run("hybrid", other, ids)  # fewer sequences fit
     refused("hybrid", cache, tokens(1, 5), "holds 2 sequences")
     Break(layers_of("hybrid")[3], 1, torch.OutOfMemoryError())
     with pytest.raises(torch.OutOfMemoryError):
@@ -363,15 +368,17 @@ def test_no_cache_is_larger_than_the_sources(name: str) -> None:
     """At no length, token by token. A latent of the first layer's input is stored beside exact tokens, too."""
     model, ids = form(name), tokens(1, 300)
     cache, own = new_cache(name, 300), DynamicCache(config=model.config.text_config)
-    source, rows = pico({"sliding": "qwen2-sliding", "hybrid": "lfm2"}.get(name, "llama")), 0
+    source = pico({"sliding": "qwen2-sliding", "hybrid": "lfm2"}.get(name, "llama"))
     with torch.no_grad():
         for t in range(300):
+            rows = 0
             model(ids[:, t : t + 1], past_key_values=cache)
             source(ids[:, t : t + 1], past_key_values=own)
             if name in ("first", "first without a window"):
                 rows = sum(
                     group.layout.row_bytes * (group.filled + min(SINKS, group.encoded)) for group in cache.groups
                 )
+            rows += sum(group.held.score.nbytes for group in cache.groups) if name == "evict" else 0
             there = own.layers if name != "static" else []
             nbytes = sum(x.nbytes for layer in there for x in tensors_of(layer)) or 300 * bytes_per_token(model)
             assert cache.nbytes <= nbytes + rows + 16, (t + 1, cache.nbytes, nbytes)

@@ -231,12 +231,11 @@ class CllaCache(Cache):
         if self._before is None:
             return
         self._restore()
-        for layer in self.kept.values():
-            if hasattr(layer, "conv_states"):  # and recurrent ones, which are changed where they are
-                if self.timeline.length:
-                    self._torn = True
-                else:
-                    layer.reset()
+        if any(hasattr(layer, "conv_states") for layer in self.kept.values()):  # changed where they are
+            if self.timeline.length:
+                self._torn = True
+            else:
+                self._renew()
 
     def _state(self) -> Any:
         kept = {i: {name: _copied(value) for name, value in vars(layer).items()} for i, layer in self.kept.items()}
@@ -351,8 +350,16 @@ class CllaCache(Cache):
         held = kept + self.timeline.tensors() + [t for group in self.groups for t in group.tensors()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
+    def _renew(self) -> None:
+        """Have the source's own layers as in a new cache: their `reset` keeps the number of sequences of states."""
+        fresh = DynamicCache(config=self.config.text_config).layers if self.kept else []
+        for i, layer in self.kept.items():
+            vars(layer).clear()
+            vars(layer).update(vars(fresh[i]))
+
     def reset(self) -> None:
         super().reset()
+        self._renew()
         self.timeline.reset()
         for group in self.groups:
             group.reset()
