@@ -235,6 +235,11 @@ def test_hybrids_that_cannot_go_back_say_so_until_they_are_reset() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         run("hybrid", cache, ids)
     run("hybrid", cache, ids)  # nothing had been there
+    other = new_cache("hybrid")
+    Break(layers_of("hybrid")[3], 1, torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError):
+        run("hybrid", other, tokens(3, 50))
+    run("hybrid", other, ids)  # fewer sequences fit
     refused("hybrid", cache, tokens(1, 5), "holds 2 sequences")
     Break(layers_of("hybrid")[3], 1, torch.OutOfMemoryError())
     with pytest.raises(torch.OutOfMemoryError):

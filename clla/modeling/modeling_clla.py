@@ -237,10 +237,10 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         model.codec.load_state_dict(codec, assign=True)
         model.codec.to(dtype=source.dtype)
         if hasattr(source, "hf_device_map"):
-            places = beside_layers(model, source.hf_device_map)
+            homes: Any = beside_layers(model, source.hf_device_map)
+            model.hf_device_map = homes
             for i, group in enumerate(model.codec.groups):
-                group.to(places[f"codec.groups.{i}"])
-            model.hf_device_map = places
+                group.to(homes[f"codec.groups.{i}"])
         else:
             model.codec.to(source.device)
         model.watch_source()
