@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clla.artifacts import Plan
-from clla.calibrate.data import hub_dataset
+from clla.calibrate.reading import hub_dataset
 from clla.card_facts import Facts
 from clla.evaluate.plan_tables import bit_runs, span
 from clla.evaluate.report import LABELS
