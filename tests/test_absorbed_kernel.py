@@ -200,7 +200,7 @@ def test_compilers_follow_whole(kernels: bool, kernel_device: str) -> None:
         close(compiled(problem.query), problem.naive(), 5e-6)
 
 
-def test_models_read_rows_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_read_rows_by_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A padded batch, with a prompt of few tokens: by kernels and by the twin alike, and not by neither."""
     launches, launch = [], absorbed_clla.absorbed_logits
     monkeypatch.setattr(absorbed_clla, "absorbed_logits", lambda *a: launches.append(1) or launch(*a))
@@ -208,7 +208,7 @@ def test_models_read_rows_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     converted, _ = strict_of(
         model, stats_of(model, with_queries=True), groups=((0, 1), (2, 3)), components=16, bits=4, rope_bits=6, rank=48
     )
-    ids = tokens(2, 7)
+    converted, ids = converted.to(kernel_device), tokens(2, 7).to(kernel_device)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     common: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 258}

@@ -389,14 +389,16 @@ def test_small_weights_count_in_fp16(kernels: bool, count: int, kernel_device: s
     [("llama", False), ("llama", True), ("smollm3", False), ("gpt_neox", True), ("cohere", False), ("gpt2", True)],
     ids=str,
 )
-def test_models_read_latents_by_kernels(family: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_read_latents_by_kernels(
+    family: str, static: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A padded batch; rows join while tokens come. By kernels and by the twin alike, and not by neither."""
     launches, launch = [], decode_clla.packed_logits
     monkeypatch.setattr(decode_clla, "packed_logits", lambda *a: launches.append(1) or launch(*a))
     model = pico(family)
     stats = stats_of(model, batches=1, with_inputs=False)
     plan = plan_of(stats, model, bits=4, rank=16, window=4, flush_block=2, sinks=2)
-    converted, ids = converted_of(model, plan, stats), tokens(2, 14)
+    converted, ids = converted_of(model, plan, stats).to(kernel_device), tokens(2, 14).to(kernel_device)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     answers = []

@@ -501,9 +501,9 @@ def test_lossless_check_tells_right_from_wrong(dtype: torch.dtype) -> None:
         check_lossless(forgetful, found.stats.layers, {"form": "halves", "plain_layers": []})
 
 
-def test_lossless_check_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_check_needs_no_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too: kernels do not know its rows."""
     for module in (decode_clla, pack_triton_clla):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     found = case("llama")
-    check_lossless(pico("llama"), found.stats.layers, found.rope)
+    check_lossless(pico("llama").to(kernel_device), found.stats.layers, found.rope)

@@ -20,6 +20,7 @@ from clla.convert.checkpoint import write_checkpoint
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.observe_clla import PREFIX
 
 COMMON: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 258}
 
@@ -90,7 +91,7 @@ def test_attention_with_a_cache_of_its_own_is_refused() -> None:
         converted.set_attn_implementation("paged|sdpa")
     for name in ("eager", "sdpa"):  # in this order: the last one reads latents again
         converted.set_attn_implementation(name)
-    assert converted.source.config._attn_implementation == "clla_observed_sdpa"
+    assert converted.source.config._attn_implementation == f"{PREFIX}sdpa"
     converted.config._attn_implementation = "paged|eager"
     with pytest.raises(ValueError, match="paged cache"):
         CllaForCausalLM(converted.config)

@@ -5,12 +5,13 @@ What is expected comes from the same model with reading forbidden, whose attenti
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import pico
+from conftest import pico, pico_config, pico_of
 from helpers import converted_of, kept_bytes, plan_of, stats_of, tokens
 from test_model import full_rank, lossy, source_and_stats
 from torch import Tensor
@@ -307,6 +308,13 @@ def test_static_generation_gives_the_same_tokens(options: dict[str, int]) -> Non
     assert found[CACHE].max_length == 80 and expected[CACHE].max_length is None
 
 
+def compiling_with(backend: Any) -> CompileConfig:
+    """Settings of `generate` that compile on a CPU, too, as transformers' own tests do."""
+    settings = CompileConfig(backend=backend, mode=None, fullgraph=False)
+    settings._compile_all_devices = True
+    return settings
+
+
 class Graphs:
     """A compiler that only counts what it is given."""
 
@@ -324,7 +332,9 @@ class Graphs:
 @pytest.mark.parametrize(
     ("kernels", "select"), [(False, None), (False, 12), (True, 12)], ids=["torch", "torch, selected", "kernels"]
 )
-def test_one_graph_serves_all_steps(kernels: bool, select: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_serves_all_steps(
+    kernels: bool, select: int | None, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Token by token, over encoding what leaves the window, in several calls; also where kernels read the latents."""
     torch.compiler.reset()
     if kernels:
@@ -333,12 +343,30 @@ def test_one_graph_serves_all_steps(kernels: bool, select: int | None, monkeypat
     converted, graphs = full_rank(), Graphs()
     converted.select_tokens = select
     ids, new = tokens(2, 40), 5 if kernels else 30
+    if kernels:
+        converted, ids = copy.deepcopy(converted).to(kernel_device), ids.to(kernel_device)
     expected = converted.generate(ids, max_new_tokens=new, **COMMON)
-    settings = CompileConfig(backend=graphs, mode=None, fullgraph=False)  # type: ignore[arg-type]
-    settings._compile_all_devices = True  # as transformers' own tests do on CPUs
+    settings = compiling_with(graphs)
     for _ in range(2):
         found = converted.generate(
             ids, max_new_tokens=new, cache_implementation="static", compile_config=settings, **COMMON
         )
         assert torch.equal(found, expected)
         assert graphs.count == 1
+
+
+@pytest.mark.slow
+def test_a_real_compiler_gives_the_same_tokens() -> None:
+    """What `generate` uses by itself on a GPU; a block of tokens leaves the window meanwhile."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = pico_of(pico_config("llama", num_hidden_layers=2))
+    stats, ids = stats_of(model, batches=2), tokens(2, 40)
+    converted = converted_of(model, plan_of(stats, model, bits=4, rank=64), stats)
+    expected = converted.generate(ids, max_new_tokens=8, **COMMON)
+    found = converted.generate(
+        ids, max_new_tokens=8, cache_implementation="static", compile_config=compiling_with("inductor"), **COMMON
+    )
+    assert torch.equal(found, expected)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

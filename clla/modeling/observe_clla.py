@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-PREFIX = "clla_observed_"
+from .decode_triton_clla import NAMESPACE
+
+PREFIX = f"{NAMESPACE}_observed_"  # functions are registered by name, and those of each copy know its caches alone
 LISTENER = "clla_listener"  # keyword of a model's forward pass that names the cache, where the context is out of reach
 SPECIAL = ("softcap", "sliding_window", "s_aux")  # where they are given, attention is not ordinary
 HARMLESS = {"position_ids", "cache_position", "attention_mask"}  # tensors that attention functions take and ignore
