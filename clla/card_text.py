@@ -74,10 +74,9 @@ def memory(facts: Facts) -> str:
         _gain(plan),
     ]
     if plan.kept_layers:
-        bounded = f"a window of {plan.kept_window} tokens" if plan.kept_window else "a state of fixed size"
-        counted = "it is counted in the table" if plan.kept_window else "it is not counted in what is planned"
+        counted = "; it is counted in the table" if plan.kept_bytes_at(plan.kept_window) else ""
         layers = ", ".join(map(str, plan.kept_layers))
-        parts.append(f"Layers {layers} are as they were: their cache is bounded by {bounded}; {counted}.")
+        parts.append(f"Layers {layers} are as they were: their cache is bounded by {plan.bound}{counted}.")
     return "\n\n".join([*parts, *_picture(facts, "clla_plan.png", "Latent components and bits of each layer group")])
 
 
@@ -101,7 +100,9 @@ def quality(facts: Facts) -> str:
         ]
         for label, row in named
     ]
-    seen = "which calibration left out" if measured["unseen"] else "which **calibration had read too**"
+    seen = {True: "which calibration left out", False: "which **calibration had read too**"}.get(
+        measured["unseen"], "of which it is **not known whether calibration had read it**"
+    )
     chunk = measured["chunk"]
     parts = [
         "## Quality",
@@ -191,7 +192,8 @@ def text_of(dataset: str | None) -> str:
     if dataset in ("bundled", "self"):
         return BUNDLED if dataset == "bundled" else "text that the model wrote itself"
     if found := hub_dataset(dataset):
-        return f"[{found[0]}]({HUB}/datasets/{found[0]}) (split `{found[1]}`)"
+        config = f"configuration `{found.config}`, " if found.config else ""
+        return f"[{found.repo}]({HUB}/datasets/{found.repo}) ({config}split `{found.split}`)"
     return f"a local file, `{Path(dataset).name}`"
 
 
