@@ -31,12 +31,12 @@ class Segment(NamedTuple):
 
     Attributes:
         first: slot.
-        offset: [B], slot minus position.
+        offset: [B], slot minus position; between forward passes None where it is 0 for all.
         values: the same on the host.
     """
 
     first: int
-    offset: Tensor
+    offset: Optional[Tensor]
     values: "list[int]"
 
 
@@ -57,15 +57,17 @@ class Timeline:
         self.length = 0  # slots before the current forward pass
         self.incoming = 0  # slots of the current one
         self.holes = False  # whether its mask hides more than the padding before each sequence
-        self._padding: Optional[Tensor] = None  # [B] padded slots before the first token
+        # [B] padded slots before the first token; between forward passes None where there are none.
+        self._padding: Optional[Tensor] = None
         self._front: list[int] = []  # the same on the host
+        self._device: Optional[torch.device] = None
         self._segments: list[Segment] = []
         self._forget()
 
     @property
     def batch(self) -> Optional[int]:
         """Sequences; None before the first token."""
-        return None if self._padding is None else len(self._padding)
+        return len(self._front) or None
 
     @property
     def max_padding(self) -> int:
@@ -120,15 +122,20 @@ class Timeline:
             )
         if left_padded and holes:
             raise ValueError("with eviction only padding on the left can be masked")
-        self.incoming, self.holes, self._padding, self._front = count, holes, padding, front
+        self.incoming, self.holes, self._padding, self._front, self._device = count, holes, padding, front, device
         self._forget()
         if not self._segments or self._segments[-1].values != told["offset"]:
             self._segments = [*self._segments, Segment(self.length, offset, told["offset"])]
 
     def end(self) -> None:
-        """After the forward pass: nothing but bookkeeping is kept."""
+        """After the forward pass: nothing but bookkeeping is kept, and no zeros."""
         self.length, self.incoming = self.length + self.incoming, 0
         self._forget()
+        self._drop_zeros()
+
+    def _drop_zeros(self) -> None:
+        self._padding = self._padding if any(self._front) else None
+        self._segments = [s if any(s.values) else s._replace(offset=None) for s in self._segments]
 
     def state(self) -> Any:
         """What `restore` takes."""
@@ -147,7 +154,9 @@ class Timeline:
     @property
     def padding(self) -> Tensor:
         """[B] padded slots before each sequence's first token."""
-        assert self._padding is not None, "begin() announces the tokens first"
+        assert self._front, "begin() announces the tokens first"
+        if self._padding is None:
+            return torch.zeros(len(self._front), dtype=torch.long, device=self._device)
         return self._padding
 
     def unpadded(self, count: int, device: torch.device) -> Optional[Tensor]:
@@ -188,8 +197,10 @@ class Timeline:
         for (first, offset, values), end in zip(self._segments, ends, strict=True):
             low, high = max(first, start), min(end, stop)
             if low < high:
-                shared = offset[:1] if len(set(values)) == 1 else offset
-                parts.append(torch.arange(low, high, device=offset.device) - shared[:, None])
+                slots = torch.arange(low, high, device=self._device)[None]
+                if offset is not None:
+                    slots = slots - (offset[:1] if len(set(values)) == 1 else offset)[:, None]
+                parts.append(slots)
         rows = max(part.shape[0] for part in parts)
         return torch.cat([part.expand(rows, -1) for part in parts], dim=1).clamp_(min=0)
 
@@ -206,12 +217,20 @@ class Timeline:
     def rebatch(self, select: Callable[[Tensor], Tensor]) -> None:
         """Take other sequences, as `select` does with a tensor whose first dimension they are."""
         self._forget()
-        self._segments = [Segment(s.first, *_selected(select, s.offset, s.values)) for s in self._segments]
-        if self._padding is not None:
-            self._padding, self._front = _selected(select, self._padding, self._front)
+        if not self._front:
+            return
+        zeros = self.padding.new_zeros(len(self._front))
+        self._segments = [
+            Segment(s.first, *_selected(select, zeros if s.offset is None else s.offset, s.values))
+            for s in self._segments
+        ]
+        self._padding, self._front = _selected(select, self.padding, self._front)
+        self._drop_zeros()
 
     def tensors(self) -> "list[Tensor]":
-        return [s.offset for s in self._segments] + ([self._padding] if self._padding is not None else [])
+        """What is kept on the device."""
+        kept = [self._padding, *(segment.offset for segment in self._segments)]
+        return [tensor for tensor in kept if tensor is not None]
 
 
 def _selected(select: "Callable[[Tensor], Tensor]", tensor: Tensor, values: "list[int]") -> "tuple[Tensor, list[int]]":
