@@ -83,7 +83,7 @@ def test_metric_power_equals_the_eigenvalue_loop(data: Sampled, power: float) ->
     powers = metric_power(data.stats.fisher, power)
     for layer, matrix in enumerate(powers):
         expected = naive_metric(data.stats.fisher[layer], power)
-        torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=5e-5 * float(expected.abs().max()))
     values = torch.linalg.eigvalsh(data.stats.fisher.double())
     assert bool((values[:, 0] < FLOOR * values[:, -1]).any()), "the floor should take part in this test"
 

@@ -16,10 +16,10 @@ from clla.convert.checkpoint import finished_directory, write_checkpoint
 from clla.modeling.modeling_clla import CODEC_FILE
 
 FILES = sorted((Path(clla.__file__).parent / "modeling").glob("*.py"))
-PACKAGES = {"torch", "transformers", "safetensors"}
+PACKAGES = {"torch", "transformers", "safetensors", "accelerate"}
 STANDARD = {
     "__future__", "contextlib", "contextvars", "copy", "dataclasses", "functools", "hashlib", "inspect", "math",
-    "typing",
+    "re", "types", "typing",
 }  # fmt: skip
 # Kernels are compiled from shipped source; nothing else of Triton is needed, as it runs compilers and reads files.
 KERNELS = {"triton", "triton.language"}

@@ -270,7 +270,7 @@ def test_mistakes_say_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
     assert "clla convert" in mistake(checkpoint, "--kv-budget", "3%")
     for option in ("--contexts", "--batch-sizes"):
         for bad in ("0", "many", "-5", "1.5", ""):
-            assert "correct it" in mistake("--shape", "tiny", option, bad), (option, bad)
+            assert ("correct it" if bad else "leave it out") in mistake("--shape", "tiny", option, bad), (option, bad)
     assert "new-tokens" in mistake("--shape", "tiny", "--new-tokens", "1")
     assert "repeats" in mistake("--shape", "tiny", "--repeats", "0")
     tiny = ["--shape", "tiny", "--device", "cpu"]
@@ -296,6 +296,7 @@ def test_positions_that_a_model_lacks_are_refused(monkeypatch: pytest.MonkeyPatc
     plan = plan_of(stats, model, bits=8)
     pair = Pair("gpt2", converted_of(model, plan, stats), plan, set())
     monkeypatch.setattr("clla.bench.run.random_pair", lambda *args, **kwargs: pair)
+    monkeypatch.setattr("clla.bench.run.shape_config", lambda shape: model.config)
     with pytest.raises(UsageError, match="at most 1024"):
         run_bench(None, Options(shape="tiny", contexts=(1020,), new_tokens=5, device="cpu"))
     row = run_bench(None, Options(shape="tiny", contexts=(1019,), new_tokens=5, repeats=1, device="cpu")).rows[0]

@@ -128,7 +128,7 @@ class CllaCache(Cache):
     def __deepcopy__(self, memo: "dict[int, Any]") -> "CllaCache":
         """A cache that goes on by itself, of the same model: config and codec are shared."""
         memo.update({id(part): part for part in (self.config, *self.codec.modules())})
-        memo[id(self)] = twin = type(self).__new__(type(self))
+        memo[id(self)] = twin = copy.copy(self)
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 

@@ -9,7 +9,6 @@ Shape legend: B sequences, T tokens, n = 2·H_kv·d, h hidden size, r rank of a 
 
 import copy
 import inspect
-import os
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -18,7 +17,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
@@ -109,13 +115,6 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.watch_source()
         self.post_init()
 
-    def __setstate__(self, state: "dict[str, Any]") -> None:
-        """Where another process has pickled the model, its attention is not registered here yet."""
-        super().__setstate__(state)
-        own = self.source.config._attn_implementation
-        if is_observed(own):
-            observed(own.removeprefix(PREFIX))
-
     def watch_source(self) -> None:
         """Show the cache what it needs: the attention over it, the inputs of the first layers (`first` source)."""
         own = self.source.config._attn_implementation
@@ -180,7 +179,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(config, CllaConfig):
             config = copy.deepcopy(config)
         else:  # a path, or an object of another copy of this code
-            config = CllaConfig.from_pretrained(config if isinstance(config, (str, os.PathLike)) else path, **where)
+            named = config is not None and not isinstance(config, PreTrainedConfig)
+            config = CllaConfig.from_pretrained(config if named else path, **where)
         for name in (name for name in SETTINGS if name in kwargs):
             setattr(config, name, kwargs.pop(name))
         dtype = kwargs.pop("torch_dtype", None)  # an older name
@@ -275,6 +275,9 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             max_length: allocate for so many tokens at once (see `CllaCache`); None to grow as tokens come.
         """
+        own = self.source.config._attn_implementation
+        if is_observed(own):  # in this process it is not registered yet, where another one pickled the model
+            observed(own.removeprefix(PREFIX))
         rope = rope_of(self.source, self.config.clla["rope"])
         return CllaCache(self.config, self.codec, rope, max_length, self.select_tokens)
 

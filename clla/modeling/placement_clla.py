@@ -1,6 +1,5 @@
 """Where the parts of a converted model go on several devices: the codec of each layer group beside its first layer."""
 
-import importlib
 from typing import Any
 
 import torch
@@ -22,7 +21,10 @@ def device_map_of(model: Any, strategy: str, max_memory: Any, dtype: Any) -> "di
         max_memory: bytes by device, as accelerate takes it; None for what is free.
         dtype: that the weights will have.
     """
-    accelerate = importlib.import_module("accelerate")  # transformers would ask for it where this file is only loaded
+    try:  # else transformers would ask for it where this file is only loaded
+        import accelerate
+    except ImportError as error:
+        raise ValueError("device maps by name need accelerate: pip install accelerate") from error
     names = {module: name for name, module in model.named_modules()}
     attention = attention_modules(model.source)
     max_memory = None if max_memory is None else dict(max_memory)  # accelerate writes into it
