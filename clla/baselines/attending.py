@@ -44,7 +44,7 @@ class AttendingLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Keys and values; a layer that holds more adds it."""
+        """Of all that is kept in floats; a layer that holds whole numbers adds them."""
         return layer_nbytes(self)
 
 

@@ -139,10 +139,6 @@ class LessLayer(AttendingLayer):
         self.keys = torch.cat((key[:, :, : self.sinks], key[:, :, end:]), 2)
         self.values = torch.cat((value[:, :, : self.sinks], value[:, :, end:]), 2)
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(t.nbytes for t in (self.sums, self.mass) if t is not None)
-
 
 class LessCache(AttendingCache):
     """At most sinks + capacity + block - 1 tokens a layer between forward passes, and the state. For `ObservedModel`.

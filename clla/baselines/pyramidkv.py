@@ -87,10 +87,6 @@ class PyramidKvLayer(AttendingLayer):
             self.values = value.take_along_dim(kept, 2)
         return out
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + (0 if self.queries is None else self.queries.nbytes)
-
 
 class PyramidKvCache(AttendingCache):
     """At most budget + window + block - 1 tokens a layer between forward passes. For `ObservedModel`.

@@ -81,7 +81,7 @@ class ThinkLayer(AttendingLayer):
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(t.nbytes for t in (self.pruned, self.indices, self.queries) if t is not None)
+        return super().nbytes + (0 if self.indices is None else self.indices.nbytes)  # no floats, as the others are
 
 
 def _append(held: Tensor | None, new: Tensor) -> Tensor:
