@@ -316,9 +316,11 @@ def test_tensors_along_the_tokens_are_cut() -> None:
         torch.testing.assert_close(full_rank("gpt2")(**call).logits, model(**call).logits, **TOLERANCE)
 
 
-def test_only_wanted_positions_of_the_last_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_wanted_positions_of_the_last_states_are_kept() -> None:
     converted, seen = lossy(), []
-    converted.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    head = converted.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     with torch.no_grad():
         converted(tokens(1, 70), logits_to_keep=1)
+    hook.remove()
     assert seen == [1]
