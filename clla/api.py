@@ -279,9 +279,9 @@ def evaluate(
     trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
     source = teacher_of(loaded, recipe_of(loaded.folder), teacher, where) if trained else None
     length = window_length or reach.fit(EVAL_LENGTH)
-    around = retrieval_context or 0
-    if retrieval and around:
-        check_room(loaded.tokenizer, around)
+    around = 0  # tokens around a planted code
+    if retrieval and retrieval_context is not None:
+        check_room(loaded.tokenizer, around := retrieval_context)
     elif retrieval:
         around = plantable(loaded.tokenizer, reach.fit(RETRIEVAL_LENGTH))
     ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=length)
@@ -293,7 +293,7 @@ def evaluate(
             ids,
             chunk=chunk,
             contexts=tuple(map(reach.fit, EVAL_CONTEXTS)) if contexts is None else tuple(contexts),
-            retrieval_context=around if retrieval else 0,
+            retrieval_context=around,
             retrieval_trials=retrieval_trials,
             unseen=unseen(text, fitted_of(loaded.folder), left_out=text == "bundled"),
             source_model=source,

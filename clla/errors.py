@@ -67,6 +67,11 @@ def is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))
 
 
+def is_safetensors(error: BaseException) -> bool:
+    """Whether it is safetensors' own error, by its name: commands import no library to tell what failed."""
+    return type(error).__name__ == "SafetensorError"
+
+
 @contextmanager
 def blamed(got: str, *, expected: str, remedy: str, kind: type[CllaError] = CllaError) -> Iterator[None]:
     """Whatever a library raises in the block is a fault of the input that it was given, unless memory ran out.

@@ -10,7 +10,7 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 
 from clla.convert.checkpoint import check_output, finished_directory
-from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError
+from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError, blamed
 from clla.families import text_only
 from clla.source import check_complete
 
@@ -37,15 +37,14 @@ def extract_language_model(model: str | Path, output: str | Path, *, overwrite: 
             that class computes something else.
     """
     name, folder = str(model), Path(output).resolve()
-    try:
+    with blamed(
+        f"{name!r} is no model that can be opened",
+        expected="a directory or Hub id",
+        remedy="check the name",
+        kind=CorruptArtifactError,
+    ):
         config = AutoConfig.from_pretrained(name)
         text = config.get_text_config()
-    except Exception as error:  # OSError, ValueError and classes of huggingface_hub
-        raise CorruptArtifactError(
-            f"{name!r} is no model that can be opened: {error}",
-            expected="a directory or Hub id",
-            remedy="check the name",
-        ) from error
     if text is config:
         raise UsageError(
             f"{name} is a language model already", expected="a model for images or sound", remedy=f"clla convert {name}"
@@ -86,14 +85,13 @@ def _whole(name: str, config: Any) -> PreTrainedModel:
             expected="a checkpoint such as Gemma3ForConditionalGeneration",
             remedy="add it to its config.json",
         )
-    try:
+    with blamed(
+        f"the weights of {name} cannot be read",
+        expected="a complete checkpoint",
+        remedy="download it again",
+        kind=CorruptArtifactError,
+    ):
         model, info = classes[0].from_pretrained(name, dtype="auto", output_loading_info=True)
-    except Exception as error:  # safetensors and torch raise classes of their own
-        raise CorruptArtifactError(
-            f"the weights of {name} cannot be read: {error}",
-            expected="a complete checkpoint",
-            remedy="download it again",
-        ) from error
     check_complete(info, name)
     return model.eval()
 

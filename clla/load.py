@@ -16,7 +16,7 @@ from clla import console
 from clla.artifacts import Plan, Positive, Whole, mistakes_in, read_json
 from clla.calling import make_callable
 from clla.checksums import CHECKSUMS, check_base, check_files
-from clla.errors import CllaError, CorruptArtifactError, is_memory, reason
+from clla.errors import CllaError, CorruptArtifactError, blamed, is_memory, reason
 from clla.hub_errors import explain
 from clla.lengths import Reach, reach_of
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
@@ -79,7 +79,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         raise CorruptArtifactError(
             f"{path} cannot be loaded: {reason(error)}",
             expected="a complete checkpoint written by clla convert",
-            remedy="copy or download it again, or convert the source model anew",
+            remedy="copy or download it again, or convert the source model again",
         ) from error
     if not checked:
         console.say(f"{path} has no {CHECKSUMS}: of its weights only the codec is checked")
@@ -132,7 +132,7 @@ def read_plan(folder: Path) -> Plan:
         raise CorruptArtifactError(
             f"the clla block in {folder / 'config.json'} is not as clla convert writes it: {why}",
             expected="a config that belongs to the weights beside it",
-            remedy="copy or download the checkpoint again, or convert the source model anew",
+            remedy="copy or download the checkpoint again, or convert the source model again",
         ) from error
 
 
@@ -167,14 +167,13 @@ def checkpoint_reach(folder: Path) -> Reach:
         CllaError: it is no converted model, or its config is damaged.
     """
     check_folder(folder)
-    try:
+    with blamed(
+        f"{folder}/config.json cannot be read",
+        expected="a complete checkpoint written by clla convert",
+        remedy="copy or download it again, or convert the source model again",
+        kind=CorruptArtifactError,
+    ):
         config = CllaConfig.from_pretrained(folder)
-    except Exception as error:  # classes of transformers and of the family's config
-        raise CorruptArtifactError(
-            f"{folder}/config.json cannot be read: {error}",
-            expected="a complete checkpoint written by clla convert",
-            remedy="copy or download it again, or convert the source model anew",
-        ) from error
     return reach_of(config.text_config)
 
 

@@ -14,9 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from safetensors import SafetensorError
-
-from clla.errors import CllaError, UsageError
+from clla.errors import CllaError, UsageError, is_safetensors
 
 LOCK = ".clla-lock"
 PICTURES = (".png", ".svg", ".pdf")
@@ -208,5 +206,5 @@ def writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
 
 
 def _of_the_system(error: Exception) -> bool:
-    known = isinstance(error, OSError | SafetensorError)
+    known = isinstance(error, OSError) or is_safetensors(error)
     return known or re.search(r"os error \d+|PytorchStreamWriter|inline_container", str(error)) is not None

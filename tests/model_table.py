@@ -129,7 +129,7 @@ class Table:
     refused: dict[str, str] = field(default_factory=dict)
     tried: dict[str, str] = field(default_factory=dict)
     extracted: set[str] = field(default_factory=set)  # models for images whose language model was taken out
-    writing: bool = False  # the page is written anew, whatever it says
+    writing: bool = False  # the page is written, whatever it says
 
     def begin(self, name: str, kind: str, rope: dict[str, Any] | None, source: Source) -> None:
         """Note a family that converts."""

@@ -11,7 +11,7 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from clla.errors import CllaError, is_memory, reason
+from clla.errors import CllaError, is_memory, is_safetensors, reason
 
 VARIABLE = "CLLA_TRACEBACK"  # set to 1, it prints the traceback of any error
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,7 +46,7 @@ def explained(error: Exception) -> CllaError:
             expected="a path that exists and may be read, or written to",
             remedy="check the path, and who may read and write there",
         )
-    if _is_safetensors(error):
+    if is_safetensors(error):
         return CllaError(
             f"a file of weights cannot be read or written: {reason(error)}",
             expected="a whole .safetensors file",
@@ -88,11 +88,6 @@ def _os_error(error: Exception) -> int | None:
         return error.errno
     found = OS_ERROR.search(str(error))
     return int(found[1]) if found else None
-
-
-def _is_safetensors(error: Exception) -> bool:
-    """By name: importing the class takes longer than most commands."""
-    return type(error).__name__ == "SafetensorError"
 
 
 def _raised_in(error: Exception) -> str:

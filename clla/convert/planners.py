@@ -89,7 +89,7 @@ def latent_bits(
         if budget * 8 < smallest:
             least = -(-smallest // 8)
             raise UsageError(
-                f"the budget of {budget:.4g} bytes a token leaves nothing for latents",
+                f"the budget of {budget:.4g} bytes per token leaves nothing for latents",
                 expected=f"at least {least} bytes ({100 * least / source_bytes:.2g} % of the source)",
                 remedy="raise --kv-budget",
             )

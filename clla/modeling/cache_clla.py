@@ -112,7 +112,6 @@ class CllaCache(Cache):
             )
             for spec, module in zip(settings["groups"], codec.groups, strict=True)
         ]
-        self._text_config = config.text_config
         self.kept = self._new_layers(settings["kept_layers"])
         layers: dict[int, Any] = dict(self.kept)
         layers.update({i: CllaLayer(group, i) for group in self.groups for i in group.layers})
@@ -250,7 +249,7 @@ class CllaCache(Cache):
     def _new_layers(self, indices: "Iterable[int]") -> "dict[int, Any]":
         """The source's own cache layers of some of its layers, empty."""
         indices = list(indices)
-        layers = DynamicCache(config=self._text_config).layers if indices else []
+        layers = DynamicCache(config=self.config.text_config).layers if indices else []
         return {i: layers[i] for i in indices}
 
     def _set_kept(self, states: "dict[int, dict[str, Any]]") -> None:

@@ -123,7 +123,7 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
         raise CorruptArtifactError(
             f"{folder} holds no report and plan that can be read: {error!r}",
             expected="config.json and clla_report.json as clla wrote them",
-            remedy="copy or download the checkpoint again, or convert the source model anew",
+            remedy="copy or download the checkpoint again, or convert the source model again",
         ) from error
     return data
 
