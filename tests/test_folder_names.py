@@ -16,6 +16,7 @@ FOLDERS = ("out-6.25%", "my model (1)", "模型")
 SCRIPT = """
 import json, sys
 sys.modules["clla"] = None  # any import of it fails
+import torch
 from transformers import AutoModelForCausalLM
 ids, options, *folders = map(json.loads, sys.argv[1:])
 models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in folders]

@@ -9,7 +9,6 @@ Shape legend: N windows, T tokens a window, B sequences, H key-value heads, d he
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,9 +69,9 @@ class ProbeCache(CllaCache):
     """
 
     def __init__(self, model: CllaForCausalLM, sums: dict[int, _Sums]) -> None:
-        config = copy.copy(model.config)
-        config.clla = {**model.config.clla, "capacity": None}
-        super().__init__(config, model.codec, rope_of(model.source, model.config.clla["rope"]))
+        super().__init__(model.config, model.codec, rope_of(model.source, model.config.clla["rope"]))
+        for group in self.groups:
+            group.capacity = None
         self.sums, self.exact = sums, DynamicCache()
         self._compared: dict[int, int] = {}  # slots of each layer that were
         self._given: dict[int, tuple[Tensor, ...]] = {}  # exact keys and values, and the cache's own
