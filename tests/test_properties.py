@@ -99,7 +99,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "train": (st.none() | st.sampled_from(["codec", "attention", "all"]), odd("nothing", True, 1)),
         "codec_lr": (st.none() | share(exclude_min=True), odd(0, -1, float("inf"), float("nan"), "x", True)),
         "weight_lr": (st.none() | share(exclude_min=True), odd(0, -1, float("inf"), float("nan"), "x", True)),
-        "sequence_length": (st.integers(64, LARGEST), odd(63, None)),
+        "sequence_length": (st.integers(32, LARGEST), odd(31, None)),
         "batch_tokens": (st.none() | COUNT, odd(0, -1, True)),
         "codec_share": (share(exclude_max=True), odd(1, -0.1, None, float("nan"))),
         "cache_share": (share(), odd(1.1, -0.1, None, float("nan"))),
