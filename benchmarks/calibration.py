@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from clla.calibrate.collect import Collector, Tap
 from clla.calibrate.moments import STRIPS
-from clla.calibrate.positions import rope_settings
+from clla.calibrate.rope_detection import rope_settings
 from clla.recipe import CalibrationConfig
-from clla.source import open_source, pick_device, pick_dtype
+from clla.source.model import open_source, pick_device, pick_dtype
 
 BASIS, EVERY = CalibrationConfig().basis, CalibrationConfig().metric_every
 # hidden, intermediate, layers, query heads, key-value heads, head dim, vocabulary

@@ -34,11 +34,12 @@ from gpu_timing import Ceilings, cache_bytes, measure_ceilings, timed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clla.evaluate.machine import machine_facts
-from clla.evaluate.shapes import SINKS, STORED, random_codec, random_plan, shape_config
-from clla.modeling import decode_clla, decode_triton_clla
+from clla.bench.machine import machine_facts
+from clla.bench.shapes import SINKS, STORED, random_codec, random_plan, shape_config
+from clla.modeling import attention_clla as attention_clla
+from clla.modeling import attention_triton_clla as attention_triton_clla
 from clla.modeling.absorbed_clla import AbsorbedRows
-from clla.modeling.decode_clla import LatentRows
+from clla.modeling.attention_clla import LatentRows
 from clla.modeling.group_clla import judging_rank
 from clla.modeling.pack_triton_clla import pack_rows
 from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
@@ -304,7 +305,7 @@ def sweep(shape: Shape, context: int, batch: int, device: torch.device) -> list[
 
     right = logits().clone()
     weights = right.softmax(-1)
-    add_up = partial(decode_triton_clla.packed_sums, inputs.rows, weights)
+    add_up = partial(attention_triton_clla.packed_sums, inputs.rows, weights)
     sums, found = add_up(), []
     for tile, components in product(SWEPT_TILES, SWEPT_COMPONENTS):
         changed = {"_tile": lambda *_, tile=tile: tile, "COMPONENTS": components}
@@ -320,10 +321,10 @@ def _tried(
     kernel: str, said: dict[str, Any], changed: dict[str, Any], call: Callable[[], Tensor], right: Tensor, device: Any
 ) -> dict[str, Any]:
     """One setting; empty if it does not compile, does not fit or is wrong."""
-    before = {name: getattr(decode_triton_clla, name) for name in changed}
+    before = {name: getattr(attention_triton_clla, name) for name in changed}
     try:
         for name, value in changed.items():
-            setattr(decode_triton_clla, name, value)
+            setattr(attention_triton_clla, name, value)
         if not _error(call(), right) <= TOLERANCE[STORED]:
             print(f"{kernel} {said}: wrong", file=sys.stderr)
             return {}
@@ -333,7 +334,7 @@ def _tried(
         return {}
     finally:
         for name, value in before.items():
-            setattr(decode_triton_clla, name, value)
+            setattr(attention_triton_clla, name, value)
 
 
 # With what
@@ -357,12 +358,12 @@ def _sets(nbytes: int, device: torch.device) -> int:
 @contextmanager
 def _kernels(wanted: bool) -> Iterator[None]:
     """Rows are read by kernels, or by their twin."""
-    before = decode_clla.on_gpu
-    decode_clla.on_gpu = lambda x: wanted
+    before = attention_clla.on_gpu
+    attention_clla.on_gpu = lambda x: wanted
     try:
         yield
     finally:
-        decode_clla.on_gpu = before
+        attention_clla.on_gpu = before
 
 
 def _turns(shape: Shape, context: int, device: torch.device) -> Turns:

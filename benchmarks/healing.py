@@ -24,19 +24,19 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from clla import console
-from clla.baselines.stored import SourceCache
-from clla.calibrate.data import load_documents, whole_windows
-from clla.convert.assemble import attach
+from clla.checkpoint.assemble import attach
 from clla.convert.factor import make_codec
-from clla.convert.healing import Healing, HealOptions, heal, resolve_healing
-from clla.convert.run import Run, resolve
-from clla.convert.surrogates import weigh
+from clla.convert.stages import Run, resolve
 from clla.evaluate.figures import draw_healing
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve
+from clla.evaluate.source_cache import SourceCache
+from clla.heal.run import Healing, HealOptions, heal, resolve_healing
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.plan.metrics import weigh
 from clla.recipe import Recipe
-from clla.source import open_source, pick_device
+from clla.source.model import open_source, pick_device
+from clla.text.sequences import load_documents, whole_windows
 
 STRICT: dict[str, dict[str, Any]] = {"plan": {"source": "first", "bits": (16,)}, "budget": {"window": 0, "sinks": 0}}
 

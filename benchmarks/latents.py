@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from clla.artifacts import Plan, Stats
-from clla.convert.planners import make_plan
-from clla.convert.run import Run
-from clla.convert.spectra import Spectra
+from clla.convert.stages import Run
+from clla.plan.planners import make_plan
+from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig, parse_budget
 
 SINKS = 4

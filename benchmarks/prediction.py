@@ -22,16 +22,16 @@ from torch import Tensor
 from transformers.utils import logging
 
 from clla import console
-from clla.calibrate.data import load_documents, whole_windows
-from clla.convert.assemble import attach
+from clla.checkpoint.assemble import attach
 from clla.convert.factor import make_codec
-from clla.convert.run import Run, resolve
-from clla.convert.surrogates import weigh
+from clla.convert.stages import Run, resolve
 from clla.evaluate.figures import OWN_COLOUR, SOURCE_COLOUR, axes_of
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import subjects
+from clla.plan.metrics import weigh
 from clla.recipe import Recipe
-from clla.source import open_source, pick_device
+from clla.source.model import open_source, pick_device
+from clla.text.sequences import load_documents, whole_windows
 
 EQUAL: dict[str, dict[str, Any]] = {
     "uniform, 6": {"planner": "uniform"},

@@ -19,16 +19,16 @@ from transformers.utils import logging
 
 from clla import console
 from clla.artifacts import Stats
-from clla.calibrate.data import load_documents, whole_windows
-from clla.convert.assemble import attach, clla_block
+from clla.checkpoint.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.run import Run, resolve
-from clla.convert.surrogates import weigh
+from clla.convert.stages import Run, resolve
 from clla.evaluate.figures import draw_quality
 from clla.evaluate.perplexity import Quality, Subject, compare
 from clla.evaluate.report import subjects
+from clla.plan.metrics import weigh
 from clla.recipe import Recipe
-from clla.source import open_source, pick_device
+from clla.source.model import open_source, pick_device
+from clla.text.sequences import load_documents, whole_windows
 
 # name: (latent source, window, largest group size)
 VARIANTS = {

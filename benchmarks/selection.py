@@ -16,11 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from clla import console, register
-from clla.calibrate.data import evaluation_windows
-from clla.load import load_checkpoint
+from clla.checkpoint.load import load_checkpoint
 from clla.modeling import group_clla
 from clla.modeling.hooks_clla import CACHE
-from clla.source import pick_device
+from clla.source.model import pick_device
+from clla.text.sequences import evaluation_windows
 
 
 def main(

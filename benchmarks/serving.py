@@ -27,8 +27,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from clla import console, register
-from clla.evaluate.machine import machine_facts
-from clla.load import load_checkpoint
+from clla.bench.machine import machine_facts
+from clla.checkpoint.load import load_checkpoint
 
 WORKER = "CLLA_BENCHMARK_ENGINE"  # set in the processes that run an engine
 

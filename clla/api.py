@@ -14,24 +14,24 @@ from pydantic import Field
 
 from clla import console
 from clla.arguments import Count, Dtype, Name, Place, Word, checked, parse_size
-from clla.calibrate.data import evaluation_windows
-from clla.calibrate.reading import check_text
-from clla.calibrate.seen import fitted_of, unseen
-from clla.convert.heal_checkpoint import CheckpointOptions, heal_checkpoint
-from clla.convert.healing import Healing
+from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after
 from clla.evaluate.retrieval import check_room, plantable
-from clla.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
+from clla.evaluate.seen import fitted_of, unseen
+from clla.heal.checkpoint import CheckpointOptions, heal_checkpoint
+from clla.heal.run import Healing
+from clla.hub.revision import beside, plain_name
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.places import expanded
 from clla.recipe import Recipe, load_recipe, plan_changes
-from clla.revision import beside, plain_name
-from clla.source import pick_device
+from clla.source.model import pick_device
+from clla.storage.places import expanded
+from clla.text.reading import check_text
+from clla.text.sequences import evaluation_windows
 
-__all__ = ["Conversion", "Healed", "Healing", "Report", "convert", "evaluate", "heal", "load"]
+__all__ = ["Conversion", "Healed", "Healing", "Report", "convert_model", "evaluate_model", "heal_model", "load_model"]
 
 EVAL_LENGTH, EVAL_CONTEXTS, RETRIEVAL_LENGTH = 2048, (512, 2048, 8192), 4096  # where the model takes as many tokens
 
@@ -46,7 +46,7 @@ class Healed:
 
 
 @checked
-def convert(
+def convert_model(
     model: Place,
     *,
     output: Place | None = None,
@@ -155,7 +155,7 @@ def convert(
 
 
 @checked
-def heal(
+def heal_model(
     checkpoint: Place,
     *,
     output: Place | None = None,
@@ -229,7 +229,7 @@ def heal(
 
 
 @checked
-def evaluate(
+def evaluate_model(
     checkpoint: Place,
     *,
     text: Name = "bundled",
@@ -302,7 +302,7 @@ def evaluate(
 
 
 @checked
-def load(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto") -> tuple[CllaForCausalLM, Any]:
+def load_model(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto") -> tuple[CllaForCausalLM, Any]:
     """A converted model, ready to generate, and its tokenizer; all files are compared with their checksums.
 
     Args:

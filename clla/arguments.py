@@ -79,7 +79,7 @@ def _mistakes(error: ValidationError) -> UsageError:
     return UsageError(
         "\n  ".join(texts),
         expected="names and paths as text, and numbers in their ranges",
-        remedy="correct it; help(clla.convert) and clla convert --help say what is what",
+        remedy="correct it; help(clla.convert_model) and clla convert --help say what is what",
     )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from clla.errors import CorruptArtifactError
 from clla.modeling.group_clla import exact_layout, exact_slots, leaving_slots
 from clla.modeling.quantize_clla import layout_of, tensor_digest
-from clla.places import writing
+from clla.storage.places import writing
 
 ARTIFACT_VERSION = 1
 NEWER = {"capacity", "rope_bits", "kept_slot_bytes", "kept_state_bytes"}  # fields that older checkpoints lack
@@ -342,7 +342,7 @@ class Codec:
         groups: of the plan.
         made_from: hash of the stats and settings.
         predicted_kl: nats a token, by second order, if every token were coded.
-        outlook: spectra and the loss at other budgets (`clla.convert.outlook`), for reports; empty if not computed.
+        outlook: spectra and the loss at other budgets (`clla.plan.frontier`), for reports; empty if not computed.
     """
 
     groups: tuple[GroupCodec, ...]

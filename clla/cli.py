@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from clla import __version__
+from clla._version import __version__
 from clla.commands import (
     bench,
     card,
@@ -22,7 +22,7 @@ from clla.commands import (
     recipes,
     report,
 )
-from clla.commands.shared import Commands
+from clla.commands.options import Commands
 
 app = typer.Typer(
     cls=Commands,

@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from clla.errors import UsageError
+from clla.hub.revision import COMMIT
 from clla.modeling.quantize_clla import WORD_BITS
 from clla.recipes import builtin_recipes
-from clla.revision import COMMIT
 
 RECIPE_VERSION = 1
 SHORTEST = 32  # tokens of a sequence that a model is fitted on

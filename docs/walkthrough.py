@@ -38,7 +38,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=Fal
 PYTHON_API = """python -c "
 import clla, torch
 
-model, tokenizer = clla.load('demo-clla')
+model, tokenizer = clla.load_model('demo-clla')
 cache = model.new_cache()
 ids = tokenizer(open(clla.__file__).read() * 8, return_tensors='pt').input_ids
 with torch.no_grad():

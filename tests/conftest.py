@@ -60,7 +60,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {"multi_query": True, "parallel_attn": True}),
     "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True, "bias": True}),
 }  # fmt: skip
-# Not in the table of `clla.families`: converted because their attention is of the standard form.
+# Not in the table of `clla.source.families`: converted because their attention is of the standard form.
 OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("apertus", {}),
     "bamba": ("bamba", {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,

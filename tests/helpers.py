@@ -16,15 +16,15 @@ from typer.testing import CliRunner, Result
 
 from clla.artifacts import Codec, LayerGroup, Plan, Stats
 from clla.calibrate.collect import Collector, collect
-from clla.calibrate.positions import rope_settings
+from clla.calibrate.rope_detection import rope_settings
+from clla.checkpoint.assemble import attach, clla_block
 from clla.cli import app
-from clla.convert.assemble import attach, clla_block
-from clla.convert.decouple import DecoupledSpectra, uncentred
 from clla.convert.factor import make_codec
-from clla.convert.surrogates import weigh
-from clla.families import kv_shape, split_layers
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.plan.decoupled import DecoupledSpectra, uncentred
+from clla.plan.metrics import weigh
 from clla.recipe import Recipe
+from clla.source.families import kv_shape, split_layers
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> Tensor:

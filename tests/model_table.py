@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clla.families import FAMILIES, NO_CACHE
-from clla.source import Source
+from clla.source.families import FAMILIES, NO_CACHE
+from clla.source.model import Source
 
 CHECKS = ("full rank", "first source", "step by step", "padding", "bytes", "save and load", "generate", "without clla")
 COMMANDS = tuple(f"clla {name}" for name in ("convert", "generate", "eval", "report", "bench", "heal"))
@@ -24,7 +24,7 @@ ROTATIONS = {
     "pairs": "pairs",
     "pairs_of_halves": "pairs",
 }
-# What is special about models outside the table in `clla.families`.
+# What is special about models outside the table in `clla.source.families`.
 SPECIAL = {
     "apertus": "QK-norm",
     "bamba": "hybrid: Mamba 2",

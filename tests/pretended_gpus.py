@@ -24,13 +24,9 @@ from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clla.modeling import (
-    absorbed_triton_clla,
-    decode_clla,
-    decode_triton_clla,
-    group_clla,
-    pack_triton_clla,
-)
+from clla.modeling import absorbed_triton_clla, group_clla, pack_triton_clla
+from clla.modeling import attention_clla as attention_clla
+from clla.modeling import attention_triton_clla as attention_triton_clla
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 GPU = "pretended"
@@ -43,8 +39,8 @@ CASES = [
 B, PADDING = 2, 5
 CUTS = (0, 20, 44, 45, 46, 47, 48, 49)  # of the text; the last token but one fills a block that leaves the window
 KERNELS = (
-    (decode_triton_clla, "logits_kernel"),
-    (decode_triton_clla, "sums_kernel"),
+    (attention_triton_clla, "logits_kernel"),
+    (attention_triton_clla, "sums_kernel"),
     (absorbed_triton_clla, "absorbed_kernel"),
     (pack_triton_clla, "pack_kernel"),
 )
@@ -231,10 +227,10 @@ def main() -> None:
     gpus = Gpus()
     for module, name in KERNELS:
         setattr(module, name, Stub(getattr(module, name), name, gpus))
-    for module in (decode_clla, group_clla, pack_triton_clla):
+    for module in (attention_clla, group_clla, pack_triton_clla):
         module.on_gpu = lambda x: x.device.type == GPU  # type: ignore[attr-defined]
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
-    decode_triton_clla._processors = lambda _: 132  # type: ignore[assignment]
+    attention_triton_clla._processors = lambda _: 132  # type: ignore[assignment]
     for case in CASES:
         try:
             found: Any = {"calls": run(*case, gpus)}

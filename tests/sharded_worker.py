@@ -16,8 +16,8 @@ from conftest import pico
 from helpers import converted_of, plan_of, stats_of, tokens
 from torch.distributed.tensor import DTensor
 
-from clla.baselines.stored import SourceCache
 from clla.evaluate.perplexity import Subject, compare
+from clla.evaluate.source_cache import SourceCache
 from clla.heal.attention import view_of
 from clla.heal.sharding import is_sharded, sharded_distiller, whole
 from clla.heal.steps import component_sizes

@@ -30,23 +30,23 @@ ORDERS = [
     "from clla.convert.pipeline import Options; from clla import convert",
     "import clla.convert; from clla import *",
     "import clla.api; from clla.convert import pipeline; import clla; convert = clla.convert",
-    "import clla.load; import clla; clla.load.load_checkpoint; convert = clla.convert",
+    "import clla.checkpoint.load; import clla; clla.checkpoint.load.load_checkpoint; convert = clla.convert",
     "import importlib, clla; convert = importlib.reload(clla.convert)",
 ]
 USER = """
 import clla
 import clla.convert.pipeline
 from clla.convert.pipeline import Conversion, Options
-from clla.load import Checkpoint
+from clla.checkpoint.load import Checkpoint
 
-done: Conversion = clla.convert("x", kv_budget=0.03, bits=(2, 4))
-share: float = clla.evaluate(done.output, windows=1).quality["converted"]["perplexity"]
-model, tokenizer = clla.load(done.output)
-chunk: int = clla.heal("x", train="codec").healing.history[0].tokens
+done: Conversion = clla.convert_model("x", kv_budget=0.03, bits=(2, 4))
+share: float = clla.evaluate_model(done.output, windows=1).quality["converted"]["perplexity"]
+model, tokenizer = clla.load_model(done.output)
+chunk: int = clla.heal_model("x", train="codec").healing.history[0].tokens
 options: Options = Options(done.output)
-clla.convert("x", kv_budget=[1])
-clla.convert("x", budget=1)
-text: str = clla.convert("x")
+clla.convert_model("x", kv_budget=[1])
+clla.convert_model("x", budget=1)
+text: str = clla.convert_model("x")
 """
 
 
@@ -95,7 +95,7 @@ def test_a_user_file_is_checked(tmp_path: Path) -> None:
     found, problems, _ = mypy.run([*options, "--no-error-summary", str(tmp_path / "user.py")])
     assert not problems
     lines = {int(number): text for number, text in re.findall(r"user\.py:(\d+): error: (.*)", found)}
-    first = USER.splitlines().index('clla.convert("x", kv_budget=[1])') + 1
+    first = USER.splitlines().index('clla.convert_model("x", kv_budget=[1])') + 1
     assert sorted(lines) == [first, first + 1, first + 2], found
     assert "kv_budget" in lines[first] and '"budget"' in lines[first + 1] and "Conversion" in lines[first + 2]
     assert (ROOT / "clla" / "py.typed").is_file()
@@ -112,7 +112,7 @@ def test_commands_and_functions_have_the_same_options(name: str) -> None:
 
 def test_the_function_does_what_the_command_does(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     options = {"calibration_tokens": 2048, "sequence_length": 128, "window": 8, "at_context": 0}
-    done = clla.convert(
+    done = clla.convert_model(
         str(pico_dir),
         output=tmp_path / "a",
         dataset=str(text_file),
@@ -129,13 +129,13 @@ def test_the_function_does_what_the_command_does(pico_dir: Path, text_file: Path
     assert (
         done.output == tmp_path / "a" and done.plan.to_json() == read_json(tmp_path / "b" / "clla_report.json")["plan"]
     )
-    model, tokenizer = clla.load(tmp_path / "b")
+    model, tokenizer = clla.load_model(tmp_path / "b")
     assert done.model is not None
     with torch.no_grad():
         torch.testing.assert_close(model(tokens(1, 60)).logits, done.model(tokens(1, 60)).logits)
     assert tokenizer("a")["input_ids"]
     options = {"text": str(text_file), "windows": 1, "window_length": 128, "contexts": "64", "retrieval": False}
-    report = clla.evaluate(tmp_path / "a", **{**options, "contexts": [64]})
+    report = clla.evaluate_model(tmp_path / "a", **{**options, "contexts": [64]})
     flags = ["--text", text_file, "--windows", 1, "--window-length", 128, "--contexts", 64, "--no-retrieval", "--json"]
     assert json.loads(command("eval", tmp_path / "b", *flags).stdout) == report.to_json()
 
@@ -159,11 +159,11 @@ def test_the_returned_model_is_not_changed_by_saving(text_file: Path, tmp_path: 
     byte_tokenizer().save_pretrained(tmp_path / "source")
     quick: dict[str, Any] = {"dataset": str(text_file), "calibration_tokens": 1024, "sequence_length": 128}
     quick |= {"window": 8, "at_context": 0, "kv_budget": "20%", "report": False, "dtype": "float32"}
-    made = clla.convert(tmp_path / "source", output=tmp_path / "out", **quick).model
+    made = clla.convert_model(tmp_path / "source", output=tmp_path / "out", **quick).model
     assert made is not None and {p.dtype for p in made.parameters()} == {torch.float32}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded, _ = clla.load(tmp_path / "out", dtype="float32")
-    stored, _ = clla.load(tmp_path / "out", dtype="bfloat16")
+    loaded, _ = clla.load_model(tmp_path / "out", dtype="float32")
+    stored, _ = clla.load_model(tmp_path / "out", dtype="bfloat16")
     assert stored.dtype == torch.bfloat16
     ids = torch.arange(40)[None]
     with torch.no_grad():

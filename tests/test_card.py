@@ -20,12 +20,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from clla.artifacts import Plan, read_json
-from clla.card import render, retargeted
-from clla.card_text import text_of
 from clla.errors import CllaError
 from clla.modeling.hooks_clla import CACHE
-from clla.origin import origin_of
-from clla.source import open_source
+from clla.publish.card import render, retargeted
+from clla.publish.card_sections import text_of
+from clla.publish.origin import origin_of
+from clla.source.model import open_source
 
 SMALL = ["--calibration-tokens", 2048, "--sequence-length", 128, "--window", 8, "--kv-budget", "25%"]
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from clla.artifacts import read_json
-from clla.checksums import CHECKSUMS
+from clla.checkpoint.checksums import CHECKSUMS
 from clla.modeling.hooks_clla import CACHE
-from clla.source import open_source
+from clla.source.model import open_source
 
 CALIBRATION = ["--calibration-tokens", "2048", "--sequence-length", "256"]
 SMALL = [*CALIBRATION, "--at-context", "512", "--window", "16", "--kv-budget", "25%"]
@@ -83,7 +83,7 @@ def test_checkpoint_is_an_ordinary_directory(converted: Path, pico_dir: Path) ->
     assert names >= {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "clla_recipe.yaml",
         "clla_report.json", "modeling_clla.py", "configuration_clla.py", "cache_clla.py", "quantize_clla.py",
-        "rotary_clla.py", "hooks_clla.py", "clla_plan.png", "timeline_clla.py", "evict_clla.py", "observe_clla.py",
+        "rotary_clla.py", "hooks_clla.py", "clla_plan.png", "positions_clla.py", "evict_clla.py", "observe_clla.py",
     }  # fmt: skip
     config = read_json(converted / "config.json")
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_clla.CllaForCausalLM"
@@ -164,7 +164,7 @@ def test_another_budget_replans_without_the_model(
     common = ["convert", pico_dir, "-o", tmp_path / "out", "--dataset", text_file, *SMALL, "--dry-run", "--json"]
     work = ["--work-dir", tmp_path / "work"]
     first = json.loads(ok(*common, *work).stdout)
-    monkeypatch.setattr("clla.source.Source.load_model", _refuse)
+    monkeypatch.setattr("clla.source.model.Source.load_model", _refuse)
     second = json.loads(ok(*common, *work, "--kv-budget", "15%").stdout)
     assert second["row_bytes"] < first["row_bytes"]
 
@@ -269,8 +269,8 @@ def test_resume_after_an_interruption(
         assert f"kept in {folder}.work" in stopped.stderr and "--resume" in stopped.stderr
     assert not folder.exists() and (tmp_path / "out.work").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr("clla.convert.run.collect", _refuse)
-        patch.setattr("clla.convert.run.make_plan", _refuse)
+        patch.setattr("clla.convert.stages.collect", _refuse)
+        patch.setattr("clla.convert.stages.make_plan", _refuse)
         ok(*command, "--resume")
     assert (folder / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
 

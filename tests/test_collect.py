@@ -16,9 +16,9 @@ from clla.artifacts import Stats
 from clla.calibrate import checkpoints
 from clla.calibrate.collect import Collector, batch_generator, collect, unrotated_gradient
 from clla.calibrate.fisher import sampled_label_gradient
-from clla.calibrate.positions import rope_settings
-from clla.families import kv_shape, split_layers
+from clla.calibrate.rope_detection import rope_settings
 from clla.modeling.rotary_clla import Rotation
+from clla.source.families import kv_shape, split_layers
 
 
 def collector_of(model: Any, **options: Any) -> Collector:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from clla.cli import app
 from clla.compare import METHODS
-from clla.evaluate.comparison import Row, pareto, recommend
+from clla.compare.comparison import Row, pareto, recommend
 
 SMALL = ["--context", "256", "--long-context", "512", "--chunk", "32", "--calibration-tokens", "2048", "--windows", "1"]
 

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from clla.artifacts import read_json
-from clla.checksums import CHECKSUMS, check_files
-from clla.convert.checkpoint import finished_directory, write_checkpoint
-from clla.convert.healing_text import healing_text
+from clla.checkpoint.checksums import CHECKSUMS, check_files
+from clla.checkpoint.load import Checkpoint, load_checkpoint
+from clla.checkpoint.write import finished_directory, write_checkpoint
 from clla.errors import CllaError, CorruptArtifactError
-from clla.load import Checkpoint, load_checkpoint
+from clla.heal.text import healing_text
 from clla.recipe import HealConfig
 from clla.recipes import builtin_recipes
 

@@ -20,7 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clla.calibrate.data import (
+from clla.errors import DatasetError
+from clla.evaluate.seen import fingerprint
+from clla.text.reading import bundled_path, load_documents, read_documents
+from clla.text.sequences import (
     calibration_blocks,
     evaluation_windows,
     held_out_blocks,
@@ -28,9 +31,6 @@ from clla.calibrate.data import (
     token_batches,
     whole_windows,
 )
-from clla.calibrate.reading import bundled_path, load_documents, read_documents
-from clla.calibrate.seen import fingerprint
-from clla.errors import DatasetError
 
 BOS, EOS, FIRST_WORD = 1, 2, 10
 TEXTS = ["The first text.\nIt has two lines.", "Ein zweiter – mit Umlauten: äöü.", "third"]
@@ -465,7 +465,7 @@ class Counting(WordTokenizer):
 def test_no_more_of_a_long_text_is_read_than_is_measured_on(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clla.calibrate.reading.PART_CHARS", part := 100_000)
+    monkeypatch.setattr("clla.text.reading.PART_CHARS", part := 100_000)
     text = numbered(0, 100_000)
     path = tmp_path / f"a.{'txt' if kind == 'txt' else 'jsonl'}"
     path.write_text(text if kind == "txt" else rows([text] if kind == "one row" else text.split("\n")))
@@ -482,7 +482,7 @@ def test_words_longer_than_expected_are_read_on(tmp_path: Path) -> None:
 
 
 def test_long_texts_are_cut_into_documents_that_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clla.calibrate.reading.PART_CHARS", 250_000)
+    monkeypatch.setattr("clla.text.reading.PART_CHARS", 250_000)
     text = numbered(0, 100_000)
     (tmp_path / "a.txt").write_text(text)
     parts = load_documents(str(tmp_path / "a.txt"))
@@ -490,7 +490,7 @@ def test_long_texts_are_cut_into_documents_that_lose_nothing(tmp_path: Path, mon
 
 
 def test_pieces_held_are_spread_over_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clla.calibrate.data.HELD_CHARS", 50_000)
+    monkeypatch.setattr("clla.text.sequences.HELD_CHARS", 50_000)
     batches = token_batches(documents(2000, 20), WordTokenizer(), tokens=4096, sequence_length=64)
     words = torch.tensor(ids_in(batches)) - FIRST_WORD
     shares = torch.histc(words.float(), bins=4, min=0, max=40_000) / len(words)

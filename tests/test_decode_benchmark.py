@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 import torch
 
-from clla.modeling import decode_triton_clla
+from clla.modeling import attention_triton_clla as attention_triton_clla
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("bf16_products")
@@ -36,7 +36,7 @@ def tiny(benchmark: ModuleType) -> Any:
 
 
 def settings() -> tuple[Any, ...]:
-    return decode_triton_clla._tile, decode_triton_clla.COMPONENTS, decode_triton_clla.TOKENS
+    return attention_triton_clla._tile, attention_triton_clla.COMPONENTS, attention_triton_clla.TOKENS
 
 
 def test_a_dry_run_reports_every_case(
@@ -61,13 +61,13 @@ def test_settings_are_swept(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best first; a setting that goes wrong is named and left out."""
-    launch = decode_triton_clla.packed_sums
+    launch = attention_triton_clla.packed_sums
 
     def sums(*arguments: Any) -> torch.Tensor:
         found = launch(*arguments)
-        return found * torch.nan if decode_triton_clla.COMPONENTS == 16 else found
+        return found * torch.nan if attention_triton_clla.COMPONENTS == 16 else found
 
-    monkeypatch.setattr(decode_triton_clla, "packed_sums", sums)
+    monkeypatch.setattr(attention_triton_clla, "packed_sums", sums)
     before = settings()
     with torch.inference_mode(), benchmark._kernels(True):
         found = benchmark.sweep(tiny(benchmark), 40, 1, CPU)
@@ -127,8 +127,8 @@ def test_choosing_all_tokens_is_reading_all(benchmark: ModuleType) -> None:
 def test_wrong_kernels_are_not_timed(
     wrong: float, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = decode_triton_clla.packed_sums
-    monkeypatch.setattr(benchmark.decode_clla, "packed_sums", lambda *a: right(*a) * wrong)
+    right = attention_triton_clla.packed_sums
+    monkeypatch.setattr(benchmark.attention_clla, "packed_sums", lambda *a: right(*a) * wrong)
     with pytest.raises(SystemExit, match=r"tiny in torch\.float32: errors"):
         benchmark.main(["--dry-run"])
     assert not capsys.readouterr().out
@@ -153,5 +153,5 @@ def test_nothing_but_numbers_passes(benchmark: ModuleType) -> None:
 
 def test_settings_that_fail_are_undone(benchmark: ModuleType) -> None:
     before = settings()
-    found = benchmark._tried("sums", {}, {"TOKENS": 0}, lambda: 1 / decode_triton_clla.TOKENS, None, CPU)
+    found = benchmark._tried("sums", {}, {"TOKENS": 0}, lambda: 1 / attention_triton_clla.TOKENS, None, CPU)
     assert found == {} and settings() == before

@@ -20,9 +20,10 @@ from kernel_compile import Case, check_fits, compile_all, launched
 from test_quantize import classes_of, scale_of, step_of
 from torch import Tensor
 
-from clla.evaluate.shapes import random_plan, shape_config
-from clla.modeling import decode_clla, decode_triton_clla
-from clla.modeling.decode_clla import LatentRows, PackedRows
+from clla.bench.shapes import random_plan, shape_config
+from clla.modeling import attention_clla as attention_clla
+from clla.modeling import attention_triton_clla as attention_triton_clla
+from clla.modeling.attention_clla import LatentRows, PackedRows
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns
@@ -157,7 +158,7 @@ class Problem:
 def by(kernels: bool) -> Iterator[None]:
     """Rows are read by kernels, or by their twin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_clla, "on_gpu", lambda x: kernels)
+        patch.setattr(attention_clla, "on_gpu", lambda x: kernels)
         yield
 
 
@@ -196,7 +197,7 @@ def check(problem: Problem, *, index: Tensor | None = None, turned: bool = True,
             close(written(problem, rows, turned=turned), expected, tolerance)
             close(rows.values(weights, problem.layer), attended, tolerance)
             if kernels:
-                close(decode_triton_clla.packed_sums(rows, weights), sums, tolerance)
+                close(attention_triton_clla.packed_sums(rows, weights), sums, tolerance)
 
 
 @pytest.mark.parametrize("count", [1, 31, 33, 130])
@@ -243,7 +244,7 @@ def test_heads_and_rotations(name: str, kernel_device: str) -> None:
 
 @pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
 def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_triton_clla, "_tile", lambda *_: tile)
+    monkeypatch.setattr(attention_triton_clla, "_tile", lambda *_: tile)
     check(Problem(count=65, device=kernel_device))
 
 
@@ -303,7 +304,7 @@ def test_ranks_are_whole_eights(kernel_device: str) -> None:
 @pytest.mark.parametrize("splits", [2, 3, 4])
 def test_sums_of_rows_in_parts(splits: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 128 and 2 rows; of 64, 64 and 2; a fourth without any."""
-    monkeypatch.setattr(decode_triton_clla, "_splits", lambda *_: splits)
+    monkeypatch.setattr(attention_triton_clla, "_splits", lambda *_: splits)
     problem = Problem(tiers=(3, 3, 3, 3), heads=1, count=140, device=kernel_device)
     check(problem, index=torch.stack([torch.randperm(140)[:130] for _ in range(2)]))
 
@@ -313,11 +314,11 @@ def test_weights_of_zero_sum_to_zero(kernel_device: str) -> None:
     weights = problem.weights().zero_()
     with by(True):
         assert not problem.rows().values(weights, problem.layer).any()
-        assert not decode_triton_clla.packed_sums(problem.rows(), weights).any()
+        assert not attention_triton_clla.packed_sums(problem.rows(), weights).any()
 
 
 def test_offsets_in_64_bits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_triton_clla, "_wide", lambda data: True)
+    monkeypatch.setattr(attention_triton_clla, "_wide", lambda data: True)
     check(Problem(device=kernel_device))
     check(Problem(device=kernel_device), index=torch.tensor([[32, 1, 8], [3, 9, 2]]))
 
@@ -326,7 +327,7 @@ def test_rows_beyond_32_bits(kernel_device: str) -> None:
     """A buffer that is mostly never touched; the same rows as at its beginning."""
     problem = Problem(hidden=(0,), count=3, pairs=0, device=kernel_device)
     around = torch.empty(1, 2**31 // 640 + 9, 640, dtype=torch.uint8, device=kernel_device)
-    assert decode_triton_clla._wide(around)
+    assert attention_triton_clla._wide(around)
     index = torch.tensor([[around.shape[1] - 1, around.shape[1] - 4]], device=kernel_device)
     around[:, index[0], : problem.layout.row_bytes] = problem.data[:, :2]
     expected, weights = problem.naive_logits()[..., :2], problem.weights(2)
@@ -335,12 +336,12 @@ def test_rows_beyond_32_bits(kernel_device: str) -> None:
     with by(True):
         rows = problem.rows().chosen(index)
         close(written(problem, rows), expected, 3e-6)
-        close(decode_triton_clla.packed_sums(rows, weights), sums, 3e-6)
+        close(attention_triton_clla.packed_sums(rows, weights), sums, 3e-6)
 
 
 def test_offsets_are_wide_where_they_must_be() -> None:
     for rows, wide in ((2**31 // 640, False), (2**31 // 640 + 1, True)):
-        assert decode_triton_clla._wide(torch.empty(1, rows, 640, dtype=torch.uint8, device="meta")) is wide
+        assert attention_triton_clla._wide(torch.empty(1, rows, 640, dtype=torch.uint8, device="meta")) is wide
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -354,8 +355,8 @@ def test_decoders_of_half_precision(name: str, dtype: torch.dtype, kernel_device
 @pytest.mark.parametrize("held", [0, 1 << 26], ids=["read anew", "kept"])
 @pytest.mark.parametrize("block", [1, 10, 33])
 def test_the_twin_in_blocks(block: int, held: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_clla, "BLOCK", block)
-    monkeypatch.setattr(decode_clla, "HELD_BYTES", held)
+    monkeypatch.setattr(attention_clla, "BLOCK", block)
+    monkeypatch.setattr(attention_clla, "HELD_BYTES", held)
     problem = Problem(hidden=(0, 25), own_turns=True, device=kernel_device)
     index = torch.stack([torch.randperm(33)[:20] for _ in range(2)]).to(kernel_device)
     with by(False):
@@ -379,7 +380,7 @@ def test_small_weights_count_in_fp16(kernels: bool, count: int, kernel_device: s
     expected = 0.01 * layout.unpack(data).double().mean(1)
     rows = PackedRows(data, layout, torch.float16, torch.zeros(1, dtype=torch.int64))
     with by(kernels):
-        found = decode_triton_clla.packed_sums(rows, weights) if kernels else rows._sums(weights[0])
+        found = attention_triton_clla.packed_sums(rows, weights) if kernels else rows._sums(weights[0])
     error = (found[0].double() - expected).abs().max() / expected.abs().max()
     assert error < 1e-3
 
@@ -393,8 +394,8 @@ def test_models_read_latents_by_kernels(
     family: str, static: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A padded batch; rows join while tokens come. By kernels and by the twin alike, and not by neither."""
-    launches, launch = [], decode_clla.packed_logits
-    monkeypatch.setattr(decode_clla, "packed_logits", lambda *a: launches.append(1) or launch(*a))
+    launches, launch = [], attention_clla.packed_logits
+    monkeypatch.setattr(attention_clla, "packed_logits", lambda *a: launches.append(1) or launch(*a))
     model = pico(family)
     stats = stats_of(model, batches=1, with_inputs=False)
     plan = plan_of(stats, model, bits=4, rank=16, window=4, flush_block=2, sinks=2)
@@ -446,9 +447,9 @@ def case_of(shape: str, kernel: str, tile: tuple[int, int], **changed: Any) -> C
         "sums_kernel": lambda: rows.values(logits[..., :8192], 1),
     }
     with pytest.MonkeyPatch.context() as patch, by(True):
-        patch.setattr(decode_triton_clla, "_tile", lambda *_: tile)
+        patch.setattr(attention_triton_clla, "_tile", lambda *_: tile)
         loose = ("count", "block_count", "per_split")
-        return launched(decode_triton_clla, kernel, calls[kernel], not_specialized=loose)
+        return launched(attention_triton_clla, kernel, calls[kernel], not_specialized=loose)
 
 
 def test_compiled_kernels_spill_next_to_nothing_and_read_decoders_ahead() -> None:

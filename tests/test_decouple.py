@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import LayerGroup, Plan, Stats
-from clla.calibrate.positions import rope_settings
 from clla.calibrate.queries import rotary_pairs
+from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
-from clla.convert.decouple import DecoupledSpectra, mean_rotation, uncentred
 from clla.convert.factor import error_covariance, factor, make_codec
-from clla.convert.planners import make_plan
-from clla.convert.spectra import Spectra
 from clla.errors import UnsupportedModelError, UsageError
-from clla.families import kv_shape
+from clla.plan.decoupled import DecoupledSpectra, mean_rotation, uncentred
+from clla.plan.planners import make_plan
+from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
+from clla.source.families import kv_shape
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from conftest import pico, pico_config
 from helpers import clla, converted_of, plan_of, stats_of
 
 from clla.artifacts import read_json
-from clla.doctor import vllm
+from clla.doctor.environment import vllm
 
 
 def findings(*arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clla import eigen
-from clla.eigen import leading_eigenpairs, single_eigh
+from clla import linalg as eigen
+from clla.linalg import leading_eigenpairs, single_eigh
 
 
 def positive(n: int, fall: float, seed: int = 0) -> Tensor:

@@ -11,12 +11,12 @@ from helpers import clla
 from random_stats import sampled
 
 from clla.artifacts import Plan
-from clla.convert import kept_spectra, planners
-from clla.convert.explore import Explorer, find_kept
-from clla.convert.kept_spectra import KeptSpectra, load_spectra, prepare, save_spectra, shapes_of
-from clla.convert.planners import PLANNERS, Room
-from clla.convert.spectra import Spectra
 from clla.errors import CorruptArtifactError, UsageError
+from clla.plan import kept_spectra, planners
+from clla.plan.explore import Explorer, find_kept
+from clla.plan.kept_spectra import KeptSpectra, load_spectra, prepare, save_spectra, shapes_of
+from clla.plan.planners import PLANNERS, Room
+from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig, Recipe
 
 LAYERS, BAND = 8, 4

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from clla.artifacts import GroupCodec, KVShape, LayerGroup, Plan, Stats
 from clla.convert.factor import error_covariance, error_shares, factor, make_codec, predicted_kl
-from clla.convert.quantize import ERROR_SHARE
-from clla.convert.spectra import FLOOR, Spectra, metric_power
-from clla.convert.surrogates import needs_inputs, surrogate_stats
 from clla.modeling.quantize_clla import RowLayout
+from clla.plan.metrics import needs_inputs, surrogate_stats
+from clla.plan.rate import ERROR_SHARE
+from clla.plan.spectra import FLOOR, Spectra, metric_power
 
 GROUPS = [(0, 1), (1, 1), (0, 2), (1, 2), (0, 3)]
 

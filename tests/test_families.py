@@ -23,22 +23,23 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clla.artifacts import Plan, Stats
-from clla.baselines.measured import with_kept_bytes
-from clla.baselines.stored import SourceCache
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.lossless import check_lossless
-from clla.calibrate.positions import rope_settings
-from clla.convert.checkpoint import write_checkpoint
+from clla.calibrate.rope_detection import rope_settings
+from clla.checkpoint.write import write_checkpoint
 from clla.errors import UnsupportedModelError
+from clla.evaluate.measured_cache import with_kept_bytes
 from clla.evaluate.plan_tables import plan_tables
-from clla.families import FAMILIES, REFUSED, check_family, kv_shape, split_layers
-from clla.modeling import decode_clla, pack_triton_clla
+from clla.evaluate.source_cache import SourceCache
+from clla.modeling import attention_clla as attention_clla
+from clla.modeling import pack_triton_clla
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.rotary_clla import ROPE_FORMS, Rope
-from clla.passing import RecordingCache
-from clla.source import Source
+from clla.source.families import FAMILIES, REFUSED, check_family, kv_shape, split_layers
+from clla.source.model import Source
+from clla.source.recording import RecordingCache
 
 NAMES = [*FAMILY_CONFIGS, *OTHER_CONFIGS]
 TOLERANCE = {"atol": 5e-3, "rtol": 2e-3}  # 16-bit latents through four fp32 layers
@@ -503,7 +504,7 @@ def test_lossless_check_tells_right_from_wrong(dtype: torch.dtype) -> None:
 
 def test_lossless_check_needs_no_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too: kernels do not know its rows."""
-    for module in (decode_clla, pack_triton_clla):
+    for module in (attention_clla, pack_triton_clla):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     found = case("llama")
     check_lossless(pico("llama").to(kernel_device), found.stats.layers, found.rope)

@@ -16,7 +16,7 @@ from test_model import TOLERANCE, full_rank, lossy, source_and_stats
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, WatermarkingConfig
 
-from clla.convert.checkpoint import write_checkpoint
+from clla.checkpoint.write import write_checkpoint
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM

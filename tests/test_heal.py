@@ -24,21 +24,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Stats
-from clla.baselines.stored import SourceCache
-from clla.convert.healing import resolve_healing
-from clla.convert.healing_text import _packed
 from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from clla.evaluate.perplexity import Subject, compare
+from clla.evaluate.source_cache import SourceCache
 from clla.heal.attention import View, _seen, masks, mixed_attention, view_of, visible
 from clla.heal.losses import chunked_kl, kl_of_logits
+from clla.heal.run import resolve_healing
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller, hidden_states, make_student, trainable_copy
 from clla.heal.targets import fit_codec, group_error, record_targets
+from clla.heal.text import _packed
 from clla.heal.train import Progress, Schedule, enable_checkpointing, last_state, load_trained, parameter_groups, train
 from clla.modeling.hooks_clla import logits_head
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.passing import RecordingCache
 from clla.recipe import HealConfig, Recipe
+from clla.source.recording import RecordingCache
 
 CHUNK = 24
 UNOBSERVED = {"falcon", "falcon-alibi", "gemma2"}
@@ -664,7 +664,7 @@ def test_what_cannot_be_trained_is_refused_before_calibration(
 def test_a_full_disk_is_found_before_training(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clla.convert import checkpoint as checking
+    from clla.checkpoint import write as checking
 
     usage = type("Usage", (), {"free": 1_000_000})()
     monkeypatch.setattr(checking.shutil, "disk_usage", lambda path: usage)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from clla.checksums import check_files
+from clla.checkpoint.checksums import check_files
 from clla.cli import app
 
 OPTIONS = ["--calibration-tokens", "8192", "--sequence-length", "256", "--at-context", "512", "--window", "16",
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="w
 # Imports once what takes seconds, then runs `python -m clla` in a process of its own for every line that it reads.
 SERVER = """
 import json, os, runpy, sys, traceback
-import clla.cli, clla.convert.pipeline, clla.hub, transformers
+import clla.cli, clla.convert.pipeline, clla.publish.push, transformers
 import matplotlib.backends.backend_agg, transformers.models.llama.modeling_llama
 print("ready", flush=True)
 for line in sys.stdin:

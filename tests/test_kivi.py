@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from clla.baselines.kivi import KiviCache
-from clla.baselines.minmax import pack, unpack
 from clla.errors import UsageError
+from clla.evaluate.minmax import pack, unpack
 from clla.evaluate.perplexity import Subject, stream_logits
 
 B, H, D = 2, 3, 64

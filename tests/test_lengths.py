@@ -13,8 +13,8 @@ from helpers import clla, converted_of, plan_of, stats_of, tokens
 from transformers import PreTrainedModel
 
 from clla.errors import UnsupportedModelError, UsageError
-from clla.lengths import Reach, reach_of
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.source.lengths import Reach, reach_of
 
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True}
 POSITIONS = 160  # of the models below: enough for a planted code of bytes, and less than any default

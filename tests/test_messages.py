@@ -23,7 +23,7 @@ from clla import console
 from clla.arguments import parse_size
 from clla.commands.failures import InternalError, explained
 from clla.errors import CllaError, UsageError, reason
-from clla.source import open_source, settle_generation
+from clla.source.model import open_source, settle_generation
 
 SCRIPT = """
 import os, signal, sys
@@ -108,10 +108,10 @@ def test_interrupted_conversions_say_where_the_work_is(
         raise KeyboardInterrupt
 
     small = ["--dataset", text_file, "--calibration-tokens", 256, "--sequence-length", 64, "--no-report"]
-    monkeypatch.setattr("clla.convert.run.make_codec", stop)
+    monkeypatch.setattr("clla.convert.stages.make_codec", stop)
     done = command("convert", pico_dir, "-o", tmp_path / "out", *small)
     assert done.exit_code == 130 and f"kept in {tmp_path / 'out.work'}" in done.stderr and "--resume" in done.stderr
-    monkeypatch.setattr("clla.convert.run.collect", stop)
+    monkeypatch.setattr("clla.convert.stages.collect", stop)
     done = command("convert", pico_dir, "-o", tmp_path / "other", *small)
     assert done.exit_code == 130 and "nothing half-written was left" in done.stderr and "--resume" not in done.stderr
     assert not list(tmp_path.glob("other*"))
@@ -164,26 +164,26 @@ def test_reasons_are_whole_and_one_line() -> None:
 
 
 WRONG: dict[str, Callable[[str], Any]] = {
-    "a model": lambda c: clla.convert(torch.nn.Linear(1, 1)),  # type: ignore[arg-type]
-    "an empty name": lambda c: clla.convert(""),
-    "a zero byte": lambda c: clla.convert("a\0b"),
-    "no Unicode": lambda c: clla.convert("caf\udce9"),
-    "a number for a path": lambda c: clla.convert("x", output=5),  # type: ignore[arg-type]
-    "a word for a number": lambda c: clla.convert("x", window="8"),  # type: ignore[arg-type]
-    "yes for a number": lambda c: clla.convert("x", window=True),
-    "a size": lambda c: clla.convert("x", max_shard_size="5XB"),
-    "a word for a flag": lambda c: clla.convert("x", heal="yes"),  # type: ignore[arg-type]
-    "the text itself": lambda c: clla.evaluate(c, text="the text itself " * 100),
-    "no windows": lambda c: clla.evaluate(c, windows=0),
-    "short windows": lambda c: clla.evaluate(c, window_length=1),
-    "no context": lambda c: clla.evaluate(c, contexts=[0]),
-    "no contexts": lambda c: clla.evaluate(c, contexts=[]),
-    "one context": lambda c: clla.evaluate(c, contexts=64),  # type: ignore[arg-type]
-    "chunk 0": lambda c: clla.evaluate(c, chunk=0),
-    "dtype": lambda c: clla.load(c, dtype="float64"),
-    "device": lambda c: clla.load(c, device="banana"),
-    "learning rate": lambda c: clla.heal(c, codec_lr=float("nan")),
-    "tokens": lambda c: clla.heal(c, tokens=-1),
+    "a model": lambda c: clla.convert_model(torch.nn.Linear(1, 1)),  # type: ignore[arg-type]
+    "an empty name": lambda c: clla.convert_model(""),
+    "a zero byte": lambda c: clla.convert_model("a\0b"),
+    "no Unicode": lambda c: clla.convert_model("caf\udce9"),
+    "a number for a path": lambda c: clla.convert_model("x", output=5),  # type: ignore[arg-type]
+    "a word for a number": lambda c: clla.convert_model("x", window="8"),  # type: ignore[arg-type]
+    "yes for a number": lambda c: clla.convert_model("x", window=True),
+    "a size": lambda c: clla.convert_model("x", max_shard_size="5XB"),
+    "a word for a flag": lambda c: clla.convert_model("x", heal="yes"),  # type: ignore[arg-type]
+    "the text itself": lambda c: clla.evaluate_model(c, text="the text itself " * 100),
+    "no windows": lambda c: clla.evaluate_model(c, windows=0),
+    "short windows": lambda c: clla.evaluate_model(c, window_length=1),
+    "no context": lambda c: clla.evaluate_model(c, contexts=[0]),
+    "no contexts": lambda c: clla.evaluate_model(c, contexts=[]),
+    "one context": lambda c: clla.evaluate_model(c, contexts=64),  # type: ignore[arg-type]
+    "chunk 0": lambda c: clla.evaluate_model(c, chunk=0),
+    "dtype": lambda c: clla.load_model(c, dtype="float64"),
+    "device": lambda c: clla.load_model(c, device="banana"),
+    "learning rate": lambda c: clla.heal_model(c, codec_lr=float("nan")),
+    "tokens": lambda c: clla.heal_model(c, tokens=-1),
 }
 
 
@@ -196,7 +196,7 @@ def test_functions_refuse_wrong_values(what: str, checkpoint: Path) -> None:
 
 def test_several_wrong_values_are_told_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        clla.evaluate("x", windows=0, chunk=-1, window_length=1)
+        clla.evaluate_model("x", windows=0, chunk=-1, window_length=1)
     assert all(option in caught.value.got for option in ("--windows is 0", "--chunk is -1", "--window-length is 1"))
 
 
@@ -216,7 +216,7 @@ def test_paths_that_are_not_there(name: str) -> None:
     with pytest.raises(CllaError, match="does not exist"):
         open_source(name)
     with pytest.raises(CllaError, match="does not exist"):
-        clla.load(name)
+        clla.load_model(name)
 
 
 def test_directories_that_hold_something_else(pico_dir: Path, tmp_path: Path) -> None:

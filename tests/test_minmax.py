@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clla.baselines.minmax import pack, unpack
+from clla.evaluate.minmax import pack, unpack
 
 HALF = 2.0**-11  # relative rounding of fp16
 SUBNORMAL = 2.0**-25  # absolute rounding of fp16 next to zero

@@ -8,13 +8,13 @@ import pytest
 import torch
 from random_stats import Sampled, sampled
 
-from clla import eigen
-from clla.convert import planners, spectra
-from clla.convert.outline import Outline, outlined_partition
-from clla.convert.plan import Choice, Segment, candidate, every_segment, solve
-from clla.convert.planners import PLANNERS, Room
-from clla.convert.quantize import ERROR_SHARE
-from clla.convert.spectra import Spectra
+from clla import linalg as eigen
+from clla.plan import planners, spectra
+from clla.plan.allocation import Choice, Segment, candidate, every_segment, solve
+from clla.plan.partition import Outline, outlined_partition
+from clla.plan.planners import PLANNERS, Room
+from clla.plan.rate import ERROR_SHARE
+from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
 
 LAYERS, BAND = 8, 4

@@ -12,10 +12,10 @@ from conftest import pico
 from helpers import clla, stats_of
 
 from clla.artifacts import Codec, Plan, Stats
-from clla.convert.outlook import POINTS, make_outlook
-from clla.convert.plan import candidate, solve
-from clla.convert.planners import make_plan
-from clla.convert.spectra import Spectra
+from clla.plan.allocation import candidate, solve
+from clla.plan.frontier import POINTS, make_outlook
+from clla.plan.planners import make_plan
+from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
 
 CONFIG = PlanConfig()

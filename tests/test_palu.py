@@ -9,7 +9,7 @@ from helpers import stats_of, tokens
 from torch import Tensor
 
 from clla.baselines.palu import factor_projection, head_groups, palu
-from clla.convert.assemble import attach, clla_block
+from clla.checkpoint.assemble import attach, clla_block
 from clla.errors import UsageError
 
 LLAMA_ROPE = {"form": "halves", "plain_layers": []}

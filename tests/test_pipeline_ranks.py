@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clla.serving.pipeline import even_partition, groups_of_ranks
+from clla.serving.pipeline_parallel import even_partition, groups_of_ranks
 
 
 def consecutive(sizes: list[int]) -> list[list[int]]:

@@ -13,9 +13,9 @@ from conftest import byte_tokenizer
 from helpers import tokens
 from test_model import full_rank, lossy
 
-from clla.convert.assemble import clla_block
-from clla.convert.checkpoint import write_checkpoint
-from clla.evaluate.shapes import random_plan, shape_config
+from clla.bench.shapes import random_plan, shape_config
+from clla.checkpoint.assemble import clla_block
+from clla.checkpoint.write import write_checkpoint
 from clla.modeling.configuration_clla import CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.placement_clla import beside_layers, device_map_of

@@ -17,14 +17,14 @@ from helpers import clla
 
 from clla import api
 from clla.artifacts import KVShape, Plan, save_verified
+from clla.checkpoint.write import OLD, PARTIAL, check_output, finished_directory, tidy
 from clla.cli import app, recipes_app
-from clla.commands.shared import path
-from clla.convert.checkpoint import OLD, PARTIAL, check_output, finished_directory, tidy
-from clla.convert.run import stats_bytes
+from clla.commands.options import path
+from clla.convert.stages import stats_bytes
 from clla.errors import CllaError, UsageError, resumable
-from clla.places import LOCK, check_file, check_writable, expanded, holding, writing
 from clla.recipe import Recipe
-from clla.source import open_source
+from clla.source.model import open_source
+from clla.storage.places import LOCK, check_file, check_writable, expanded, holding, writing
 
 SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--kv-budget", "25%", "--window", "8"]
 SMALL += ["--at-context", "0", "--no-report"]
@@ -69,7 +69,7 @@ def test_the_second_run_is_told_before_a_model_is_opened(
         raise AssertionError("the model was opened")
 
     monkeypatch.setattr("clla.convert.pipeline.open_source", opened)
-    monkeypatch.setattr("clla.convert.heal_checkpoint.checkpoint_folder", opened)
+    monkeypatch.setattr("clla.heal.checkpoint.checkpoint_folder", opened)
     with holding(tmp_path / "shared"):
         for command in ("convert", "heal"):
             places = (
@@ -119,18 +119,18 @@ def test_a_dry_run_deletes_nothing_that_it_did_not_make(
 
     monkeypatch.setattr("clla.convert.pipeline._convert", stages)
     options: dict[str, Any] = {"output": tmp_path / "out", "dataset": str(text_file)}
-    api.convert(pico_dir, **options, dry_run=True)
+    api.convert_model(pico_dir, **options, dry_run=True)
     assert not list(tmp_path.iterdir()) and kept == [["stats-0"]]
     work = tmp_path / "out.work"
     (work / "heal").mkdir(parents=True)
-    api.convert(pico_dir, **options, dry_run=True)
+    api.convert_model(pico_dir, **options, dry_run=True)
     assert (work / "heal").is_dir()
     (work / "thesis.tex").touch()
     for more in ({}, {"resume": True}, {"dry_run": True}):
         with pytest.raises(UsageError, match=r"did not write: thesis\.tex"):
-            api.convert(pico_dir, **options, **more)
+            api.convert_model(pico_dir, **options, **more)
     (work / "thesis.tex").unlink()
-    api.convert(pico_dir, **options)
+    api.convert_model(pico_dir, **options)
     assert kept[-1] == ["stats-0"]  # begun afresh
 
 
@@ -170,7 +170,7 @@ def test_the_home_directory_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HOME", str(tmp_path))
     seen: dict[str, Any] = {}
     monkeypatch.setattr("clla.api.run_conversion", lambda name, recipe, options: seen.update(vars(options)))
-    api.convert("model", output="~/out", work_dir="~/work")
+    api.convert_model("model", output="~/out", work_dir="~/work")
     assert seen["output"] == tmp_path / "out" and seen["work_dir"] == tmp_path / "work"
     assert expanded("a~b") == Path("a~b")
     with pytest.raises(UsageError, match="home"):

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from random_stats import sampled
 
 from clla.artifacts import Plan, Stats
-from clla.convert.plan import (
+from clla.errors import UsageError
+from clla.modeling.quantize_clla import RowLayout
+from clla.plan.allocation import (
     Candidate,
     Choice,
     Segment,
@@ -25,7 +27,7 @@ from clla.convert.plan import (
     solve,
     uniform_segments,
 )
-from clla.convert.planners import (
+from clla.plan.planners import (
     PLANNERS,
     WINDOW_SHARE,
     WINDOWS,
@@ -36,10 +38,8 @@ from clla.convert.planners import (
     make_plan,
     neighbour_distances,
 )
-from clla.convert.quantize import ERROR_SHARE
-from clla.convert.spectra import Spectra
-from clla.errors import UsageError
-from clla.modeling.quantize_clla import RowLayout
+from clla.plan.rate import ERROR_SHARE
+from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
 
 TIER = 8

@@ -20,13 +20,13 @@ from helpers import clla
 from hub_server import Fault, Hub, serving
 
 from clla.artifacts import read_json
-from clla.base_model import HubModel
-from clla.checksums import check_files, write_checksums
+from clla.checkpoint.checksums import check_files, write_checksums
+from clla.checkpoint.load import load_checkpoint
 from clla.errors import CllaError, UsageError
-from clla.load import load_checkpoint
-from clla.outgoing import TEXT, gather
-from clla.revision import beside, plain_name, split_revision
-from clla.source import open_source
+from clla.hub.revision import beside, plain_name, split_revision
+from clla.publish.base_model import HubModel
+from clla.publish.contents import TEXT, gather
+from clla.source.model import open_source
 
 TINY = ("--calibration-tokens", 512, "--sequence-length", 64, "--window", 8, "--kv-budget", "3%", "--at-context", 0)
 # Without the package: what a checkpoint brings along must do.
@@ -416,7 +416,7 @@ def test_source_that_says_what_it_is(
 
 
 def json_digest_of(path: Path) -> str:
-    from clla.checksums import file_digest
+    from clla.checkpoint.checksums import file_digest
 
     return file_digest(path)
 

@@ -16,9 +16,9 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 from torch import Tensor
 
-from clla.convert.quantize import ERROR_SHARE, gaussian_error
 from clla.modeling import quantize_clla
 from clla.modeling.quantize_clla import GAUSSIAN_STEP, SCALE_OFFSETS, RowLayout, tensor_digest
+from clla.plan.rate import ERROR_SHARE, gaussian_error
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 TIER_SIZES = (8, 16, 32)

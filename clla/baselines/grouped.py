@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from clla.baselines.measured import MeasuredCache
+from clla.evaluate.measured_cache import MeasuredCache
 
 
 class GroupStore(ABC):

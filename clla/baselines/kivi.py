@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from clla.baselines import minmax
-from clla.baselines.measured import MeasuredCache
 from clla.baselines.settings import check_at_least, check_multiple, check_one_of
 from clla.errors import UsageError
-from clla.families import kv_shape, split_layers
+from clla.evaluate import minmax
+from clla.evaluate.measured_cache import MeasuredCache
+from clla.source.families import kv_shape, split_layers
 
 WIDTHS = (2, 3, 4)
 

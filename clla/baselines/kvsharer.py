@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from clla.baselines.measured import MeasuredCache
 from clla.baselines.settings import check_one_of
 from clla.errors import UsageError
-from clla.families import split_layers
+from clla.evaluate.measured_cache import MeasuredCache
 from clla.modeling.hooks_clla import CACHE
+from clla.source.families import split_layers
 
 Order = Literal["dissimilar", "similar"]
 Score = Literal["cosine", "kl"]

@@ -23,8 +23,8 @@ from clla.baselines.attending import AttendingCache, AttendingLayer
 from clla.baselines.attention import causal_bias
 from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
-from clla.families import split_layers
 from clla.modeling.evict_clla import grouped_logits
+from clla.source.families import split_layers
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from clla.baselines.grouped import GroupedCache, GroupStore
 from clla.baselines.settings import check_at_least, check_one_of
 from clla.errors import UsageError
-from clla.families import split_layers
+from clla.source.families import split_layers
 
 Retention = Literal["prose", "equation"]
 FLAT = 1e-4  # sine of an angle at which two directions count as parallel or opposite

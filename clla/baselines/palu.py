@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from clla.artifacts import Codec, GroupCodec, LayerGroup, Plan, Stats
-from clla.convert.surrogates import projections
 from clla.errors import UsageError
+from clla.plan.metrics import projections
 
 TIER = 8
 GROUP_HEADS = 4  # KV heads factored together, as in the paper, where there are as many

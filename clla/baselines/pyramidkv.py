@@ -23,8 +23,8 @@ from clla.baselines.attending import AttendingCache, AttendingLayer
 from clla.baselines.attention import causal_attention
 from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
-from clla.families import split_layers
 from clla.modeling.evict_clla import attention_weights
+from clla.source.families import split_layers
 
 BETA = 20  # the paper's: how much smaller than the average the top layer's budget is
 

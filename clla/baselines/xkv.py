@@ -26,8 +26,8 @@ from torch import Tensor
 
 from clla.baselines.grouped import GroupedCache, GroupStore
 from clla.baselines.settings import check_at_least
-from clla.families import split_layers
 from clla.modeling.rotary_clla import Rope, Rotation
+from clla.source.families import split_layers
 
 VALUE_RANK = 1.5  # rank of values to that of keys, as in the paper
 

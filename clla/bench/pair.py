@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from clla.artifacts import Plan
-from clla.baselines.stored import SourceCache
-from clla.convert.assemble import attach, clla_block
-from clla.evaluate.shapes import ROPE, STORED, random_codec, random_model, random_plan, shape_config
-from clla.evaluate.speed import Contender, draw_ids
-from clla.load import load_checkpoint
+from clla.bench.shapes import ROPE, STORED, random_codec, random_model, random_plan, shape_config
+from clla.bench.speed import Contender, draw_ids
+from clla.checkpoint.assemble import attach, clla_block
+from clla.checkpoint.load import load_checkpoint
+from clla.evaluate.source_cache import SourceCache
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import RuntimeConfig
-from clla.source import pick_dtype
+from clla.source.model import pick_dtype
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 from clla import console
-from clla.baselines.measured import with_kept_bytes
+from clla.bench.generating import generate_speed
+from clla.bench.largest_batch import largest_batches
+from clla.bench.machine import machine_facts
 from clla.bench.pair import Pair, load_pair, random_pair
+from clla.bench.peak import how_measured
+from clla.bench.shapes import shape_config
+from clla.bench.speed import Work, measure, run_pass
+from clla.bench.speed_report import NAMES, SpeedReport, SpeedRow
+from clla.checkpoint.load import checkpoint_folder, checkpoint_reach
 from clla.errors import UsageError
 from clla.evaluate.figures import draw_speed
-from clla.evaluate.generating import generate_speed
-from clla.evaluate.largest_batch import largest_batches
-from clla.evaluate.machine import machine_facts
-from clla.evaluate.peak import how_measured
-from clla.evaluate.shapes import shape_config
-from clla.evaluate.speed import Work, measure, run_pass
-from clla.evaluate.speed_report import NAMES, SpeedReport, SpeedRow
-from clla.lengths import Reach, reach_of
-from clla.load import checkpoint_folder, checkpoint_reach
-from clla.places import PICTURES, check_file
+from clla.evaluate.measured_cache import with_kept_bytes
 from clla.recipe import BudgetConfig, PlanConfig
-from clla.source import pick_device
+from clla.source.lengths import Reach, reach_of
+from clla.source.model import pick_device
+from clla.storage.places import PICTURES, check_file
 
 CONTEXTS = {"cpu": (512, 2048), "cuda": (2048, 8192, 32768)}
 WARM_UP = 8  # tokens of context, before anything is measured

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clla.eigen import leading_eigenpairs
+from clla.linalg import leading_eigenpairs
 
 RIDGE = 1e-6  # of the covariance, relative to its mean eigenvalue; more where rounding has made it indefinite
 FLOOR = 1e-3  # of the metric's eigenvalues, relative to its mean: what it is blind to is not free

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from clla.errors import UnsupportedModelError
-from clla.placement import decoder_layers
+from clla.source.placement import decoder_layers
 
 ROOM = 0.6  # of the free memory, that activations may take; logits and their gradient need some, too
 

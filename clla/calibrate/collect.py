@@ -29,7 +29,7 @@ from clla.errors import DatasetError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening
 from clla.modeling.rotary_clla import Rotation
-from clla.passing import RecordingCache
+from clla.source.recording import RecordingCache
 
 
 @dataclass

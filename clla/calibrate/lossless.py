@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clla.errors import UnsupportedModelError
-from clla.families import kv_shape, split_layers
-from clla.lengths import reach_of
 from clla.modeling.configuration_clla import CllaConfig
 from clla.modeling.hooks_clla import attention_modules
 from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
+from clla.source.families import kv_shape, split_layers
+from clla.source.lengths import reach_of
 
 TOKENS, CHUNK, WINDOW = 48, 12, 8
 # Relative error of the logits of four tokens in five: what rounding does not explain, and how often the rounding of one

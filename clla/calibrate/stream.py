@@ -32,9 +32,9 @@ from clla.calibrate.queries import QueryPower
 from clla.errors import DatasetError, UnsupportedModelError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening
-from clla.passing import RecordingCache
-from clla.placement import decoder_layers
-from clla.places import writing
+from clla.source.placement import decoder_layers
+from clla.source.recording import RecordingCache
+from clla.storage.places import writing
 
 
 class Spill:

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import MOST, OUTPUT, Device, Dtype, errors, integers, path, start
+from clla.commands.options import MOST, OUTPUT, Device, Dtype, errors, integers, path, start
 
 SHAPE = "A shape instead of a checkpoint"
 

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import errors, path
+from clla.commands.options import errors, path
 
 
 def card(
@@ -22,7 +22,7 @@ def card(
 ) -> None:
     """Make the model card of a checkpoint anew from its report."""
     with errors(interrupted="the card is as it was"):
-        from clla.card import render, write_card
+        from clla.publish.card import render, write_card
 
         name = repo_id or checkpoint.resolve().name
         if write:

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import MOST, Device, errors, path, start
+from clla.commands.options import MOST, Device, errors, path, start
 from clla.errors import UsageError
 
 
@@ -49,7 +49,7 @@ def compare(
     with errors(as_json, interrupted="no table was written; moments that were complete stay in --work-dir"):
         start()
         from clla.compare import Options, run_comparison
-        from clla.places import check_writable, holding
+        from clla.storage.places import check_writable, holding
 
         if budget and not budget.strip(" ,"):
             raise UsageError(f"--budget {budget!r} names no share", expected="e.g. 25%,6.25%", remedy="correct it")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import (
+from clla.commands.options import (
     CALIBRATION,
     DTYPES,
     HEAL,
@@ -146,7 +146,7 @@ def convert(
             console.say("A dry run uploads nothing: --push-to-hub has no effect")
         elif push_to_hub:
             target = _target(model, push_to_hub, private=private, adapter_only=adapter_only)
-        done = api.convert(
+        done = api.convert_model(
             model,
             output=output,
             recipe=recipe,
@@ -226,9 +226,9 @@ def convert(
 
 def _target(model: str, repo_id: str, *, private: bool, adapter_only: bool) -> str:
     """Where to push to, asked before an hour's work and not after it."""
-    from clla.base_model import cached_model, check_public
-    from clla.hub import check_access
-    from clla.revision import split_revision
+    from clla.hub.revision import split_revision
+    from clla.publish.base_model import cached_model, check_public
+    from clla.publish.push import check_access
 
     local = Path(model).expanduser().exists() or model == "demo"
     if adapter_only and local and cached_model(model) is None:
@@ -247,7 +247,7 @@ def _pushed(folder: Path, repo_id: str | None, *, private: bool) -> tuple[Any, C
     """What came of the push, if one was wanted, or why nothing did; the results are shown in both cases."""
     if repo_id is None:
         return None, None
-    from clla.hub import Push, push
+    from clla.publish.push import Push, push
 
     target = Push(folder, repo_id, private=private)
     try:

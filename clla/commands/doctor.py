@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import errors, start
+from clla.commands.options import errors, start
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -23,14 +23,14 @@ def doctor(
 ) -> None:
     """Look for what is missing or broken, here and with a model; exit code 1 if something is."""
     with errors(as_json, interrupted="nothing was changed"):
-        from clla.doctor import Finding, environment, guarded
+        from clla.doctor.environment import Finding, environment, guarded
 
         found = environment(hub=hub)
         if model is not None:
 
             def examined() -> list[Finding]:
                 start()
-                from clla.doctor_model import examine
+                from clla.doctor.model import examine
 
                 return examine(model)
 

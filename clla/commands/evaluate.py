@@ -8,14 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import (
-    MOST,
-    Device,
-    Dtype,
-    errors,
-    integers,
-    start,
-)
+from clla.commands.options import MOST, Device, Dtype, errors, integers, start
 
 
 def evaluate(
@@ -54,7 +47,7 @@ def evaluate(
         start()
         from clla import api
 
-        report = api.evaluate(
+        report = api.evaluate_model(
             checkpoint,
             text=text,
             windows=windows,

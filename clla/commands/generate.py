@@ -9,13 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import (
-    MOST,
-    Device,
-    Dtype,
-    errors,
-    start,
-)
+from clla.commands.options import MOST, Device, Dtype, errors, start
 from clla.errors import CllaError, UsageError, blamed, reason
 
 COLDEST = 1e-6  # temperature: divided by less, logits become infinite
@@ -43,11 +37,11 @@ def generate(
         start()
         import torch
 
-        from clla.lengths import reach_of
-        from clla.load import load_checkpoint
+        from clla.checkpoint.load import load_checkpoint
         from clla.modeling.hooks_clla import CACHE
-        from clla.source import pick_device
-        from clla.vocabulary import check_tokens
+        from clla.source.lengths import reach_of
+        from clla.source.model import pick_device
+        from clla.text.vocabulary import check_tokens
 
         if not math.isfinite(temperature) or 0 < temperature < COLDEST:
             raise UsageError(

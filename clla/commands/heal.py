@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import HEAL, OUTPUT, RUN, TRAINED, Device, Dtype, Tracker, errors, path, show_healing, start
+from clla.commands.options import HEAL, OUTPUT, RUN, TRAINED, Device, Dtype, Tracker, errors, path, show_healing, start
 
 
 def heal(
@@ -79,7 +79,7 @@ def heal(
 
         from clla import api
 
-        done = api.heal(
+        done = api.heal_model(
             checkpoint,
             output=output,
             tokens=tokens,

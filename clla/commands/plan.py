@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import (
+from clla.commands.options import (
     OUTPUT,
     PLAN,
     Bits,
@@ -66,8 +66,8 @@ def plan(
 ) -> None:
     """Plan other budgets from the statistics of a conversion, in seconds."""
     with errors(as_json, interrupted="no plan was written; what was prepared is kept beside the statistics"):
-        from clla.places import PICTURES, check_file
         from clla.recipe import load_recipe, plan_changes
+        from clla.storage.places import PICTURES, check_file
 
         chosen = load_recipe(recipe).override(
             plan_changes(
@@ -92,7 +92,7 @@ def plan(
             check_file(plot, "--plot", PICTURES)
         if save is not None:
             check_file(save, "--save")
-        from clla.convert.explore import Explorer, find_kept
+        from clla.plan.explore import Explorer, find_kept
 
         explorer = Explorer(find_kept(statistics), chosen)
         wanted = budgets.split(",") if sweep else [chosen.budget.kv_budget]
@@ -110,9 +110,9 @@ def plan(
 
 
 def _one(explorer: Any, chosen: Any, plot: Path | None, save: Path | None, as_json: bool) -> None:
-    from clla.convert.explore import summary
     from clla.evaluate.figures import draw_plan
     from clla.evaluate.plan_tables import plan_tables
+    from clla.plan.explore import summary
 
     found = explorer.plan(chosen)
     if plot is not None:
@@ -130,8 +130,8 @@ def _one(explorer: Any, chosen: Any, plot: Path | None, save: Path | None, as_js
 def _sweep(explorer: Any, recipes: list[Any], plot: Path | None, as_json: bool) -> None:
     from rich.table import Table
 
-    from clla.convert.explore import summary
     from clla.evaluate.figures import draw_frontier
+    from clla.plan.explore import summary
 
     rows = [summary(recipe.budget.kv_budget, explorer.plan(recipe)) for recipe in recipes]
     if plot is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import errors, path
+from clla.commands.options import errors, path
 
 
 def push(
@@ -29,8 +29,8 @@ def push(
 ) -> None:
     """Upload a converted checkpoint to the Hub."""
     with errors(as_json, interrupted="the checkpoint on disk is as it was"):
-        from clla import hub
-        from clla.places import holding
+        from clla.publish import push as hub
+        from clla.storage.places import holding
 
         what = hub.Push(
             checkpoint.resolve(),

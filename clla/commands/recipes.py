@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from clla import console
-from clla.commands.shared import errors, path, recipe_names
+from clla.commands.options import errors, path, recipe_names
 from clla.errors import UsageError
 
 

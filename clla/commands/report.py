@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.shared import MOST, OUTPUT, Device, Dtype, errors, path, start
+from clla.commands.options import MOST, OUTPUT, Device, Dtype, errors, path, start
 
 
 def report(
@@ -51,8 +51,8 @@ def report(
     """Write one HTML page about a converted model: plan, quality, memory, errors of layers, samples."""
     with errors(as_json, interrupted="no page was written; the checkpoint is as it was"):
         start()
+        from clla.hub.revision import beside
         from clla.report import Options, make_page
-        from clla.revision import beside
 
         page = (output or beside(checkpoint, "-report.html")).resolve()
         options = Options(

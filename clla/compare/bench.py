@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Codec, Plan, Stats
-from clla.convert.assemble import attach, clla_block
+from clla.checkpoint.assemble import attach, clla_block
 from clla.convert.factor import make_codec
-from clla.convert.planners import make_plan
-from clla.convert.spectra import Spectra
-from clla.convert.surrogates import weigh
 from clla.errors import UsageError
 from clla.evaluate.perplexity import Subject
+from clla.plan.metrics import weigh
+from clla.plan.planners import make_plan
+from clla.plan.spectra import Spectra
 from clla.recipe import Recipe
-from clla.source import Source
+from clla.source.model import Source
 
 SINKS = 4
 BYTES_CHUNK = 2048  # tokens a call where only bytes are measured, which do not depend on it

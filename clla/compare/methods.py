@@ -18,14 +18,14 @@ from clla.baselines.less_training import train_feature_maps
 from clla.baselines.minicache import MiniCacheCache
 from clla.baselines.palu import palu
 from clla.baselines.pyramidkv import PyramidKvCache
-from clla.baselines.stored import SourceCache
 from clla.baselines.think import ThinkCache
 from clla.baselines.xkv import VALUE_RANK, XkvCache
 from clla.compare.bench import SINKS, Bench, Setting
-from clla.convert.planners import derive_window
 from clla.errors import CllaError, UsageError
 from clla.evaluate.perplexity import Subject
+from clla.evaluate.source_cache import SourceCache
 from clla.modeling.hooks_clla import rope_of
+from clla.plan.planners import derive_window
 
 KIVI_BITS = (4, 3, 2)
 PYRAMID_WINDOW, PYRAMID_BLOCK = 8, 16

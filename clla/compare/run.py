@@ -13,23 +13,23 @@ from torch import Tensor
 
 from clla import console
 from clla.artifacts import write_text
-from clla.baselines.stored import SourceCache
-from clla.calibrate.data import evaluation_windows
-from clla.calibrate.reading import check_text
-from clla.calibrate.seen import fitted_text, unseen
 from clla.compare.bench import BYTES_CHUNK, Bench, Setting
+from clla.compare.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
 from clla.compare.methods import METHODS, pick_methods
-from clla.convert.run import Run, resolve
-from clla.evaluate.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
+from clla.convert.stages import Run, resolve
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject
 from clla.evaluate.perplexity import compare as measure
 from clla.evaluate.report import UNSEEN
 from clla.evaluate.retrieval import make_trials, plantable, retrieve
-from clla.lengths import reach_of
+from clla.evaluate.seen import fitted_text, unseen
+from clla.evaluate.source_cache import SourceCache
 from clla.recipe import Recipe
-from clla.source import open_source, pick_device
-from clla.vocabulary import check_tokens
+from clla.source.lengths import reach_of
+from clla.source.model import open_source, pick_device
+from clla.text.reading import check_text
+from clla.text.sequences import evaluation_windows
+from clla.text.vocabulary import check_tokens
 
 CONTEXT, LONG_CONTEXT = 2048, 8192  # where the model takes as many tokens
 

@@ -1,5 +1,1 @@
-"""Stages of `clla.convert`; calling this package runs them (`clla.api.convert`)."""
-
-from clla.calling import make_callable
-
-make_callable(__name__)
+"""From a model to a converted checkpoint: the order of the stages, and what each keeps for the next run."""

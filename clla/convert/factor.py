@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from clla.artifacts import Codec, GroupCodec, Plan, Stats
-from clla.convert.decouple import DecoupledSpectra
-from clla.convert.quantize import ERROR_SHARE
-from clla.convert.spectra import CPU, Spectra, assemble
+from clla.plan.decoupled import DecoupledSpectra
+from clla.plan.rate import ERROR_SHARE
+from clla.plan.spectra import CPU, Spectra, assemble
 
 
 def make_codec(spectra: Spectra, plan: Plan, stats: Stats, *, on_step: Callable[[], None] = lambda: None) -> Codec:

@@ -14,13 +14,9 @@ from accelerate import PartialState
 
 from clla import console
 from clla.artifacts import Plan, write_text
-from clla.calibrate.data import report_text
-from clla.calibrate.reading import check_text
-from clla.calibrate.seen import fitted_text, unseen
-from clla.card import write_card
-from clla.checksums import WEIGHTS, base_checksums
-from clla.convert.assemble import attach
-from clla.convert.checkpoint import (
+from clla.checkpoint.assemble import attach
+from clla.checkpoint.checksums import WEIGHTS, base_checksums
+from clla.checkpoint.write import (
     check_kept,
     check_memory,
     check_output,
@@ -30,19 +26,23 @@ from clla.convert.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from clla.convert.healing import Healing, HealOptions, check_healing, heal_and_measure
-from clla.convert.healing_text import healed_on
-from clla.convert.run import Run, moment_bytes, resolve, stats_bytes
-from clla.convert.surrogates import weigh
+from clla.convert.stages import Run, moment_bytes, resolve, stats_bytes
 from clla.errors import UsageError, resumable
 from clla.evaluate.report import Report, before_and_after, write_report
+from clla.evaluate.seen import fitted_text, unseen
+from clla.heal.run import Healing, HealOptions, check_healing, heal_and_measure
 from clla.heal.sharding import launched_sharded
 from clla.heal.student import check_attention
+from clla.heal.text import healed_on
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.origin import origin_of
-from clla.places import check_writable, expanded, holding
+from clla.plan.metrics import weigh
+from clla.publish.card import write_card
+from clla.publish.origin import origin_of
 from clla.recipe import Recipe, load_recipe
-from clla.source import Source, model_folder, open_source, pick_device, start_processes
+from clla.source.model import Source, model_folder, open_source, pick_device, start_processes
+from clla.storage.places import check_writable, expanded, holding
+from clla.text.reading import check_text
+from clla.text.sequences import report_text
 
 
 @dataclass(frozen=True)

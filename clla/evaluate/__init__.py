@@ -1,5 +1,1 @@
-"""Stages of `clla.evaluate`; calling this package runs them (`clla.api.evaluate`)."""
-
-from clla.calling import make_callable
-
-make_callable(__name__)
+"""What a converted model loses and saves: perplexity, retrieval, bytes, errors by layer."""

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Plan, write_text
-from clla.baselines.measured import with_kept_bytes
-from clla.baselines.stored import SourceCache
 from clla.evaluate.figures import draw_healing, draw_plan, draw_quality
+from clla.evaluate.measured_cache import with_kept_bytes
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve
+from clla.evaluate.source_cache import SourceCache
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.vocabulary import check_tokens
+from clla.text.vocabulary import check_tokens
 
 NAMES = ("source", "int4", "converted")
 UNSEEN = {  # what is said of a text

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from clla.artifacts import write_text
 from clla.calibrate.lossless import RawLayout
-from clla.convert.checkpoint import check_disk, check_output, finished_directory, tidy
+from clla.checkpoint.load import checkpoint_folder, load_checkpoint
+from clla.checkpoint.write import check_disk, check_output, finished_directory, tidy
 from clla.errors import CllaError
 from clla.export.deepseek import as_deepseek, check_expressible
 from clla.heal.losses import kl_of_logits
-from clla.load import checkpoint_folder, load_checkpoint
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.places import expanded, holding
+from clla.storage.places import expanded, holding
 
 CHECK_TOKENS = 64
 WRONG = 0.05  # nats a token: 16-bit weights, rounded in another order, differ by far less

@@ -1,5 +1,1 @@
-"""Stages of `clla.heal`; calling this package runs them (`clla.api.heal`)."""
-
-from clla.calling import make_callable
-
-make_callable(__name__)
+"""Healing: the converted model is trained to give the outputs of its source."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from clla.errors import UsageError
 from clla.heal.student import Distiller, make_student, trainable_copy
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.placement import decoder_layers
+from clla.source.placement import decoder_layers
 
 
 def launched_sharded() -> bool:

@@ -29,8 +29,8 @@ from clla.modeling.modeling_clla import CllaForCausalLM, GroupCodecModule
 from clla.modeling.observe_clla import is_observed, listen, listening, observed
 from clla.modeling.quantize_clla import JoinedLayout, RowLayout, layout_of
 from clla.modeling.rotary_clla import Rotation
-from clla.passing import RecordingCache
-from clla.placement import decoder_layers
+from clla.source.placement import decoder_layers
+from clla.source.recording import RecordingCache
 
 T = TypeVar("T")
 

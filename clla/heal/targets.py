@@ -21,7 +21,7 @@ from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller, GroupOnSequence, hidden_states
 from clla.modeling.observe_clla import listen
 from clla.modeling.rotary_clla import Rotation
-from clla.passing import RecordingCache
+from clla.source.recording import RecordingCache
 
 
 class TargetCache(RecordingCache):

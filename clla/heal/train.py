@@ -29,7 +29,7 @@ from clla.heal.attention import drawn_view
 from clla.heal.sharding import cut_like, is_sharded, prepare, to_main
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller
-from clla.places import writing
+from clla.storage.places import writing
 
 BEST, TRAINED = "best.safetensors", "trained.safetensors"
 STEP = "step-{:08d}"

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .absorbed_triton_clla import absorbed_logits
-from .decode_clla import Layout, PackedRows, Workspace
-from .decode_triton_clla import packed_sums
+from .attention_clla import Layout, PackedRows, Workspace
+from .attention_triton_clla import packed_sums
 from .rotary_clla import Rotation, rotate
 
 

@@ -2,7 +2,7 @@
 
 Every row stands for one key of r + p channels that all heads of a layer share, so the queries of all heads are the
 columns of one product of the matrix units; nothing is decoded or rotated. The helpers are those of
-`decode_triton_clla.py`, whose `sums_kernel` adds up the latents afterwards.
+`attention_triton_clla.py`, whose `sums_kernel` adds up the latents afterwards.
 
 Shape legend: B sequences, M query rows (heads times new tokens), K rows, N bytes a row, r + p components.
 T tokens of a tile, R components of a block, QUERIES query rows of a program.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor
 
-from .decode_triton_clla import (
+from .attention_triton_clla import (
     COMPONENTS,
     LEAST,
     NAMESPACE,
@@ -39,7 +39,7 @@ except ImportError:  # no wheel for this platform: `absorbed_clla.py` is all the
     triton = tl = None
 
 if TYPE_CHECKING:
-    from .decode_clla import PackedRows
+    from .attention_clla import PackedRows
 
 
 def absorbed_logits(rows: "PackedRows", query: Tensor, scaling: float) -> Tensor:

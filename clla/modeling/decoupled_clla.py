@@ -20,7 +20,7 @@ from .absorbed_clla import (
     split_query,
     with_unread,
 )
-from .decode_clla import Workspace, reading_mode
+from .attention_clla import Workspace, reading_mode
 from .group_clla import LatentGroup
 from .observe_clla import Attention
 from .rotary_clla import Rotation

@@ -1,7 +1,7 @@
 """What one layer group keeps of its tokens: sinks and the newest exact, everything older as packed latents.
 
 Two ways to read it. `update` alone hands all keys and values to the model's own attention, decoded: right for every
-architecture, and what prompts take. With `attend` few queries read the latents themselves (`decode_clla.py`), where
+architecture, and what prompts take. With `attend` few queries read the latents themselves (`attention_clla.py`), where
 the model's attention is an ordinary one; new tokens are then written to the exact buffer at once.
 
 Exact slots are allocated as tokens come, so that a short text takes no more than in the source's cache
@@ -18,14 +18,14 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from .attention_clla import LatentRows, Workspace, reading_mode
+from .attention_triton_clla import make_tables
 from .codec_clla import before_rope, decode, encode
-from .decode_clla import LatentRows, Workspace, reading_mode
-from .decode_triton_clla import make_tables
 from .evict_clla import best, observed_weight
 from .pack_triton_clla import on_gpu, packed
+from .positions_clla import Timeline, keeping
 from .quantize_clla import RowLayout, layout_of
 from .rotary_clla import Rotation
-from .timeline_clla import Timeline, keeping
 
 # Of the components, so many and such a share judge which tokens are read in full (docs/lab-notes.md).
 JUDGING_RANK, JUDGING_SHARE = 64, 8

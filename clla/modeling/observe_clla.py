@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .decode_triton_clla import NAMESPACE
+from .attention_triton_clla import NAMESPACE
 
 PREFIX = f"{NAMESPACE}_observed_"  # functions are registered by name, and those of each copy know its caches alone
 LISTENER = "clla_listener"  # keyword of a model's forward pass that names the cache, where the context is out of reach

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from clla.artifacts import Plan, read_json
+from clla.checkpoint.load import check_folder
 from clla.errors import CorruptArtifactError
 from clla.evaluate.layer_errors import LayerError
 from clla.evaluate.report import Report
-from clla.lengths import Reach
-from clla.load import check_folder
 from clla.recipe import Recipe, load_recipe
 from clla.report.samples import Sample
+from clla.source.lengths import Reach
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -42,7 +42,7 @@ class PageData:
         report: source, int4 and converted side by side; None if not measured.
         predicted_kl: nats a token if every token were coded; None if not known.
         reduction: as in `Stats`.
-        outlook: from `clla.convert.outlook`; empty for older checkpoints.
+        outlook: from `clla.plan.frontier`; empty for older checkpoints.
         healing: from `Healing.to_json`; None if not healed.
         errors: of each layer by itself.
         error_text: what they were measured on.

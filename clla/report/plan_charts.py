@@ -7,8 +7,8 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from clla.artifacts import LayerGroup, Plan, encoded_slots
-from clla.convert.quantize import ERROR_SHARE
 from clla.evaluate.plan_tables import runs_of
+from clla.plan.rate import ERROR_SHARE
 from clla.report import words
 from clla.report.svg import Drawing, Point, Scale
 

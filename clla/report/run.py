@@ -9,23 +9,23 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import clla
 from clla import console
-from clla.calibrate.data import evaluation_windows
-from clla.calibrate.reading import check_text
-from clla.calibrate.seen import fitted_of, unseen
+from clla._version import __version__
+from clla.checkpoint.load import Checkpoint, checkpoint_folder, checkpoint_reach, load_checkpoint, teacher_of
 from clla.errors import CllaError, UsageError
 from clla.evaluate.layer_errors import layer_errors
 from clla.evaluate.report import UNSEEN, before_and_after
-from clla.lengths import Reach
-from clla.load import Checkpoint, checkpoint_folder, checkpoint_reach, load_checkpoint, teacher_of
-from clla.places import check_file, holding
+from clla.evaluate.seen import fitted_of, unseen
 from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.render import GENERATOR, render, write_page
 from clla.report.samples import PROMPTS, built_in, make_samples
-from clla.source import pick_device
-from clla.vocabulary import check_tokens
+from clla.source.lengths import Reach
+from clla.source.model import pick_device
+from clla.storage.places import check_file, holding
+from clla.text.reading import check_text
+from clla.text.sequences import evaluation_windows
+from clla.text.vocabulary import check_tokens
 
 LONGEST = 2048  # tokens of a window, where the model takes as many
 
@@ -84,7 +84,7 @@ def make_page(name: str, options: Options) -> PageData:
     reach = checkpoint_reach(folder)
     reach.check_option("--window-length", options.window_length)
     today = datetime.now(UTC).date().isoformat()
-    data = read_checkpoint(folder, made=today, version=clla.__version__)
+    data = read_checkpoint(folder, made=today, version=__version__)
     data = replace(data, missing=what_is_missing(data), reach=reach)
     if options.windows or options.samples or options.prompts:
         data = _measured(data, folder, reach, options)

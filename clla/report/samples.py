@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts import Plan
-from clla.lengths import Reach
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.source.lengths import Reach
 
 PASSAGE = "{passage}"  # is replaced by text that calibration leaves out
 PASSAGE_TOKENS = 512

@@ -17,9 +17,9 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    import clla
+    from clla.registration import register as register_in_transformers
 
-    clla.register()
+    register_in_transformers()
     ModelRegistry.register_model(ARCHITECTURE, "clla.serving.model:CllaForCausalLM")
     MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, EngineConfig)  # type: ignore[arg-type]
 
@@ -38,8 +38,8 @@ class EngineConfig:
         Raises:
             CllaError: with the reason.
         """
-        from clla.serving.checks import check_engine, check_model
-        from clla.serving.pipeline import check_stages
+        from clla.serving.pipeline_parallel import check_stages
+        from clla.serving.validation import check_engine, check_model
 
         check_engine(version_of_vllm(), vllm_config)
         model = vllm_config.model_config

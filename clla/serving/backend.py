@@ -26,10 +26,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, Sliding
 
 from clla.errors import CllaError
 from clla.serving.attention import GroupReader
-from clla.serving.blocks import EXACT_BLOCK
+from clla.serving.block_size import EXACT_BLOCK
+from clla.serving.kv_cache_spec import SinkWindowSpec
 from clla.serving.pages import Batch, Pages, read_exact, write_exact
 from clla.serving.sliding import attend_sliding
-from clla.serving.window_spec import SinkWindowSpec
 
 WRITE_LATENTS = "clla::write_latents"  # operation of the same name below
 

@@ -16,7 +16,7 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model, maybe_prefix
 
 from clla.errors import UnsupportedModelError
-from clla.modeling.decode_clla import HELD_BYTES
+from clla.modeling.attention_clla import HELD_BYTES
 from clla.modeling.hooks_clla import rope_with, rotary_module
 from clla.modeling.modeling_clla import CodecModule
 from clla.modeling.quantize_clla import layout_of
@@ -32,9 +32,9 @@ from clla.serving.backend import (
     watch_inputs,
     window_backend,
 )
-from clla.serving.blocks import EXACT_BLOCK, Window, blocks_alone, latent_block
-from clla.serving.pipeline import Stage
-from clla.serving.self_check import check_one_layer
+from clla.serving.block_size import EXACT_BLOCK, Window, blocks_alone, latent_block
+from clla.serving.pipeline_parallel import Stage
+from clla.serving.startup_check import check_one_layer
 
 CODEC, SOURCE = "codec.", "source."
 GPU_ROWS = 1 << 20  # rows that are read at once on a GPU, where they are not unpacked

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from clla.serving.batching import Side, sides
 from clla.serving.pages import Batch, Pages, read_exact
-from clla.serving.sides import Side, sides
 
 FEW = 8  # sequences of more new tokens are computed one after the other
 MOST_TOKENS = 1 << 18  # that are read at once of several sequences

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from clla.errors import CllaError, UnsupportedModelError
 from clla.modeling.hooks_clla import rope_of
 from clla.serving import EngineConfig, register
-from clla.serving.checks import check_engine, check_model
 from clla.serving.model import readers
-from clla.serving.self_check import check_one_layer
+from clla.serving.startup_check import check_one_layer
+from clla.serving.validation import check_engine, check_model
 
 from .conftest import FORMS, Checkpoint
 

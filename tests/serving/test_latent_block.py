@@ -11,8 +11,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from clla.serving.backend import LatentStore
-from clla.serving.blocks import EXACT_BLOCK, Window, latent_block
-from clla.serving.window_spec import SinkWindowSpec
+from clla.serving.block_size import EXACT_BLOCK, Window, latent_block
+from clla.serving.kv_cache_spec import SinkWindowSpec
 
 MEMORY = 1 << 26
 

@@ -10,7 +10,7 @@ from vllm import EngineArgs
 
 from clla.errors import CllaError, UnsupportedModelError, UsageError
 from clla.modeling.quantize_clla import layout_of
-from clla.serving.pipeline import VARIABLE, check_stages
+from clla.serving.pipeline_parallel import VARIABLE, check_stages
 
 from .conftest import FORMS, Checkpoint, Run, greedy, prompt, saved
 

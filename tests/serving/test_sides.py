@@ -11,9 +11,9 @@ from torch import Tensor
 from clla.modeling.hooks_clla import rope_of
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.serving.attention import GroupReader
+from clla.serving.batching import NEAR, PADDING, sides
 from clla.serving.model import readers
 from clla.serving.pages import Batch
-from clla.serving.sides import NEAR, PADDING, sides
 
 from .conftest import FORMS
 

@@ -13,7 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import get_manager_for_kv_cache_s
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from clla.serving.window_spec import SinkWindowManager, SinkWindowSpec
+from clla.serving.kv_cache_spec import SinkWindowManager, SinkWindowSpec
 
 SIZE, WINDOW = 16, 32
 SPEC = SinkWindowSpec(

@@ -1,0 +1,1 @@
+"""Checkpoints of converted models: written, checked and loaded."""

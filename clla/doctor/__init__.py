@@ -1,0 +1,1 @@
+"""What `clla doctor` finds about a machine and about a model."""

@@ -1,0 +1,146 @@
+"""Heal a converted checkpoint: load it with its source, train, measure, write another checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from clla.artifacts import read_json, write_text
+from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
+from clla.checkpoint.write import check_kept, check_output, check_work_dir, finished_directory, tidy, write_checkpoint
+from clla.errors import resumable
+from clla.evaluate.report import Report, write_report
+from clla.evaluate.seen import fitted_of, unseen
+from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.heal.sharding import launched_sharded
+from clla.heal.text import healed_on
+from clla.publish.card import write_card
+from clla.recipe import SHORTEST, Recipe
+from clla.source.model import pick_device, start_processes
+from clla.storage.places import expanded, holding
+from clla.text.reading import check_text
+from clla.text.sequences import report_text, report_windows
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How a checkpoint is healed.
+
+    Attributes:
+        output: directory of the healed checkpoint.
+        device: `auto`, `cpu`, …
+        dtype: of the teacher and of everything that is not trained.
+        teacher: the source; needed only where the checkpoint's weights are no longer the source's.
+        overwrite: replace what is in `output`.
+        resume: take up an interrupted run.
+        work_dir: where states are kept; kept after the run if given.
+        report: measure before and after.
+        tracker: of accelerate.
+    """
+
+    output: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    teacher: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+    work_dir: Path | None = None
+    report: bool = True
+    tracker: str | None = None
+
+
+def heal_checkpoint(
+    path: str, changes: dict[str, Any], options: CheckpointOptions
+) -> tuple[Recipe, Report | None, Healing]:
+    """Heal a checkpoint that `clla convert` wrote.
+
+    Args:
+        path: its directory or Hub id.
+        changes: fields of the recipe's `heal` section.
+        options: how to run.
+
+    Raises:
+        CllaError: bad input; nothing is left half-written.
+    """
+    processes, device = start_processes(pick_device(options.device))
+    launched_sharded()  # refuses what cannot be, before weights are read
+    places = (options.output, options.work_dir) if options.work_dir else (options.output,)
+    with holding(*places) if processes.is_main_process else nullcontext():
+        return _heal(path, changes, options, processes, device)
+
+
+def _heal(
+    path: str, changes: dict[str, Any], options: CheckpointOptions, processes: PartialState, device: torch.device
+) -> tuple[Recipe, Report | None, Healing]:
+    """`heal_checkpoint` once nobody else writes to the same places."""
+    if processes.is_main_process:
+        tidy(options.output)
+    check_work_dir(options.work_dir, options.output)
+    check_output(options.output, expanded(path), overwrite=options.overwrite)
+    work = options.work_dir or options.output.with_name(options.output.name + ".work")
+    if options.work_dir is None and work.exists():
+        check_kept(work)
+    if changes.get("dataset") not in (None, "self"):
+        check_text(changes["dataset"])
+    folder = checkpoint_folder(path)
+    reach = checkpoint_reach(folder)
+    reach.check_option("--sequence-length", changes.get("sequence_length"))
+    length = changes.get("sequence_length") or reach.fit_sequence(HEAL_LENGTH, SHORTEST)
+    recipe = recipe_of(folder).model_copy(update={"heal": None})
+    recipe = recipe.override({"heal": {**changes, "sequence_length": length}})
+    assert recipe.heal is not None
+    loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
+    teacher = teacher_of(loaded, recipe, options.teacher, device)
+    measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
+    fitted = fitted_of(folder)
+    if fitted is not None:
+        fitted = [*fitted, healed_on(text, loaded.tokenizer, length=length)]
+    if options.report:
+        wanted = reach.fit(REPORT_LENGTH)
+        windows, left_out = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=wanted, fallback=length)
+        measured = windows, unseen(report_text(text), fitted, left_out=left_out)
+    logs = options.output.with_name(options.output.name + "-logs")
+    how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
+    stored = getattr(torch, loaded.model.config.clla["kv_dtype"])
+    with resumable(work):
+        model, report, healing = heal_and_measure(
+            loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
+        )
+    recipe = recipe.model_copy(update={"heal": healing.config})
+    earlier = _earlier_report(folder)
+    if not processes.is_main_process:
+        return recipe, report, healing
+    needed = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
+    with finished_directory(options.output, needed=needed) as out:
+        write_checkpoint(out, model, loaded.tokenizer, base_model=None, dtype=stored)
+        write_text(out / "clla_recipe.yaml", recipe.to_yaml())
+        write_report(
+            out,
+            loaded.plan,
+            recipe,
+            report,
+            predicted_kl=float(earlier.get("predicted_kl") or 0.0),
+            reduction=earlier.get("reduction"),
+            outlook=earlier.get("outlook"),
+            healing=healing.to_json(),
+            origin=earlier.get("origin"),
+            calibration_tokens=earlier.get("calibration_tokens"),
+            text=report_text(text),
+            fitted=None if fitted is None else [one.to_json() for one in fitted],
+        )
+        write_card(out, options.output.name)
+    if options.work_dir is None:
+        shutil.rmtree(work)
+    return recipe, report, healing
+
+
+def _earlier_report(folder: Path) -> dict[str, Any]:
+    """What the conversion wrote down; empty for a checkpoint without."""
+    path = folder / "clla_report.json"
+    return read_json(path) if path.is_file() else {}

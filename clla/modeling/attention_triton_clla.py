@@ -1,0 +1,539 @@
+"""Attention over packed latents on a GPU, in two kernels; neither decoded keys nor values are ever written.
+
+`packed_logits` rebuilds the keys of a tile of tokens on the matrix units, rotates them in registers and multiplies
+them with the queries, several key-value heads in one program, so that a latent is unpacked once for all of them.
+`packed_sums` adds up latents with the softmax's weights, for all heads at once; decoding those sums is one small
+product (`attention_clla.py`). Between the two lie the logits, a few bytes per token and head: a rank of thousands, as
+wide models have it, does not fit into registers as an accumulator, so one kernel with an online softmax would have to
+unpack and rebuild every tile once for each slice of the rank. The time goes to rebuilding keys, r·H·d products a
+token; everything else is small beside it.
+
+Rows are read in blocks of components that share a class, so that width, first byte and scale are scalars: component j
+of a block lies at bit j·b, in at most two bytes.
+
+Shape legend: B sequences, H key-value heads, M query rows a head, K rows read, N bytes a row, d head dim, P rotary
+pairs of it, r rank, S splits of the rows. T tokens of a tile, R components of a block, HEADS heads of a program.
+"""
+
+from __future__ import annotations  # kernels are defined where there is no Triton, too
+
+import hashlib
+from functools import lru_cache
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import Tensor
+
+from .pack_triton_clla import jit
+from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, _step
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: `attention_clla.py` is all there is
+    triton = tl = None
+
+if TYPE_CHECKING:
+    from .attention_clla import LatentRows, Layout, PackedRows
+    from .rotary_clla import Turns
+
+COMPONENTS = 32  # of a block
+TOKENS = 64  # of a tile that `packed_sums` takes at a time
+COLUMNS = 128  # channels of one half of the pairs that a program holds, all its heads together
+QUERIES = 64  # query rows that a tile's keys are multiplied with at once, where the matrix units do it
+LEAST = 16  # rows and columns of the smallest product of the matrix units
+QUERY_ROWS = 128  # that one program of `packed_sums` takes
+# Softmax weights are added up times this, so that fp16 can hold those of long texts, too: to 1e-9 in full precision.
+WEIGHT_SCALE = 2.0**14
+
+
+def packed_logits(
+    rows: "LatentRows", query: Tensor, layer: int, turns: "Optional[Turns]", scaling: float, out: Tensor, rank: int
+) -> None:
+    """Logits of queries and the decoded keys of all rows that are read; arguments as of `LatentRows.logits`."""
+    decoder, mean = rows.codec.decoder[layer], rows.codec.mean[layer]
+    factors = None if turns is None else rows.factors(decoder.dtype)
+    interleaved = turns is not None and turns.interleaved
+    tensors = (rows.data, query, decoder, mean, factors, rows.hidden, rows.used, rows.index, out)
+    launch = _LOGITS if torch.compiler.is_compiling() else _launch_logits
+    launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rank, interleaved, scaling)
+
+
+def packed_sums(rows: "PackedRows", weights: Tensor, rank: Optional[int] = None) -> Tensor:
+    """Σ p·z [B, H·M, r] in fp32 of weights [B, H, M, K] fp32; of the first `rank` components, or of all."""
+    launch = _SUMS if torch.compiler.is_compiling() else _launch_sums
+    tensors = (rows.data, weights.flatten(1, 2), rows.index)
+    return launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rank or rows.layout.rank, rows.dtype)
+
+
+def _launch_logits(
+    data: Tensor,
+    query: Tensor,
+    decoder: Tensor,
+    mean: Tensor,
+    factors: Optional[Tensor],
+    hidden: Tensor,
+    used: Optional[Tensor],
+    index: Optional[Tensor],
+    out: Tensor,
+    classes: list[int],
+    row_bytes: int,
+    rank: int,
+    interleaved: bool,
+    scaling: float,
+) -> None:
+    batch, heads, per_head, size = query.shape
+    count = out.shape[3]
+    assert rank % 8 == 0, "decoders are read 8 components at a time"
+    pairs = 0 if factors is None else factors.shape[2]
+    # Two halves of pairs, and what is not rotated: a head without rotation is all rest.
+    half, rest = _padded(pairs), _padded(size - 2 * pairs)
+    heads_at_once = min(max(1, COLUMNS // max(half, rest)), triton.next_power_of_2(heads))
+    queries_at_once = max(LEAST, triton.next_power_of_2(heads_at_once * per_head))
+    queries_at_once = min(queries_at_once, QUERIES if decoder.itemsize == 2 else LEAST)
+    key_bytes = heads_at_once * max(half, rest) * decoder.itemsize
+    tile, warps = _tile(count, batch * triton.cdiv(heads, heads_at_once), key_bytes, query.device)
+    blocks = _blocks(tuple(classes), COMPONENTS, rank, query.device)
+    with torch.cuda.device_of(query):
+        logits_kernel[(triton.cdiv(count, tile), triton.cdiv(heads, heads_at_once), batch)](
+            data,
+            hidden if index is None else index,
+            blocks,
+            decoder,
+            mean,
+            mean if factors is None else factors,
+            query,
+            out,
+            hidden,
+            hidden if used is None else used,
+            scaling,
+            count,
+            row_bytes,
+            len(blocks),
+            heads,
+            *data.stride()[:2],
+            0 if index is None else index.stride(0),
+            decoder.stride(0) // 8,  # ranks are multiples of 8; so the compiler knows
+            0 if factors is None or len(factors) == 1 else factors.stride(0),
+            *query.stride()[:3],
+            *out.stride()[:3],
+            M=per_head,
+            D=size,
+            PAIRS=pairs,
+            INTERLEAVED=interleaved,
+            INDEXED=index is not None,
+            WIDE=_wide(data),
+            LIMITED=used is not None,
+            STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
+            BIAS=SCALE_BIAS,
+            HEADS=heads_at_once,
+            HALF=half,
+            REST=rest,
+            T=tile,
+            R=COMPONENTS,
+            QUERIES=queries_at_once,
+            num_warps=warps,
+            num_stages=3,
+        )
+
+
+def _launch_sums(
+    data: Tensor,
+    weights: Tensor,
+    index: Optional[Tensor],
+    classes: list[int],
+    row_bytes: int,
+    rank: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, query_rows, count = weights.shape
+    blocks = _blocks(tuple(classes), COMPONENTS, rank, weights.device)
+    at_once = min(QUERY_ROWS, max(LEAST, triton.next_power_of_2(query_rows)))
+    slices = triton.cdiv(query_rows, at_once)
+    splits = _splits(count, batch * len(blocks) * slices, weights.device)
+    out = weights.new_empty(splits, batch, query_rows, rank)
+    with torch.cuda.device_of(weights):
+        sums_kernel[(len(blocks) * slices, splits, batch)](
+            data,
+            data if index is None else index,
+            blocks,
+            weights,
+            out,
+            count,
+            triton.cdiv(triton.cdiv(count, splits), TOKENS) * TOKENS,
+            row_bytes,
+            len(blocks),
+            query_rows,
+            *data.stride()[:2],
+            0 if index is None else index.stride(0),
+            *weights.stride()[:2],
+            *out.stride()[:3],
+            INDEXED=index is not None,
+            WIDE=_wide(data),
+            STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
+            BIAS=SCALE_BIAS,
+            ELEMENT=getattr(tl, str(dtype).removeprefix("torch.")),
+            WEIGHT_SCALE=WEIGHT_SCALE,
+            T=TOKENS,
+            R=COMPONENTS,
+            QUERIES=at_once,
+            num_warps=4,
+            num_stages=3,
+        )
+    return out.sum(0) if splits > 1 else out[0]
+
+
+# A compiler sees each launch as one operation. Every checkpoint may bring its own copy of this module, named after its
+# folder: the operations of each copy have names of their own, made of signs that any name can be made of.
+NAMESPACE = "clla_" + hashlib.sha256(f"{__name__} {__file__}".encode()).hexdigest()[:16]
+_LAYOUT = "int[] classes, int row_bytes, int rank"
+_LOGITS = torch.library.custom_op(
+    f"{NAMESPACE}::packed_logits",
+    _launch_logits,
+    mutates_args=("out",),
+    schema="(Tensor data, Tensor query, Tensor decoder, Tensor mean, Tensor? factors, Tensor hidden, Tensor? used, "
+    f"Tensor? index, Tensor(a!) out, {_LAYOUT}, bool interleaved, float scaling) -> ()",
+)
+_SUMS = torch.library.custom_op(
+    f"{NAMESPACE}::packed_sums",
+    _launch_sums,
+    mutates_args=(),
+    schema=f"(Tensor data, Tensor weights, Tensor? index, {_LAYOUT}, ScalarType dtype) -> Tensor",
+)
+
+
+@_SUMS.register_fake
+def _sums_like(
+    data: Tensor,
+    weights: Tensor,
+    index: Optional[Tensor],
+    classes: list[int],
+    row_bytes: int,
+    rank: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weights.new_empty(*weights.shape[:2], rank)
+
+
+def make_tables(layout: "Layout", ranks: "tuple[int, ...]", device: torch.device) -> None:
+    """Make what launches for these rows look up, for so many components of a row."""
+    for rank in ranks:
+        _blocks(tuple(_flat(layout)), COMPONENTS, rank, device)
+
+
+def _flat(layout: "Layout") -> list[int]:
+    """Byte of the scale, first byte of the codes, bits, first and last component + 1 of all classes in one list."""
+    found, byte, component = [], 0, 0
+    for part in layout.parts:
+        codes = byte + len(part.classes)
+        for number, (bits, first, stop) in enumerate(part.classes):
+            found += [byte + number, codes, bits, component + first, component + stop]
+            codes += (stop - first) * bits // 8
+        byte, component = byte + part.row_bytes, component + part.rank
+    return found
+
+
+def _padded(channels: int) -> int:
+    return max(LEAST, triton.next_power_of_2(channels)) if channels else 0
+
+
+def _tile(count: int, programs: int, key_bytes: int, device: torch.device) -> "tuple[int, int]":
+    """Tokens of a tile and warps of a program: large tiles read decoders less often, small ones fill the GPU.
+
+    Keys in fp32, or of very wide heads, leave room for small ones alone; `key_bytes` are one token's half.
+    """
+    if key_bytes > 2 * COLUMNS:
+        return 32, 4
+    for tile, warps in ((128, 8), (64, 8)):
+        if triton.cdiv(count, tile) * programs >= 2 * _processors(device):
+            return tile, warps
+    return 32, 4
+
+
+def _wide(data: Tensor) -> bool:
+    """Whether the bytes of one sequence need more than 32 bits to count."""
+    return data.shape[1] * data.stride(1) >= 1 << 31
+
+
+def _splits(count: int, programs: int, device: torch.device) -> int:
+    """Into how many parts the rows are cut, so that the GPU is full, each at least a few tiles long."""
+    return max(1, min(triton.cdiv(2 * _processors(device), programs), triton.cdiv(count, 4 * TOKENS)))
+
+
+@lru_cache(maxsize=None)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache(maxsize=None)  # never given back: recorded graphs hold their addresses
+def _blocks(classes: tuple[int, ...], size: int, rank: int, device: torch.device) -> Tensor:
+    """Blocks of at most `size` components below `rank`, [blocks, 6] int32: byte of the scale, first byte, bits,
+    first component, components, and the step's fp32."""
+    found = []
+    for i in range(0, len(classes), 5):
+        scale, byte, bits, first, stop = classes[i : i + 5]
+        step = int(torch.tensor(_step(bits, stop - first), dtype=torch.float32).view(torch.int32))
+        for start in range(first, min(stop, rank), size):
+            at = byte + (start - first) * bits // 8
+            found.append((scale, at, bits, start, min(size, stop - start, rank - start), step))
+    return torch.tensor(found, dtype=torch.int32, device=device).reshape(-1, 6)
+
+
+@jit()
+def _rows(index, token, valid, stride, INDEXED: tl.constexpr, WIDE: tl.constexpr):
+    """Numbers and first bytes of the rows [T] that are read in the places `token` of a sequence's index, or of all."""
+    place = token
+    if INDEXED:
+        place = tl.load(index + token, mask=valid, other=0).to(tl.int32)
+    return place, (place.to(tl.int64) * stride if WIDE else place * stride)
+
+
+@jit()
+def _levels(data, row, valid, blocks, block, row_bytes, T: tl.constexpr, R: tl.constexpr):
+    """Levels [T, R] of a block of components, in fp32 (half integers), of rows at `row` [T] from `data`."""
+    first_byte = tl.load(blocks + block * 6 + 1)
+    bits = tl.load(blocks + block * 6 + 2)
+    size = tl.load(blocks + block * 6 + 4)
+    at = tl.arange(0, R)
+    byte = first_byte + (at * bits >> 3)
+    shift = at * bits & 7
+    mask = valid[:, None] & (at < size)[None, :]
+    low = tl.load(data + (row[:, None] + byte[None, :]), mask=mask, other=0).to(tl.int32)
+    crosses = (shift + bits > 8) & (byte + 1 < row_bytes)
+    high = tl.load(data + (row[:, None] + (byte + 1)[None, :]), mask=mask & crosses[None, :], other=0).to(tl.int32)
+    code = ((low | (high << 8)) >> shift[None, :]) & ((1 << bits) - 1)
+    return code.to(tl.float32) + (0.5 - (1 << (bits - 1)).to(tl.float32))
+
+
+@jit()
+def _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE: tl.constexpr, BIAS: tl.constexpr):
+    """Step times scale [T] of a block's class."""
+    byte = tl.load(blocks + block * 6)
+    step = tl.load(blocks + block * 6 + 5).to(tl.float32, bitcast=True)
+    code = tl.load(data + (row + byte), mask=valid, other=0).to(tl.float32)
+    return tl.where(code > 0, tl.exp2((code - BIAS) / STEPS_PER_OCTAVE) * step, 0.0)
+
+
+@jit()
+def _part(weights, stride, component, component_mask, channel, channel_mask):
+    """Decoder [R, C] of components and channels."""
+    at = channel.to(tl.int64)[None, :] * (stride * 8) + component[:, None]
+    return tl.load(weights + at, mask=component_mask[:, None] & channel_mask[None, :], other=0.0)
+
+
+@jit()
+def _queries(query, stride_head, stride_row, head, channel, mask, column_head, column_row, column_mask):
+    """Queries [C, Q]: column q holds a query row of one head, and zeros at the channels of other heads."""
+    at = column_head[None, :] * stride_head + column_row[None, :] * stride_row + channel[:, None]
+    own = (head[:, None] == column_head[None, :]) & mask[:, None] & column_mask[None, :]
+    return tl.load(query + at, mask=own, other=0.0)
+
+
+@jit(do_not_specialize=["count", "block_count"])
+def logits_kernel(
+    data,
+    index,
+    blocks,
+    decoder,
+    mean,
+    factors,
+    query,
+    out,
+    hidden,
+    used,
+    scaling,
+    count,
+    row_bytes,
+    block_count,
+    heads,
+    data_stride_batch,
+    data_stride_row,
+    index_stride_batch,
+    decoder_stride,
+    factors_stride_batch,
+    query_stride_batch,
+    query_stride_head,
+    query_stride_row,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_row,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    WIDE: tl.constexpr,
+    LIMITED: tl.constexpr,
+    STEPS_PER_OCTAVE: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Logits [T, HEADS·M] of one tile of rows and some heads of one sequence."""
+    batch, first_head = tl.program_id(2).to(tl.int64), tl.program_id(1) * HEADS
+    token = tl.program_id(0) * T + tl.arange(0, T)
+    valid = token < count
+    place, row = _rows(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
+    data += batch * data_stride_batch
+    part = tl.arange(0, R)
+    element = decoder.dtype.element_ty
+
+    # Columns of the keys: head by head the first of each pair, the second, and what is not rotated.
+    if PAIRS > 0:
+        column = tl.arange(0, HEADS * HALF)
+        pair, turned_head = column % HALF, first_head + column // HALF
+        turned_mask = (pair < PAIRS) & (turned_head < heads)
+        if INTERLEAVED:
+            first, second = 2 * pair, 2 * pair + 1
+        else:
+            first, second = pair, pair + PAIRS
+        keys_first = tl.zeros((T, HEADS * HALF), tl.float32)
+        keys_second = tl.zeros((T, HEADS * HALF), tl.float32)
+    if REST > 0:
+        rest_column = tl.arange(0, HEADS * REST)
+        rest, rest_head = 2 * PAIRS + rest_column % REST, first_head + rest_column // REST
+        rest_mask = (rest < D) & (rest_head < heads)
+        keys_rest = tl.zeros((T, HEADS * REST), tl.float32)
+
+    if LIMITED:  # nothing to rebuild where no row is in use yet
+        block_count = tl.where(tl.program_id(0) * T < tl.load(used), block_count, 0) if not INDEXED else block_count
+    for block in range(0, block_count):
+        # Classes are whole tiers, so decoders are read 8 components at a time.
+        component = tl.multiple_of(tl.load(blocks + block * 6 + 3), 8) + part
+        wanted = part < tl.multiple_of(tl.load(blocks + block * 6 + 4), 8)
+        scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
+        latent = (_levels(data, row, valid, blocks, block, row_bytes, T, R) * scale[:, None]).to(element)
+        if PAIRS > 0:
+            weights = _part(decoder, decoder_stride, component, wanted, turned_head * D + first, turned_mask)
+            keys_first = tl.dot(latent, weights, keys_first, input_precision="ieee")
+            weights = _part(decoder, decoder_stride, component, wanted, turned_head * D + second, turned_mask)
+            keys_second = tl.dot(latent, weights, keys_second, input_precision="ieee")
+        if REST > 0:
+            weights = _part(decoder, decoder_stride, component, wanted, rest_head * D + rest, rest_mask)
+            keys_rest = tl.dot(latent, weights, keys_rest, input_precision="ieee")
+
+    if PAIRS > 0:
+        at = batch * factors_stride_batch + place.to(tl.int64)[:, None] * (2 * PAIRS) + 2 * pair[None, :]
+        mask = valid[:, None] & (pair < PAIRS)[None, :]
+        shift_first = tl.load(mean + turned_head * D + first, mask=turned_mask, other=0.0).to(tl.float32)
+        shift_second = tl.load(mean + turned_head * D + second, mask=turned_mask, other=0.0).to(tl.float32)
+        plain_first = (keys_first + shift_first[None, :]).to(element)  # half the registers
+        plain_second = (keys_second + shift_second[None, :]).to(element)
+        cos = tl.load(factors + at, mask=mask, other=0.0)
+        sin = tl.load(factors + at + 1, mask=mask, other=0.0)
+        turned_first = (plain_first.to(tl.float32) * cos - plain_second.to(tl.float32) * sin).to(element)
+        turned_second = (plain_second.to(tl.float32) * cos + plain_first.to(tl.float32) * sin).to(element)
+    if REST > 0:
+        shift_rest = tl.load(mean + rest_head * D + rest, mask=rest_mask, other=0.0).to(tl.float32)
+        plain_rest = (keys_rest + shift_rest[None, :]).to(element)
+
+    seen = place >= tl.load(hidden + batch)
+    if LIMITED:
+        seen = seen & (place < tl.load(used))
+    query += batch * query_stride_batch
+    for begin in tl.static_range(0, HEADS * M, QUERIES):
+        asked = begin + tl.arange(0, QUERIES)
+        asked_head, asked_row = first_head + asked // M, asked % M
+        asked_mask = (asked < HEADS * M) & (asked_head < heads)
+        logits = tl.zeros((T, QUERIES), tl.float32)
+        if PAIRS > 0:
+            asking = _queries(
+                query,
+                query_stride_head,
+                query_stride_row,
+                turned_head,
+                first,
+                turned_mask,
+                asked_head,
+                asked_row,
+                asked_mask,
+            )
+            logits = tl.dot(turned_first, asking.to(element), logits, input_precision="ieee")
+            asking = _queries(
+                query,
+                query_stride_head,
+                query_stride_row,
+                turned_head,
+                second,
+                turned_mask,
+                asked_head,
+                asked_row,
+                asked_mask,
+            )
+            logits = tl.dot(turned_second, asking.to(element), logits, input_precision="ieee")
+        if REST > 0:
+            asking = _queries(
+                query,
+                query_stride_head,
+                query_stride_row,
+                rest_head,
+                rest,
+                rest_mask,
+                asked_head,
+                asked_row,
+                asked_mask,
+            )
+            logits = tl.dot(plain_rest, asking.to(element), logits, input_precision="ieee")
+        logits = tl.where(seen[:, None], logits * scaling, float("-inf"))
+        to = batch * out_stride_batch + asked_head.to(tl.int64) * out_stride_head + asked_row * out_stride_row
+        tl.store(out + to[None, :] + token[:, None], logits, mask=valid[:, None] & asked_mask[None, :])
+
+
+@jit(do_not_specialize=["count", "per_split", "block_count"])
+def sums_kernel(
+    data,
+    index,
+    blocks,
+    weights,
+    out,
+    count,
+    per_split,
+    row_bytes,
+    block_count,
+    query_rows,
+    data_stride_batch,
+    data_stride_row,
+    index_stride_batch,
+    weights_stride_batch,
+    weights_stride_row,
+    out_stride_split,
+    out_stride_batch,
+    out_stride_row,
+    INDEXED: tl.constexpr,
+    WIDE: tl.constexpr,
+    STEPS_PER_OCTAVE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WEIGHT_SCALE: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Sums [QUERIES, R] of one block of components over one split of the rows of one sequence."""
+    batch, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    block = tl.program_id(0) % block_count
+    asked = tl.program_id(0) // block_count * QUERIES + tl.arange(0, QUERIES)
+    asked_mask = asked < query_rows
+    start = split * per_split
+    stop = tl.minimum(start + per_split, count)
+    sums = tl.zeros((QUERIES, R), tl.float32)
+    data += batch * data_stride_batch
+    for begin in range(start, stop, T):
+        token = begin + tl.arange(0, T)
+        valid = token < stop
+        _, row = _rows(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
+        at = batch * weights_stride_batch + asked.to(tl.int64)[:, None] * weights_stride_row + token[None, :]
+        share = tl.load(weights + at, mask=asked_mask[:, None] & valid[None, :], other=0.0) * WEIGHT_SCALE
+        scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
+        level = _levels(data, row, valid, blocks, block, row_bytes, T, R)
+        latent = (level * scale[:, None]).to(ELEMENT)
+        sums = tl.dot(share.to(ELEMENT), latent, sums, input_precision="ieee")
+    part = tl.arange(0, R)
+    component = tl.load(blocks + block * 6 + 3) + part
+    wanted = part < tl.load(blocks + block * 6 + 4)
+    to = split * out_stride_split + batch * out_stride_batch + asked.to(tl.int64)[:, None] * out_stride_row
+    tl.store(out + to + component[None, :], sums / WEIGHT_SCALE, mask=asked_mask[:, None] & wanted[None, :])

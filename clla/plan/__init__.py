@@ -1,0 +1,1 @@
+"""From statistics and a budget to a plan: layer groups, ranks and bits."""

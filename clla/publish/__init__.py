@@ -1,0 +1,1 @@
+"""What leaves the machine: model card, contents, base model, and the upload to the Hub."""

@@ -1,0 +1,21 @@
+"""transformers' Auto classes learn of converted checkpoints."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clla.modeling.configuration_clla import CllaConfig
+from clla.modeling.modeling_clla import CllaForCausalLM
+
+
+def register() -> None:
+    """Let `AutoModelForCausalLM.from_pretrained` load converted checkpoints without remote code; safe to call twice.
+
+    Example:
+        >>> import clla
+        >>> clla.register()
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("MODEL-clla")  # doctest: +SKIP
+    """
+    AutoConfig.register("clla", CllaConfig, exist_ok=True)
+    AutoModelForCausalLM.register(CllaConfig, CllaForCausalLM, exist_ok=True)

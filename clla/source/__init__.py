@@ -1,0 +1,1 @@
+"""The Hugging Face model that is converted: opened, placed, and what its family allows."""

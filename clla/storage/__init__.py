@@ -1,0 +1,1 @@
+"""Files and directories: digests, atomic writing, paths and locks."""

@@ -1,0 +1,1 @@
+"""Calibration and evaluation text: read from files and data sets, cut into sequences of token ids."""
