@@ -24,7 +24,8 @@ from clla.calibrate.collect import Collector, Tap
 from clla.calibrate.moments import STRIPS
 from clla.calibrate.rope_detection import rope_settings
 from clla.recipe import CalibrationConfig
-from clla.source.model import open_source, pick_device, pick_dtype
+from clla.source.device import pick_device, pick_dtype
+from clla.source.model import open_source
 
 BASIS, EVERY = CalibrationConfig().basis, CalibrationConfig().metric_every
 # hidden, intermediate, layers, query heads, key-value heads, head dim, vocabulary

@@ -36,8 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clla.bench.machine import machine_facts
 from clla.bench.shapes import SINKS, STORED, random_codec, random_plan, shape_config
-from clla.modeling import attention_clla as attention_clla
-from clla.modeling import attention_triton_clla as attention_triton_clla
+from clla.modeling import attention_triton_clla, rows_clla
 from clla.modeling.absorbed_clla import AbsorbedRows
 from clla.modeling.attention_clla import LatentRows
 from clla.modeling.group_clla import judging_rank
@@ -358,12 +357,12 @@ def _sets(nbytes: int, device: torch.device) -> int:
 @contextmanager
 def _kernels(wanted: bool) -> Iterator[None]:
     """Rows are read by kernels, or by their twin."""
-    before = attention_clla.on_gpu
-    attention_clla.on_gpu = lambda x: wanted
+    before = rows_clla.on_gpu
+    rows_clla.on_gpu = lambda x: wanted
     try:
         yield
     finally:
-        attention_clla.on_gpu = before
+        rows_clla.on_gpu = before
 
 
 def _turns(shape: Shape, context: int, device: torch.device) -> Turns:

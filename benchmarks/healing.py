@@ -35,7 +35,8 @@ from clla.heal.run import Healing, HealOptions, heal, resolve_healing
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.plan.metrics import weigh
 from clla.recipe import Recipe
-from clla.source.model import open_source, pick_device
+from clla.source.device import pick_device
+from clla.source.model import open_source
 from clla.text.sequences import load_documents, whole_windows
 
 STRICT: dict[str, dict[str, Any]] = {"plan": {"source": "first", "bits": (16,)}, "budget": {"window": 0, "sinks": 0}}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from clla.artifacts import Plan, Stats
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.convert.stages import Run
-from clla.plan.planners import make_plan
+from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig, parse_budget
 

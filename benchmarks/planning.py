@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clla.artifacts import KVShape, Plan, Stats
+from clla.artifacts.plan import KVShape, Plan
+from clla.artifacts.stats import Stats
 from clla.convert.factor import make_codec
-from clla.plan.planners import make_plan
+from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
-from clla.source.model import pick_device
+from clla.source.device import pick_device
 
 SHAPES = {"smollm2-135m": (30, KVShape(3, 64)), "llama-3-8b": (32, KVShape(8, 128))}
 FALL, OWN, TURN, METRIC_FALL = 1.6, 0.05, 0.25, 0.8

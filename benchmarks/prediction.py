@@ -30,7 +30,8 @@ from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import subjects
 from clla.plan.metrics import weigh
 from clla.recipe import Recipe
-from clla.source.model import open_source, pick_device
+from clla.source.device import pick_device
+from clla.source.model import open_source
 from clla.text.sequences import load_documents, whole_windows
 
 EQUAL: dict[str, dict[str, Any]] = {

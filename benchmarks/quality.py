@@ -18,7 +18,7 @@ from latents import plan_latents
 from transformers.utils import logging
 
 from clla import console
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.checkpoint.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.stages import Run, resolve
@@ -27,7 +27,8 @@ from clla.evaluate.perplexity import Quality, Subject, compare
 from clla.evaluate.report import subjects
 from clla.plan.metrics import weigh
 from clla.recipe import Recipe
-from clla.source.model import open_source, pick_device
+from clla.source.device import pick_device
+from clla.source.model import open_source
 from clla.text.sequences import load_documents, whole_windows
 
 # name: (latent source, window, largest group size)

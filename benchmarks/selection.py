@@ -19,7 +19,7 @@ from clla import console, register
 from clla.checkpoint.load import load_checkpoint
 from clla.modeling import group_clla
 from clla.modeling.hooks_clla import CACHE
-from clla.source.model import pick_device
+from clla.source.device import pick_device
 from clla.text.sequences import evaluation_windows
 
 

@@ -26,7 +26,7 @@ from clla.heal.run import Healing
 from clla.hub.revision import beside, plain_name
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import Recipe, load_recipe, plan_changes
-from clla.source.model import pick_device
+from clla.source.device import pick_device
 from clla.storage.places import expanded
 from clla.text.reading import check_text
 from clla.text.sequences import evaluation_windows

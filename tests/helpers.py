@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from clla.artifacts import Codec, LayerGroup, Plan, Stats
+from clla.artifacts.codec import Codec
+from clla.artifacts.plan import LayerGroup, Plan
+from clla.artifacts.stats import Stats
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.rope_detection import rope_settings
 from clla.checkpoint.assemble import attach, clla_block

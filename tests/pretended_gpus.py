@@ -24,9 +24,14 @@ from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clla.modeling import absorbed_triton_clla, group_clla, pack_triton_clla
-from clla.modeling import attention_clla as attention_clla
-from clla.modeling import attention_triton_clla as attention_triton_clla
+from clla.modeling import (
+    absorbed_triton_clla,
+    attention_triton_clla,
+    group_clla,
+    pack_triton_clla,
+    rows_clla,
+    triton_clla,
+)
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 GPU = "pretended"
@@ -227,10 +232,11 @@ def main() -> None:
     gpus = Gpus()
     for module, name in KERNELS:
         setattr(module, name, Stub(getattr(module, name), name, gpus))
-    for module in (attention_clla, group_clla, pack_triton_clla):
+    for module in (rows_clla, group_clla, pack_triton_clla):
         module.on_gpu = lambda x: x.device.type == GPU  # type: ignore[attr-defined]
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
-    attention_triton_clla._processors = lambda _: 132  # type: ignore[assignment]
+    for module in (triton_clla, attention_triton_clla):
+        module.processors = lambda _: 132  # type: ignore[assignment]
     for case in CASES:
         try:
             found: Any = {"calls": run(*case, gpus)}

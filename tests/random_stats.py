@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clla.artifacts import KVShape, Stats
+from clla.artifacts.plan import KVShape
+from clla.artifacts.stats import Stats
 
 
 @dataclass(frozen=True)

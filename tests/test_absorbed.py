@@ -13,7 +13,8 @@ from helpers import stats_of, strict_of, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from clla.artifacts import Plan, Stats
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.modeling.absorbed_clla import (
     AbsorbedRows,
     absorbed_query,

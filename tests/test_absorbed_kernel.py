@@ -16,9 +16,7 @@ from kernel_compile import Case, check_fits, compile_all, launched
 from test_decode_kernel import MIXED, POISON, WIDTHS, by, close, latents_of, random_rows
 from torch import Tensor
 
-from clla.modeling import absorbed_clla, absorbed_triton_clla
-from clla.modeling import attention_clla as attention_clla
-from clla.modeling import attention_triton_clla as attention_triton_clla
+from clla.modeling import absorbed_clla, absorbed_triton_clla, attention_triton_clla, rows_clla
 from clla.modeling.absorbed_clla import AbsorbedRows
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
@@ -180,8 +178,8 @@ def test_queries_of_half_precision(dtype: torch.dtype, kernel_device: str) -> No
 @pytest.mark.parametrize("held", [0, 1 << 26], ids=["read anew", "kept"])
 @pytest.mark.parametrize("block", [1, 10, 33])
 def test_the_twin_in_blocks(block: int, held: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_clla, "BLOCK", block)
-    monkeypatch.setattr(attention_clla, "HELD_BYTES", held)
+    monkeypatch.setattr(rows_clla, "BLOCK", block)
+    monkeypatch.setattr(rows_clla, "HELD_BYTES", held)
     problem = Problem(tokens=3, hidden=(0, 25), device=kernel_device)
     with by(False):
         rows = problem.rows()

@@ -20,7 +20,7 @@ from typer.main import get_command
 
 import clla
 from clla import api, cli
-from clla.artifacts import read_json
+from clla.storage.files import read_json
 
 ROOT = Path(__file__).parents[1]
 ORDERS = [

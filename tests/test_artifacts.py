@@ -17,24 +17,12 @@ from random_stats import sampled
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from clla.artifacts import (
-    ARTIFACT_VERSION,
-    NEWER,
-    Codec,
-    GroupCodec,
-    KVShape,
-    LayerGroup,
-    Plan,
-    Stats,
-    digest,
-    encoded_slots,
-    exact_bytes_of,
-    json_digest,
-    read_json,
-    write_text,
-)
+from clla.artifacts.codec import Codec, GroupCodec
+from clla.artifacts.plan import NEWER, KVShape, LayerGroup, Plan, encoded_slots, exact_bytes_of
+from clla.artifacts.stats import Stats
 from clla.errors import CorruptArtifactError
 from clla.modeling.quantize_clla import RowLayout
+from clla.storage.files import ARTIFACT_VERSION, digest, json_digest, read_json, write_text
 
 
 def make_stats() -> Stats:

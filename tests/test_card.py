@@ -19,13 +19,14 @@ from helpers import clla, tokens
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from clla.artifacts import Plan, read_json
+from clla.artifacts.plan import Plan
 from clla.errors import CllaError
 from clla.modeling.hooks_clla import CACHE
 from clla.publish.card import render, retargeted
 from clla.publish.card_sections import text_of
 from clla.publish.origin import origin_of
 from clla.source.model import open_source
+from clla.storage.files import read_json
 
 SMALL = ["--calibration-tokens", 2048, "--sequence-length", 128, "--window", 8, "--kv-budget", "25%"]
 REVISION = "0123456789abcdef0123456789abcdef01234567"

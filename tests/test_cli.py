@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
-from clla.artifacts import read_json
-from clla.checkpoint.checksums import CHECKSUMS
 from clla.modeling.hooks_clla import CACHE
 from clla.source.model import open_source
+from clla.storage.filenames import CHECKSUMS
+from clla.storage.files import read_json
 
 CALIBRATION = ["--calibration-tokens", "2048", "--sequence-length", "256"]
 SMALL = [*CALIBRATION, "--at-context", "512", "--window", "16", "--kv-budget", "25%"]

@@ -12,7 +12,7 @@ from helpers import tokens
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.calibrate import checkpoints
 from clla.calibrate.collect import Collector, batch_generator, collect, unrotated_gradient
 from clla.calibrate.fisher import sampled_label_gradient

@@ -15,14 +15,15 @@ from helpers import clla
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from clla.artifacts import read_json
-from clla.checkpoint.checksums import CHECKSUMS, check_files
+from clla.checkpoint.checksums import check_files
 from clla.checkpoint.load import Checkpoint, load_checkpoint
 from clla.checkpoint.write import finished_directory, write_checkpoint
 from clla.errors import CllaError, CorruptArtifactError
 from clla.heal.text import healing_text
 from clla.recipe import HealConfig
 from clla.recipes import builtin_recipes
+from clla.storage.filenames import CHECKSUMS
+from clla.storage.files import read_json
 
 SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "512", "--window", "16",
          "--kv-budget", "25%", "--no-report"]  # fmt: skip

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 import torch
 
-from clla.modeling import attention_triton_clla as attention_triton_clla
+from clla.modeling import attention_triton_clla
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("bf16_products")
@@ -36,7 +36,7 @@ def tiny(benchmark: ModuleType) -> Any:
 
 
 def settings() -> tuple[Any, ...]:
-    return attention_triton_clla._tile, attention_triton_clla.COMPONENTS, attention_triton_clla.TOKENS
+    return attention_triton_clla.tile_of, attention_triton_clla.COMPONENTS, attention_triton_clla.TOKENS
 
 
 def test_a_dry_run_reports_every_case(

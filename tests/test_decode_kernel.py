@@ -21,12 +21,12 @@ from test_quantize import classes_of, scale_of, step_of
 from torch import Tensor
 
 from clla.bench.shapes import random_plan, shape_config
-from clla.modeling import attention_clla as attention_clla
-from clla.modeling import attention_triton_clla as attention_triton_clla
-from clla.modeling.attention_clla import LatentRows, PackedRows
+from clla.modeling import attention_clla, attention_triton_clla, rows_clla
+from clla.modeling.attention_clla import LatentRows
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns
+from clla.modeling.rows_clla import PackedRows
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 MIXED = (16, *(8,) * 4, 7, 6, 5, 4, 3, 2, 1, 1)  # 8 bits: scales of 16 and 16 components
@@ -158,7 +158,7 @@ class Problem:
 def by(kernels: bool) -> Iterator[None]:
     """Rows are read by kernels, or by their twin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_clla, "on_gpu", lambda x: kernels)
+        patch.setattr(rows_clla, "on_gpu", lambda x: kernels)
         yield
 
 
@@ -244,7 +244,7 @@ def test_heads_and_rotations(name: str, kernel_device: str) -> None:
 
 @pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
 def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton_clla, "_tile", lambda *_: tile)
+    monkeypatch.setattr(attention_triton_clla, "tile_of", lambda *_: tile)
     check(Problem(count=65, device=kernel_device))
 
 
@@ -318,7 +318,7 @@ def test_weights_of_zero_sum_to_zero(kernel_device: str) -> None:
 
 
 def test_offsets_in_64_bits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton_clla, "_wide", lambda data: True)
+    monkeypatch.setattr(attention_triton_clla, "needs_wide_offsets", lambda data: True)
     check(Problem(device=kernel_device))
     check(Problem(device=kernel_device), index=torch.tensor([[32, 1, 8], [3, 9, 2]]))
 
@@ -327,7 +327,7 @@ def test_rows_beyond_32_bits(kernel_device: str) -> None:
     """A buffer that is mostly never touched; the same rows as at its beginning."""
     problem = Problem(hidden=(0,), count=3, pairs=0, device=kernel_device)
     around = torch.empty(1, 2**31 // 640 + 9, 640, dtype=torch.uint8, device=kernel_device)
-    assert attention_triton_clla._wide(around)
+    assert attention_triton_clla.needs_wide_offsets(around)
     index = torch.tensor([[around.shape[1] - 1, around.shape[1] - 4]], device=kernel_device)
     around[:, index[0], : problem.layout.row_bytes] = problem.data[:, :2]
     expected, weights = problem.naive_logits()[..., :2], problem.weights(2)
@@ -341,7 +341,10 @@ def test_rows_beyond_32_bits(kernel_device: str) -> None:
 
 def test_offsets_are_wide_where_they_must_be() -> None:
     for rows, wide in ((2**31 // 640, False), (2**31 // 640 + 1, True)):
-        assert attention_triton_clla._wide(torch.empty(1, rows, 640, dtype=torch.uint8, device="meta")) is wide
+        assert (
+            attention_triton_clla.needs_wide_offsets(torch.empty(1, rows, 640, dtype=torch.uint8, device="meta"))
+            is wide
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -355,8 +358,8 @@ def test_decoders_of_half_precision(name: str, dtype: torch.dtype, kernel_device
 @pytest.mark.parametrize("held", [0, 1 << 26], ids=["read anew", "kept"])
 @pytest.mark.parametrize("block", [1, 10, 33])
 def test_the_twin_in_blocks(block: int, held: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_clla, "BLOCK", block)
-    monkeypatch.setattr(attention_clla, "HELD_BYTES", held)
+    monkeypatch.setattr(rows_clla, "BLOCK", block)
+    monkeypatch.setattr(rows_clla, "HELD_BYTES", held)
     problem = Problem(hidden=(0, 25), own_turns=True, device=kernel_device)
     index = torch.stack([torch.randperm(33)[:20] for _ in range(2)]).to(kernel_device)
     with by(False):
@@ -447,7 +450,7 @@ def case_of(shape: str, kernel: str, tile: tuple[int, int], **changed: Any) -> C
         "sums_kernel": lambda: rows.values(logits[..., :8192], 1),
     }
     with pytest.MonkeyPatch.context() as patch, by(True):
-        patch.setattr(attention_triton_clla, "_tile", lambda *_: tile)
+        patch.setattr(attention_triton_clla, "tile_of", lambda *_: tile)
         loose = ("count", "block_count", "per_split")
         return launched(attention_triton_clla, kernel, calls[kernel], not_specialized=loose)
 

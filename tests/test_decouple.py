@@ -12,14 +12,15 @@ from helpers import stats_of, strict_of, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import LayerGroup, Plan, Stats
+from clla.artifacts.plan import LayerGroup, Plan
+from clla.artifacts.stats import Stats
 from clla.calibrate.queries import rotary_pairs
 from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
 from clla.convert.factor import error_covariance, factor, make_codec
 from clla.errors import UnsupportedModelError, UsageError
 from clla.plan.decoupled import DecoupledSpectra, mean_rotation, uncentred
-from clla.plan.planners import make_plan
+from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
 from clla.source.families import kv_shape
@@ -227,7 +228,7 @@ def test_plans_pay_for_rotary_keys() -> None:
 
 
 def test_codecs_with_rotary_keys_are_kept(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from clla.artifacts import Codec
+    from clla.artifacts.codec import Codec
 
     _, stats = source_and_stats()
     spectra = spectra_of(stats, 16)

@@ -17,8 +17,8 @@ import pytest
 from conftest import pico, pico_config
 from helpers import clla, converted_of, plan_of, stats_of
 
-from clla.artifacts import read_json
 from clla.doctor.environment import vllm
+from clla.storage.files import read_json
 
 
 def findings(*arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:

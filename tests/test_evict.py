@@ -10,7 +10,7 @@ from conftest import pico
 from helpers import converted_of, plan_of, stats_of, tokens
 from torch import Tensor
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.modeling.evict_clla import attention_weights, best, observed_weight
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM

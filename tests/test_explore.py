@@ -10,7 +10,7 @@ import pytest
 from helpers import clla
 from random_stats import sampled
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.errors import CorruptArtifactError, UsageError
 from clla.plan import kept_spectra, planners
 from clla.plan.explore import Explorer, find_kept

@@ -8,7 +8,9 @@ from random_stats import Sampled, sampled
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from clla.artifacts import GroupCodec, KVShape, LayerGroup, Plan, Stats
+from clla.artifacts.codec import GroupCodec
+from clla.artifacts.plan import KVShape, LayerGroup, Plan
+from clla.artifacts.stats import Stats
 from clla.convert.factor import error_covariance, error_shares, factor, make_codec, predicted_kl
 from clla.modeling.quantize_clla import RowLayout
 from clla.plan.metrics import needs_inputs, surrogate_stats

@@ -22,7 +22,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from clla.artifacts import Plan, Stats
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.lossless import check_lossless
 from clla.calibrate.rope_detection import rope_settings
@@ -31,8 +32,7 @@ from clla.errors import UnsupportedModelError
 from clla.evaluate.measured_cache import with_kept_bytes
 from clla.evaluate.plan_tables import plan_tables
 from clla.evaluate.source_cache import SourceCache
-from clla.modeling import attention_clla as attention_clla
-from clla.modeling import pack_triton_clla
+from clla.modeling import pack_triton_clla, rows_clla
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -504,7 +504,7 @@ def test_lossless_check_tells_right_from_wrong(dtype: torch.dtype) -> None:
 
 def test_lossless_check_needs_no_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too: kernels do not know its rows."""
-    for module in (attention_clla, pack_triton_clla):
+    for module in (rows_clla, pack_triton_clla):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     found = case("llama")
     check_lossless(pico("llama").to(kernel_device), found.stats.layers, found.rope)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.source_cache import SourceCache

@@ -14,10 +14,10 @@ from model_table import TABLE
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import clla
-from clla.artifacts import read_json
 from clla.errors import UnsupportedModelError
 from clla.source.families import check_family
 from clla.source.model import open_source
+from clla.storage.files import read_json
 
 TEXT: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -17,7 +17,7 @@ from helpers import converted_of, plan_of, stats_of, tokens
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from clla.artifacts import Plan, encoded_slots
+from clla.artifacts.plan import Plan, encoded_slots
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.group_clla import LatentGroup
 from clla.modeling.modeling_clla import CllaForCausalLM

@@ -11,7 +11,7 @@ from helpers import converted_of, plan_of, stats_of, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM

@@ -11,10 +11,12 @@ import torch
 from conftest import pico
 from helpers import clla, stats_of
 
-from clla.artifacts import Codec, Plan, Stats
+from clla.artifacts.codec import Codec
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.plan.allocation import candidate, solve
 from clla.plan.frontier import POINTS, make_outlook
-from clla.plan.planners import make_plan
+from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
 

@@ -16,7 +16,7 @@ import typer
 from helpers import clla
 
 from clla import api
-from clla.artifacts import KVShape, Plan, save_verified
+from clla.artifacts.plan import KVShape, Plan
 from clla.checkpoint.write import OLD, PARTIAL, check_output, finished_directory, tidy
 from clla.cli import app, recipes_app
 from clla.commands.options import path
@@ -24,6 +24,7 @@ from clla.convert.stages import stats_bytes
 from clla.errors import CllaError, UsageError, resumable
 from clla.recipe import Recipe
 from clla.source.model import open_source
+from clla.storage.files import save_verified
 from clla.storage.places import LOCK, check_file, check_writable, expanded, holding, writing
 
 SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--kv-budget", "25%", "--window", "8"]

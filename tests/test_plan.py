@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_stats import sampled
 
-from clla.artifacts import Plan, Stats
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import RowLayout
 from clla.plan.allocation import (
@@ -27,17 +28,9 @@ from clla.plan.allocation import (
     solve,
     uniform_segments,
 )
-from clla.plan.planners import (
-    PLANNERS,
-    WINDOW_SHARE,
-    WINDOWS,
-    Room,
-    count_candidates,
-    derive_window,
-    latent_bits,
-    make_plan,
-    neighbour_distances,
-)
+from clla.plan.budget import WINDOW_SHARE, WINDOWS, derive_window, latent_bits
+from clla.plan.make import make_plan
+from clla.plan.planners import PLANNERS, Room, count_candidates, neighbour_distances
 from clla.plan.rate import ERROR_SHARE
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig

@@ -18,7 +18,8 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import LayerGroup, Plan, Stats
+from clla.artifacts.plan import LayerGroup, Plan
+from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.modeling_clla import CllaForCausalLM

@@ -19,7 +19,6 @@ from conftest import byte_tokenizer, pico
 from helpers import clla
 from hub_server import Fault, Hub, serving
 
-from clla.artifacts import read_json
 from clla.checkpoint.checksums import check_files, write_checksums
 from clla.checkpoint.load import load_checkpoint
 from clla.errors import CllaError, UsageError
@@ -27,6 +26,7 @@ from clla.hub.revision import beside, plain_name, split_revision
 from clla.publish.base_model import HubModel
 from clla.publish.contents import TEXT, gather
 from clla.source.model import open_source
+from clla.storage.files import read_json
 
 TINY = ("--calibration-tokens", 512, "--sequence-length", 64, "--window", 8, "--kv-budget", "3%", "--at-context", 0)
 # Without the package: what a checkpoint brings along must do.

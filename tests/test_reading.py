@@ -17,8 +17,7 @@ from test_model import full_rank, lossy, source_and_stats
 from torch import Tensor
 from transformers import CompileConfig
 
-from clla.modeling import attention_clla as attention_clla
-from clla.modeling import group_clla
+from clla.modeling import group_clla, rows_clla
 from clla.modeling.attention_clla import LatentRows
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.group_clla import LatentGroup
@@ -174,8 +173,8 @@ def test_nothing_of_a_step_is_kept() -> None:
 def test_rows_are_unpacked_in_blocks_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     converted, ids = lossy(sinks=4), tokens(2, 80)
     expected, _ = logits_of(converted, ids, parts(80, 1))
-    monkeypatch.setattr(attention_clla, "HELD_BYTES", 0)
-    monkeypatch.setattr(attention_clla, "BLOCK", 7)
+    monkeypatch.setattr(rows_clla, "HELD_BYTES", 0)
+    monkeypatch.setattr(rows_clla, "BLOCK", 7)
     for reading in (True, False):
         found, _ = logits_of(converted, ids, parts(80, 1), reading=reading)
         torch.testing.assert_close(found, expected, **CLOSE)
@@ -213,7 +212,7 @@ def test_the_best_tokens_by_weight_are_selected(
     """Judged by all components, the selected tokens are those with the most weight in the model's own attention."""
     monkeypatch.setattr(group_clla, "JUDGING_RANK", 10_000)
     if in_blocks:
-        monkeypatch.setattr(attention_clla, "HELD_BYTES", 0)
+        monkeypatch.setattr(rows_clla, "HELD_BYTES", 0)
     converted, ids = lossy(sinks=0), tokens(2, 60)
     _, cache = logits_of(converted, ids, parts(59, 1))
     cache.select = 9
@@ -340,7 +339,7 @@ def test_one_graph_serves_all_steps(
     torch.compiler.reset()
     if kernels:
         pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-        monkeypatch.setattr(attention_clla, "on_gpu", lambda x: True)
+        monkeypatch.setattr(rows_clla, "on_gpu", lambda x: True)
     converted, graphs = full_rank(), Graphs()
     converted.select_tokens = select
     ids, new = tokens(2, 40), 5 if kernels else 30

@@ -20,8 +20,7 @@ import pytest
 from conftest import byte_tokenizer
 from helpers import clla
 
-from clla.artifacts import KVShape, LayerGroup, Plan, read_json
-from clla.checkpoint.checksums import CHECKSUMS
+from clla.artifacts.plan import KVShape, LayerGroup, Plan
 from clla.report import words
 from clla.report.data import PageData, read_checkpoint, what_is_missing
 from clla.report.plan_charts import draw_plan
@@ -29,6 +28,8 @@ from clla.report.render import CONTROL, render, write_page
 from clla.report.samples import Sample, _sample, same_start
 from clla.report.svg import Drawing, Scale
 from clla.report.tables import plan_table
+from clla.storage.filenames import CHECKSUMS
+from clla.storage.files import read_json
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 ATTACK = "<script>alert(1)</script>&\"'"

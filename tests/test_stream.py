@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.calibrate.basis import leading_directions
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.rope_detection import rope_settings

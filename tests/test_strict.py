@@ -13,7 +13,7 @@ from conftest import pico, pico_config, pico_of
 from helpers import clla, stats_of, strict_of, tokens
 from transformers import PreTrainedModel
 
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.calibrate.lossless import RawLayout
 from clla.heal.attention import view_of
 from clla.heal.steps import component_sizes

@@ -16,7 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clla.artifacts import Codec, GroupCodec, LayerGroup, Plan, Stats
+from clla.artifacts.codec import Codec, GroupCodec
+from clla.artifacts.plan import LayerGroup, Plan
+from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.plan.metrics import projections
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.bench.shapes import ROPE, STORED, random_codec, random_model, random_plan, shape_config
 from clla.bench.speed import Contender, draw_ids
 from clla.checkpoint.assemble import attach, clla_block
@@ -18,7 +18,7 @@ from clla.evaluate.source_cache import SourceCache
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import RuntimeConfig
-from clla.source.model import pick_dtype
+from clla.source.device import pick_dtype
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from clla.errors import UsageError
 from clla.evaluate.figures import draw_speed
 from clla.evaluate.measured_cache import with_kept_bytes
 from clla.recipe import BudgetConfig, PlanConfig
+from clla.source.device import pick_device
 from clla.source.lengths import Reach, reach_of
-from clla.source.model import pick_device
 from clla.storage.places import PICTURES, check_file
 
 CONTEXTS = {"cpu": (512, 2048), "cuda": (2048, 8192, 32768)}

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from clla.artifacts import Codec, GroupCodec, LayerGroup, Plan
+from clla.artifacts.codec import Codec, GroupCodec
+from clla.artifacts.plan import LayerGroup, Plan
 from clla.bench.largest_batch import largest
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import RowLayout

@@ -20,7 +20,8 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from clla.artifacts import KVShape, Stats
+from clla.artifacts.plan import KVShape
+from clla.artifacts.stats import Stats
 from clla.calibrate.checkpoints import Checkpoints
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from clla.artifacts import KVShape, Stats
+from clla.artifacts.plan import KVShape
+from clla.artifacts.stats import Stats
 from clla.calibrate.basis import leading_directions
 from clla.calibrate.checkpoints import replaced
 from clla.calibrate.collect import ProbeCache, Tap, batch_generator, fewest_logits, tap_hook, token_rows

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clla.artifacts import Codec, Plan
+from clla.artifacts.codec import Codec
+from clla.artifacts.plan import Plan
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM, for_compressed_cache
 

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from clla.artifacts import json_digest, read_json, write_text
 from clla.errors import CorruptArtifactError
+from clla.storage.filenames import CHECKSUMS, CONFIG, MODEL_CARD
+from clla.storage.files import json_digest, read_json, write_text
 
-CHECKSUMS = "clla_checksums.json"
 BASE_MODEL = "base_model"  # key of config.json that users may change, when the weights have moved
 WEIGHTS = ("*.safetensors", "*.bin")  # as transformers prefers them
 
@@ -28,7 +28,7 @@ def write_checksums(folder: Path) -> None:
 
 def is_covered(name: str) -> bool:
     """Whether a file of a checkpoint has a checksum."""
-    return name not in (CHECKSUMS, "README.md") and not name.endswith(".png") and "/" not in name
+    return name not in (CHECKSUMS, MODEL_CARD) and not name.endswith(".png") and "/" not in name
 
 
 def known_checksums(folder: Path) -> dict[str, str]:
@@ -78,7 +78,7 @@ def base_checksums(folder: Path, gguf_file: str | None) -> dict[str, str]:
     if gguf_file:
         return _digests(folder, [gguf_file])
     found = (sorted(path.name for path in folder.glob(pattern)) for pattern in WEIGHTS)
-    return _digests(folder, ["config.json", *next((names for names in found if names), [])])
+    return _digests(folder, [CONFIG, *next((names for names in found if names), [])])
 
 
 def check_base(folder: Path, wanted: dict[str, str], name: str) -> None:
@@ -106,7 +106,7 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes; of a converted config, of its contents without the base model's place."""
-    if path.name == "config.json":
+    if path.name == CONFIG:
         return _config_digest(read_json(path))
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -114,7 +114,7 @@ def file_digest(path: Path) -> str:
 
 def bytes_digest(name: str, data: bytes) -> str:
     """The same, of what a file is going to hold."""
-    return _config_digest(json.loads(data)) if name == "config.json" else hashlib.sha256(data).hexdigest()
+    return _config_digest(json.loads(data)) if name == CONFIG else hashlib.sha256(data).hexdigest()
 
 
 def _config_digest(data: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError, field_validator
 from transformers import AutoTokenizer, PreTrainedModel
 
 from clla import console
-from clla.artifacts import Plan, Positive, Whole, mistakes_in, read_json
-from clla.checkpoint.checksums import CHECKSUMS, check_base, check_files
+from clla.artifacts.plan import Plan, Positive, Whole
+from clla.checkpoint.checksums import check_base, check_files
 from clla.errors import CllaError, CorruptArtifactError, blamed, is_memory, reason
 from clla.hub.errors import explain
 from clla.hub.revision import find_config, split_revision
@@ -23,8 +23,11 @@ from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.modeling.rotary_clla import ROPE_FORMS
 from clla.recipe import Recipe, load_recipe
+from clla.source.device import pick_dtype
 from clla.source.lengths import Reach, reach_of
-from clla.source.model import Source, check_complete, check_directory, model_folder, open_source, pick_dtype
+from clla.source.model import Source, check_complete, check_directory, model_folder, open_source
+from clla.storage.filenames import CHECKSUMS, CONFIG, RECIPE
+from clla.storage.files import mistakes_in, read_json
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,14 @@ def read_plan(folder: Path) -> Plan:
     Raises:
         CorruptArtifactError: a key is missing, or its value makes no sense.
     """
-    block: Any = read_json(folder / "config.json").get("clla")
+    block: Any = read_json(folder / CONFIG).get("clla")
     try:
         _Running.model_validate_json(json.dumps(block), strict=True)
         return Plan.from_json(block)
     except ValueError as error:
         why = mistakes_in(error) if isinstance(error, ValidationError) else str(error)
         raise CorruptArtifactError(
-            f"the clla block in {folder / 'config.json'} is not as clla convert writes it: {why}",
+            f"the clla block in {folder / CONFIG} is not as clla convert writes it: {why}",
             expected="a config that belongs to the weights beside it",
             remedy="copy or download the checkpoint again, or convert the source model again",
         ) from error
@@ -176,7 +179,7 @@ def checkpoint_reach(folder: Path) -> Reach:
 
 def recipe_of(folder: Path) -> Recipe:
     """The resolved recipe beside the weights; the default one for a checkpoint without."""
-    path = folder / "clla_recipe.yaml"
+    path = folder / RECIPE
     if path.is_file():
         return load_recipe(str(path))
     console.say(f"{folder} has no clla_recipe.yaml: the defaults are taken")
@@ -240,7 +243,7 @@ def check_folder(folder: Path, name: str | None = None) -> None:
     """
     name = name or str(folder)
     check_directory(folder, name)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG)
     if config.get("model_type") != "clla":
         raise CllaError(
             f"{name} holds a {config.get('model_type')!r} model that is not converted",

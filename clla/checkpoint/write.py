@@ -21,14 +21,22 @@ import torch
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
-from clla.checkpoint.checksums import CHECKSUMS, known_checksums, write_checksums
+from clla.checkpoint.checksums import known_checksums, write_checksums
 from clla.errors import CllaError, UsageError
 from clla.modeling.modeling_clla import CODEC_FILE, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
+from clla.storage.filenames import (
+    CHECKSUMS,
+    EXPORT_REPORT,
+    HEALING_PICTURE,
+    MODEL_CARD,
+    PLAN_PICTURE,
+    QUALITY_PICTURE,
+    REPORT,
+)
 from clla.storage.places import check_writable, writing
 
-REPORT = "clla_report.json"
-UNLISTED = ("README.md", "clla_plan.png", "clla_quality.png", "clla_healing.png", "__pycache__")  # have no checksums
+UNLISTED = (MODEL_CARD, PLAN_PICTURE, QUALITY_PICTURE, HEALING_PICTURE, "__pycache__")  # have no checksums
 PARTIAL, OLD = ".partial", ".old"  # of directories beside the output, with a random part before
 KEPT = ("stats-*", "plan-*", "codec-*", "spectra-*", "heal", "spill", "offload-*")  # in a work directory
 FREE_SPACE_MARGIN = 1.1
@@ -112,7 +120,7 @@ def check_kept(work: Path) -> None:
 def _foreign(folder: Path) -> str | None:
     """A name in a directory that is not of a checkpoint or an export of ours."""
     names = sorted(file.name for file in folder.iterdir())
-    if REPORT not in names:
+    if REPORT not in names and EXPORT_REPORT not in names:
         return names[0]
     listed = known_checksums(folder)
     ours = {*listed, CHECKSUMS, *UNLISTED}

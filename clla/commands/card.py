@@ -9,6 +9,7 @@ import typer
 
 from clla import console
 from clla.commands.options import errors, path
+from clla.storage.filenames import MODEL_CARD
 
 
 def card(
@@ -27,6 +28,6 @@ def card(
         name = repo_id or checkpoint.resolve().name
         if write:
             write_card(checkpoint, name)
-            console.say(f"Wrote {checkpoint / 'README.md'}")
+            console.say(f"Wrote {checkpoint / MODEL_CARD}")
         else:
             print(render(checkpoint, name), end="")

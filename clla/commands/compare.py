@@ -11,6 +11,7 @@ import typer
 from clla import console
 from clla.commands.options import MOST, Device, errors, path, start
 from clla.errors import UsageError
+from clla.storage.filenames import COMPARISON
 
 
 def compare(
@@ -69,7 +70,7 @@ def compare(
             work_dir=work_dir,
             thorough=not quick,
         )
-        check_writable(output / "comparison.json", "--output")
+        check_writable(output / COMPARISON, "--output")
         if work_dir is not None:
             check_writable(work_dir / "stats", "--work-dir")
         with holding(output, *([work_dir] if work_dir is not None else [])):

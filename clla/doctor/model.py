@@ -10,7 +10,6 @@ import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from clla.artifacts import read_json
 from clla.checkpoint.load import read_plan
 from clla.convert.stages import moment_bytes, resolve
 from clla.doctor.environment import Finding, plugin_registered
@@ -19,13 +18,16 @@ from clla.heal.run import STATE_BYTES
 from clla.modeling.attention_triton_clla import triton
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION
 from clla.recipe import Recipe
+from clla.source.device import pick_device
 from clla.source.families import FAMILIES
-from clla.source.model import Source, open_source, pick_device
+from clla.source.model import Source, open_source
 from clla.source.placement import choose_placement
+from clla.storage.filenames import CONFIG, TOKENIZER_CONFIG
+from clla.storage.files import read_json
 
 PASSES = 3.5  # forward passes that calibration costs, about (docs/lab-notes.md)
 TRAINED_BYTES = 16  # memory of a trained weight: itself, its gradient, Adam's two moments
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", TOKENIZER_CONFIG, "spiece.model", "vocab.txt")
 Status = Literal["ok", "warning", "problem"]
 
 
@@ -37,7 +39,7 @@ def examine(name: str) -> list[Finding]:
     """
     folder = Path(name).expanduser()
     try:
-        if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "clla":
+        if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") == "clla":
             return _converted(folder)
         source = open_source(name)
     except CllaError as error:
@@ -148,7 +150,7 @@ def _own_attention(text: Any) -> str:
 
 
 def _converted(folder: Path) -> list[Finding]:
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG)
     block = config.get("clla") or {}
     version = block.get("schema_version", config.get("schema_version"))
     if isinstance(version, int) and version > CLLA_SCHEMA_VERSION:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.evaluate.plan_tables import span
 from clla.modeling.quantize_clla import RowLayout
 

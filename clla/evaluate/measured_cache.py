@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.modeling.cache_clla import kept_tensors
 from clla.modeling.hooks_clla import CACHE
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from rich.table import Table
 
-from clla.artifacts import LayerGroup, Plan
+from clla.artifacts.plan import LayerGroup, Plan
 
 
 def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:

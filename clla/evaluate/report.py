@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import Plan, write_text
+from clla.artifacts.plan import Plan
 from clla.evaluate.figures import draw_healing, draw_plan, draw_quality
 from clla.evaluate.measured_cache import with_kept_bytes
 from clla.evaluate.memory import measured_bytes
@@ -21,6 +21,8 @@ from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve
 from clla.evaluate.source_cache import SourceCache
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE, REPORT
+from clla.storage.files import write_text
 from clla.text.vocabulary import check_tokens
 
 NAMES = ("source", "int4", "converted")
@@ -259,10 +261,10 @@ def write_report(
         "measured": {**report.to_json(), "text": text} if report else None,
         "healing": healing,
     }
-    write_text(folder / "clla_report.json", json.dumps(data, indent=1))
-    draw_plan(plan, folder / "clla_plan.png")
+    write_text(folder / REPORT, json.dumps(data, indent=1))
+    draw_plan(plan, folder / PLAN_PICTURE)
     if healing is not None:
-        draw_healing({"": healing["history"]}, folder / "clla_healing.png")
+        draw_healing({"": healing["history"]}, folder / HEALING_PICTURE)
     if report is not None:
         points = {LABELS[name]: (row["bytes_per_token"], row["perplexity"]) for name, row in report.quality.items()}
-        draw_quality(points, folder / "clla_quality.png", title=f"{report.context} tokens of context")
+        draw_quality(points, folder / QUALITY_PICTURE, title=f"{report.context} tokens of context")

@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clla.artifacts import read_json
 from clla.errors import CorruptArtifactError, DatasetError
 from clla.recipe import load_recipe
+from clla.storage.filenames import RECIPE, REPORT
+from clla.storage.files import read_json
 from clla.text.reading import hub_dataset, local_file, open_text, read_documents
 from clla.text.sequences import calibration_blocks, held_out_blocks, holds_back
 
@@ -120,7 +121,7 @@ def fitted_of(folder: Path) -> list[FittedText] | None:
 
     None where neither says.
     """
-    report, recipe = folder / "clla_report.json", folder / "clla_recipe.yaml"
+    report, recipe = folder / REPORT, folder / RECIPE
     noted = read_json(report).get("fitted") if report.is_file() else None
     try:
         if noted is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.errors import CllaError
 from clla.modeling.absorbed_clla import split_query
 from clla.modeling.hooks_clla import attention_modules, rope_of

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import write_text
 from clla.calibrate.lossless import RawLayout
 from clla.checkpoint.load import checkpoint_folder, load_checkpoint
 from clla.checkpoint.write import check_disk, check_output, finished_directory, tidy
@@ -20,6 +19,8 @@ from clla.export.deepseek import as_deepseek, check_expressible
 from clla.heal.losses import kl_of_logits
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.storage.filenames import EXPORT_REPORT
+from clla.storage.files import write_text
 from clla.storage.places import expanded, holding
 
 CHECK_TOKENS = 64
@@ -78,7 +79,7 @@ def _export(path: str, output: Path, device: torch.device, dtype: str) -> Export
         exported.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
         report = {"format": "deepseek", "exported_from": Path(path).name, "kl_to_checkpoint": kl, "healed": healed}
-        write_text(partial / "clla_report.json", json.dumps(report, indent=1))
+        write_text(partial / EXPORT_REPORT, json.dumps(report, indent=1))
     return Export(exported.config.to_dict(), kl, healed)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from clla.artifacts import read_json, write_text
 from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.checkpoint.write import check_kept, check_output, check_work_dir, finished_directory, tidy, write_checkpoint
 from clla.errors import resumable
@@ -22,7 +21,9 @@ from clla.heal.sharding import launched_sharded
 from clla.heal.text import healed_on
 from clla.publish.card import write_card
 from clla.recipe import SHORTEST, Recipe
-from clla.source.model import pick_device, start_processes
+from clla.source.device import pick_device, start_processes
+from clla.storage.filenames import RECIPE, REPORT
+from clla.storage.files import read_json, write_text
 from clla.storage.places import expanded, holding
 from clla.text.reading import check_text
 from clla.text.sequences import report_text, report_windows
@@ -119,7 +120,7 @@ def _heal(
     needed = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
     with finished_directory(options.output, needed=needed) as out:
         write_checkpoint(out, model, loaded.tokenizer, base_model=None, dtype=stored)
-        write_text(out / "clla_recipe.yaml", recipe.to_yaml())
+        write_text(out / RECIPE, recipe.to_yaml())
         write_report(
             out,
             loaded.plan,
@@ -142,5 +143,5 @@ def _heal(
 
 def _earlier_report(folder: Path) -> dict[str, Any]:
     """What the conversion wrote down; empty for a checkpoint without."""
-    path = folder / "clla_report.json"
+    path = folder / REPORT
     return read_json(path) if path.is_file() else {}

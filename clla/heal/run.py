@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla import console
-from clla.artifacts import Plan, read_json, write_text
+from clla.artifacts.plan import Plan
 from clla.checkpoint.write import check_disk
 from clla.errors import CllaError, UsageError, reason
 from clla.evaluate.perplexity import Subject, compare
@@ -32,6 +32,7 @@ from clla.heal.train import BEST, Point, Progress, Schedule, discard, load_train
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.recipe import HealConfig, Recipe
+from clla.storage.files import read_json, write_text
 from clla.text.vocabulary import check_tokens
 
 # (share of the source's bytes from which on it holds, what is trained, tokens on CPU and on GPU)

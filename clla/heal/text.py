@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla import console
-from clla.artifacts import digest, load_verified, save_verified
 from clla.errors import CorruptArtifactError, DatasetError
 from clla.evaluate.seen import FittedText, fingerprint, fitted_text
 from clla.recipe import HealConfig
+from clla.storage.files import digest, load_verified, save_verified
 from clla.text.reading import read_documents
 from clla.text.sequences import (
     calibration_blocks,

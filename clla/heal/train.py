@@ -23,12 +23,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
-from clla.artifacts import load_verified, save_verified
 from clla.errors import CorruptArtifactError, UsageError
 from clla.heal.attention import drawn_view
 from clla.heal.sharding import cut_like, is_sharded, prepare, to_main
 from clla.heal.steps import component_sizes, relative_steps
 from clla.heal.student import Distiller
+from clla.storage.files import load_verified, save_verified
 from clla.storage.places import writing
 
 BEST, TRAINED = "best.safetensors", "trained.safetensors"

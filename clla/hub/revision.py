@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from clla.errors import CllaError, UsageError
 from clla.hub.errors import explain
+from clla.storage.filenames import CONFIG
 
 SOURCES = "a Hub id, a directory with config.json, a .gguf file, or 'demo'"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -74,7 +75,7 @@ def find_config(repo: str, revision: str | None, *, expected: str = SOURCES) -> 
             remedy="check the path",
         ) from error
     try:
-        config = Path(hf_hub_download(repo, "config.json", revision=revision))
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision))
     except RevisionNotFoundError as error:
         raise CllaError(
             f"{repo} has no revision {revision!r}",

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .absorbed_triton_clla import absorbed_logits
-from .attention_clla import Layout, PackedRows, Workspace
 from .attention_triton_clla import packed_sums
+from .quantize_clla import Layout
 from .rotary_clla import Rotation, rotate
+from .rows_clla import PackedRows, Workspace
 
 
 def rotary_key(hidden: Tensor, codec: Any, pairs: "tuple[int, ...]", rotation: Rotation) -> Tensor:

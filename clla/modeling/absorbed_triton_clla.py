@@ -10,27 +10,28 @@ T tokens of a tile, R components of a block, QUERIES query rows of a program.
 
 from __future__ import annotations  # kernels are defined where there is no Triton, too
 
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .attention_triton_clla import (
+from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE
+from .rows_clla import PackedRows
+from .triton_clla import (
     COMPONENTS,
     LEAST,
     NAMESPACE,
     QUERY_ROWS,
-    _blocks,
-    _flat,
-    _levels,
-    _part,
-    _rows,
-    _scales,
-    _tile,
-    _wide,
+    block_levels,
+    block_scales,
+    block_table,
+    decoder_part,
+    flat_layout,
+    jit,
+    needs_wide_offsets,
+    row_places,
+    tile_of,
 )
-from .pack_triton_clla import jit
-from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE
 
 try:
     import triton
@@ -38,15 +39,12 @@ try:
 except ImportError:  # no wheel for this platform: `absorbed_clla.py` is all there is
     triton = tl = None
 
-if TYPE_CHECKING:
-    from .attention_clla import PackedRows
 
-
-def absorbed_logits(rows: "PackedRows", query: Tensor, scaling: float) -> Tensor:
+def absorbed_logits(rows: PackedRows, query: Tensor, scaling: float) -> Tensor:
     """Logits [B, H_q, T, K] in fp32 of queries [B, H_q, T, r + p]; -inf where a row may not be seen."""
     launch = _LOGITS if torch.compiler.is_compiling() else _launch
     tensors = (rows.data, query.flatten(1, 2).contiguous(), rows.hidden, rows.used)
-    logits = launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, query.shape[2], scaling)
+    logits = launch(*tensors, flat_layout(rows.layout), rows.layout.row_bytes, query.shape[2], scaling)
     return logits.unflatten(1, query.shape[1:3])
 
 
@@ -66,8 +64,8 @@ def _launch(
     out = query.new_empty(batch, query_rows, count, dtype=torch.float32)
     at_once = min(QUERY_ROWS, max(LEAST, triton.next_power_of_2(query_rows)))
     slices = triton.cdiv(query_rows, at_once)
-    tile, warps = _tile(count, batch * slices, at_once * query.itemsize, query.device)
-    blocks = _blocks(tuple(classes), COMPONENTS, width, query.device)
+    tile, warps = tile_of(count, batch * slices, at_once * query.itemsize, query.device)
+    blocks = block_table(tuple(classes), COMPONENTS, width, query.device)
     with torch.cuda.device_of(query):
         absorbed_kernel[(triton.cdiv(count, tile), slices, batch)](
             data,
@@ -86,7 +84,7 @@ def _launch(
             query.stride(0) // 8,  # widths are multiples of 8; so the compiler knows
             query.stride(1) // 8,
             *out.stride()[:2],
-            WIDE=_wide(data),
+            WIDE=needs_wide_offsets(data),
             LIMITED=used is not None,
             STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
             BIAS=SCALE_BIAS,
@@ -154,7 +152,7 @@ def absorbed_kernel(
     batch, begin = tl.program_id(2).to(tl.int64), tl.program_id(0) * T
     token = begin + tl.arange(0, T)
     valid = token < count
-    place, row = _rows(data, token, valid, data_stride_row, False, WIDE)
+    place, row = row_places(data, token, valid, data_stride_row, False, WIDE)
     asked = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     asked_mask = asked < query_rows
     part = tl.arange(0, R)
@@ -170,9 +168,9 @@ def absorbed_kernel(
         # Classes are whole tiers, so queries are read 8 components at a time.
         component = tl.multiple_of(tl.load(blocks + block * 6 + 3), 8) + part
         wanted = part < tl.multiple_of(tl.load(blocks + block * 6 + 4), 8)
-        scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
-        level = _levels(data, row, valid, blocks, block, row_bytes, T, R)
-        asking = _part(query, query_stride_row, component, wanted, asked, asked_mask)
+        scale = block_scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
+        level = block_levels(data, row, valid, blocks, block, row_bytes, T, R)
+        asking = decoder_part(query, query_stride_row, component, wanted, asked, asked_mask)
         latent = (level * scale[:, None]).to(query.dtype.element_ty)
         logits = tl.dot(latent, asking, logits, input_precision="ieee")
     newest = stop - tokens + asked % tokens  # the last row that each query sees

@@ -17,15 +17,30 @@ pairs of it, r rank, S splits of the rows. T tokens of a tile, R components of a
 
 from __future__ import annotations  # kernels are defined where there is no Triton, too
 
-import hashlib
-from functools import lru_cache
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from .pack_triton_clla import jit
-from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, _step
+from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, Layout
+from .rows_clla import PackedRows
+from .triton_clla import (
+    COLUMNS,
+    COMPONENTS,
+    LEAST,
+    NAMESPACE,
+    QUERY_ROWS,
+    block_levels,
+    block_scales,
+    block_table,
+    decoder_part,
+    flat_layout,
+    jit,
+    needs_wide_offsets,
+    processors,
+    row_places,
+    tile_of,
+)
 
 try:
     import triton
@@ -33,37 +48,46 @@ try:
 except ImportError:  # no wheel for this platform: `attention_clla.py` is all there is
     triton = tl = None
 
-if TYPE_CHECKING:
-    from .attention_clla import LatentRows, Layout, PackedRows
-    from .rotary_clla import Turns
-
-COMPONENTS = 32  # of a block
 TOKENS = 64  # of a tile that `packed_sums` takes at a time
-COLUMNS = 128  # channels of one half of the pairs that a program holds, all its heads together
 QUERIES = 64  # query rows that a tile's keys are multiplied with at once, where the matrix units do it
-LEAST = 16  # rows and columns of the smallest product of the matrix units
-QUERY_ROWS = 128  # that one program of `packed_sums` takes
 # Softmax weights are added up times this, so that fp16 can hold those of long texts, too: to 1e-9 in full precision.
 WEIGHT_SCALE = 2.0**14
 
 
 def packed_logits(
-    rows: "LatentRows", query: Tensor, layer: int, turns: "Optional[Turns]", scaling: float, out: Tensor, rank: int
+    rows: PackedRows,
+    query: Tensor,
+    decoder: Tensor,
+    mean: Tensor,
+    factors: Optional[Tensor],
+    out: Tensor,
+    rank: int,
+    interleaved: bool,
+    scaling: float,
 ) -> None:
-    """Logits of queries and the decoded keys of all rows that are read; arguments as of `LatentRows.logits`."""
-    decoder, mean = rows.codec.decoder[layer], rows.codec.mean[layer]
-    factors = None if turns is None else rows.factors(decoder.dtype)
-    interleaved = turns is not None and turns.interleaved
+    """Logits of queries and the decoded keys of all rows that are read.
+
+    Args:
+        rows: K of them are read.
+        query: [B, H, M, d] after RoPE.
+        decoder: [2·H·d, r] of the layer, keys first.
+        mean: [2·H·d], likewise.
+        factors: [B or 1, K, p/2, 2], cosines and sines of the rows' positions; None where keys are not rotated.
+        out: [B, H, M, K] fp32 that is written, -inf where a row may not be seen.
+        rank: the first components that count.
+        interleaved: whether rotated pairs are neighbours.
+        scaling: of the products.
+    """
     tensors = (rows.data, query, decoder, mean, factors, rows.hidden, rows.used, rows.index, out)
     launch = _LOGITS if torch.compiler.is_compiling() else _launch_logits
-    launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rank, interleaved, scaling)
+    launch(*tensors, flat_layout(rows.layout), rows.layout.row_bytes, rank, interleaved, scaling)
 
 
-def packed_sums(rows: "PackedRows", weights: Tensor, rank: Optional[int] = None) -> Tensor:
+def packed_sums(rows: PackedRows, weights: Tensor, rank: Optional[int] = None) -> Tensor:
     """Σ p·z [B, H·M, r] in fp32 of weights [B, H, M, K] fp32; of the first `rank` components, or of all."""
     launch = _SUMS if torch.compiler.is_compiling() else _launch_sums
     tensors = (rows.data, weights.flatten(1, 2), rows.index)
-    return launch(*tensors, _flat(rows.layout), rows.layout.row_bytes, rank or rows.layout.rank, rows.dtype)
+    return launch(*tensors, flat_layout(rows.layout), rows.layout.row_bytes, rank or rows.layout.rank, rows.dtype)
 
 
 def _launch_logits(
@@ -92,8 +116,8 @@ def _launch_logits(
     queries_at_once = max(LEAST, triton.next_power_of_2(heads_at_once * per_head))
     queries_at_once = min(queries_at_once, QUERIES if decoder.itemsize == 2 else LEAST)
     key_bytes = heads_at_once * max(half, rest) * decoder.itemsize
-    tile, warps = _tile(count, batch * triton.cdiv(heads, heads_at_once), key_bytes, query.device)
-    blocks = _blocks(tuple(classes), COMPONENTS, rank, query.device)
+    tile, warps = tile_of(count, batch * triton.cdiv(heads, heads_at_once), key_bytes, query.device)
+    blocks = block_table(tuple(classes), COMPONENTS, rank, query.device)
     with torch.cuda.device_of(query):
         logits_kernel[(triton.cdiv(count, tile), triton.cdiv(heads, heads_at_once), batch)](
             data,
@@ -122,7 +146,7 @@ def _launch_logits(
             PAIRS=pairs,
             INTERLEAVED=interleaved,
             INDEXED=index is not None,
-            WIDE=_wide(data),
+            WIDE=needs_wide_offsets(data),
             LIMITED=used is not None,
             STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
             BIAS=SCALE_BIAS,
@@ -147,7 +171,7 @@ def _launch_sums(
     dtype: torch.dtype,
 ) -> Tensor:
     batch, query_rows, count = weights.shape
-    blocks = _blocks(tuple(classes), COMPONENTS, rank, weights.device)
+    blocks = block_table(tuple(classes), COMPONENTS, rank, weights.device)
     at_once = min(QUERY_ROWS, max(LEAST, triton.next_power_of_2(query_rows)))
     slices = triton.cdiv(query_rows, at_once)
     splits = _splits(count, batch * len(blocks) * slices, weights.device)
@@ -169,7 +193,7 @@ def _launch_sums(
             *weights.stride()[:2],
             *out.stride()[:3],
             INDEXED=index is not None,
-            WIDE=_wide(data),
+            WIDE=needs_wide_offsets(data),
             STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
             BIAS=SCALE_BIAS,
             ELEMENT=getattr(tl, str(dtype).removeprefix("torch.")),
@@ -183,9 +207,6 @@ def _launch_sums(
     return out.sum(0) if splits > 1 else out[0]
 
 
-# A compiler sees each launch as one operation. Every checkpoint may bring its own copy of this module, named after its
-# folder: the operations of each copy have names of their own, made of signs that any name can be made of.
-NAMESPACE = "clla_" + hashlib.sha256(f"{__name__} {__file__}".encode()).hexdigest()[:16]
 _LAYOUT = "int[] classes, int row_bytes, int rank"
 _LOGITS = torch.library.custom_op(
     f"{NAMESPACE}::packed_logits",
@@ -215,110 +236,19 @@ def _sums_like(
     return weights.new_empty(*weights.shape[:2], rank)
 
 
-def make_tables(layout: "Layout", ranks: "tuple[int, ...]", device: torch.device) -> None:
+def make_tables(layout: Layout, ranks: "tuple[int, ...]", device: torch.device) -> None:
     """Make what launches for these rows look up, for so many components of a row."""
     for rank in ranks:
-        _blocks(tuple(_flat(layout)), COMPONENTS, rank, device)
-
-
-def _flat(layout: "Layout") -> list[int]:
-    """Byte of the scale, first byte of the codes, bits, first and last component + 1 of all classes in one list."""
-    found, byte, component = [], 0, 0
-    for part in layout.parts:
-        codes = byte + len(part.classes)
-        for number, (bits, first, stop) in enumerate(part.classes):
-            found += [byte + number, codes, bits, component + first, component + stop]
-            codes += (stop - first) * bits // 8
-        byte, component = byte + part.row_bytes, component + part.rank
-    return found
+        block_table(tuple(flat_layout(layout)), COMPONENTS, rank, device)
 
 
 def _padded(channels: int) -> int:
     return max(LEAST, triton.next_power_of_2(channels)) if channels else 0
 
 
-def _tile(count: int, programs: int, key_bytes: int, device: torch.device) -> "tuple[int, int]":
-    """Tokens of a tile and warps of a program: large tiles read decoders less often, small ones fill the GPU.
-
-    Keys in fp32, or of very wide heads, leave room for small ones alone; `key_bytes` are one token's half.
-    """
-    if key_bytes > 2 * COLUMNS:
-        return 32, 4
-    for tile, warps in ((128, 8), (64, 8)):
-        if triton.cdiv(count, tile) * programs >= 2 * _processors(device):
-            return tile, warps
-    return 32, 4
-
-
-def _wide(data: Tensor) -> bool:
-    """Whether the bytes of one sequence need more than 32 bits to count."""
-    return data.shape[1] * data.stride(1) >= 1 << 31
-
-
 def _splits(count: int, programs: int, device: torch.device) -> int:
     """Into how many parts the rows are cut, so that the GPU is full, each at least a few tiles long."""
-    return max(1, min(triton.cdiv(2 * _processors(device), programs), triton.cdiv(count, 4 * TOKENS)))
-
-
-@lru_cache(maxsize=None)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache(maxsize=None)  # never given back: recorded graphs hold their addresses
-def _blocks(classes: tuple[int, ...], size: int, rank: int, device: torch.device) -> Tensor:
-    """Blocks of at most `size` components below `rank`, [blocks, 6] int32: byte of the scale, first byte, bits,
-    first component, components, and the step's fp32."""
-    found = []
-    for i in range(0, len(classes), 5):
-        scale, byte, bits, first, stop = classes[i : i + 5]
-        step = int(torch.tensor(_step(bits, stop - first), dtype=torch.float32).view(torch.int32))
-        for start in range(first, min(stop, rank), size):
-            at = byte + (start - first) * bits // 8
-            found.append((scale, at, bits, start, min(size, stop - start, rank - start), step))
-    return torch.tensor(found, dtype=torch.int32, device=device).reshape(-1, 6)
-
-
-@jit()
-def _rows(index, token, valid, stride, INDEXED: tl.constexpr, WIDE: tl.constexpr):
-    """Numbers and first bytes of the rows [T] that are read in the places `token` of a sequence's index, or of all."""
-    place = token
-    if INDEXED:
-        place = tl.load(index + token, mask=valid, other=0).to(tl.int32)
-    return place, (place.to(tl.int64) * stride if WIDE else place * stride)
-
-
-@jit()
-def _levels(data, row, valid, blocks, block, row_bytes, T: tl.constexpr, R: tl.constexpr):
-    """Levels [T, R] of a block of components, in fp32 (half integers), of rows at `row` [T] from `data`."""
-    first_byte = tl.load(blocks + block * 6 + 1)
-    bits = tl.load(blocks + block * 6 + 2)
-    size = tl.load(blocks + block * 6 + 4)
-    at = tl.arange(0, R)
-    byte = first_byte + (at * bits >> 3)
-    shift = at * bits & 7
-    mask = valid[:, None] & (at < size)[None, :]
-    low = tl.load(data + (row[:, None] + byte[None, :]), mask=mask, other=0).to(tl.int32)
-    crosses = (shift + bits > 8) & (byte + 1 < row_bytes)
-    high = tl.load(data + (row[:, None] + (byte + 1)[None, :]), mask=mask & crosses[None, :], other=0).to(tl.int32)
-    code = ((low | (high << 8)) >> shift[None, :]) & ((1 << bits) - 1)
-    return code.to(tl.float32) + (0.5 - (1 << (bits - 1)).to(tl.float32))
-
-
-@jit()
-def _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE: tl.constexpr, BIAS: tl.constexpr):
-    """Step times scale [T] of a block's class."""
-    byte = tl.load(blocks + block * 6)
-    step = tl.load(blocks + block * 6 + 5).to(tl.float32, bitcast=True)
-    code = tl.load(data + (row + byte), mask=valid, other=0).to(tl.float32)
-    return tl.where(code > 0, tl.exp2((code - BIAS) / STEPS_PER_OCTAVE) * step, 0.0)
-
-
-@jit()
-def _part(weights, stride, component, component_mask, channel, channel_mask):
-    """Decoder [R, C] of components and channels."""
-    at = channel.to(tl.int64)[None, :] * (stride * 8) + component[:, None]
-    return tl.load(weights + at, mask=component_mask[:, None] & channel_mask[None, :], other=0.0)
+    return max(1, min(triton.cdiv(2 * processors(device), programs), triton.cdiv(count, 4 * TOKENS)))
 
 
 @jit()
@@ -377,7 +307,7 @@ def logits_kernel(
     batch, first_head = tl.program_id(2).to(tl.int64), tl.program_id(1) * HEADS
     token = tl.program_id(0) * T + tl.arange(0, T)
     valid = token < count
-    place, row = _rows(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
+    place, row = row_places(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
     data += batch * data_stride_batch
     part = tl.arange(0, R)
     element = decoder.dtype.element_ty
@@ -405,15 +335,15 @@ def logits_kernel(
         # Classes are whole tiers, so decoders are read 8 components at a time.
         component = tl.multiple_of(tl.load(blocks + block * 6 + 3), 8) + part
         wanted = part < tl.multiple_of(tl.load(blocks + block * 6 + 4), 8)
-        scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
-        latent = (_levels(data, row, valid, blocks, block, row_bytes, T, R) * scale[:, None]).to(element)
+        scale = block_scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
+        latent = (block_levels(data, row, valid, blocks, block, row_bytes, T, R) * scale[:, None]).to(element)
         if PAIRS > 0:
-            weights = _part(decoder, decoder_stride, component, wanted, turned_head * D + first, turned_mask)
+            weights = decoder_part(decoder, decoder_stride, component, wanted, turned_head * D + first, turned_mask)
             keys_first = tl.dot(latent, weights, keys_first, input_precision="ieee")
-            weights = _part(decoder, decoder_stride, component, wanted, turned_head * D + second, turned_mask)
+            weights = decoder_part(decoder, decoder_stride, component, wanted, turned_head * D + second, turned_mask)
             keys_second = tl.dot(latent, weights, keys_second, input_precision="ieee")
         if REST > 0:
-            weights = _part(decoder, decoder_stride, component, wanted, rest_head * D + rest, rest_mask)
+            weights = decoder_part(decoder, decoder_stride, component, wanted, rest_head * D + rest, rest_mask)
             keys_rest = tl.dot(latent, weights, keys_rest, input_precision="ieee")
 
     if PAIRS > 0:
@@ -525,11 +455,11 @@ def sums_kernel(
     for begin in range(start, stop, T):
         token = begin + tl.arange(0, T)
         valid = token < stop
-        _, row = _rows(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
+        _, row = row_places(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
         at = batch * weights_stride_batch + asked.to(tl.int64)[:, None] * weights_stride_row + token[None, :]
         share = tl.load(weights + at, mask=asked_mask[:, None] & valid[None, :], other=0.0) * WEIGHT_SCALE
-        scale = _scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
-        level = _levels(data, row, valid, blocks, block, row_bytes, T, R)
+        scale = block_scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
+        level = block_levels(data, row, valid, blocks, block, row_bytes, T, R)
         latent = (level * scale[:, None]).to(ELEMENT)
         sums = tl.dot(share.to(ELEMENT), latent, sums, input_precision="ieee")
     part = tl.arange(0, R)

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from .attention_clla import Workspace
 from .decoupled_clla import DecoupledGroup
 from .group_clla import LatentGroup, Step, reading_tokens
 from .observe_clla import Attention
 from .positions_clla import Timeline, keeping
 from .rotary_clla import Rope
+from .rows_clla import Workspace
 
 
 class CllaLayer(CacheLayerMixin):

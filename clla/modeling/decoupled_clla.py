@@ -20,10 +20,10 @@ from .absorbed_clla import (
     split_query,
     with_unread,
 )
-from .attention_clla import Workspace, reading_mode
 from .group_clla import LatentGroup
 from .observe_clla import Attention
 from .rotary_clla import Rotation
+from .rows_clla import Workspace, reading_mode
 
 
 class DecoupledGroup(LatentGroup):

@@ -18,14 +18,16 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from .attention_clla import LatentRows, Workspace, reading_mode
+from .attention_clla import LatentRows
 from .attention_triton_clla import make_tables
 from .codec_clla import before_rope, decode, encode
 from .evict_clla import best, observed_weight
-from .pack_triton_clla import on_gpu, packed
+from .pack_triton_clla import packed
 from .positions_clla import Timeline, keeping
 from .quantize_clla import RowLayout, layout_of
 from .rotary_clla import Rotation
+from .rows_clla import Workspace, reading_mode
+from .triton_clla import on_gpu
 
 # Of the components, so many and such a share judge which tokens are read in full (docs/lab-notes.md).
 JUDGING_RANK, JUDGING_SHARE = 64, 8

@@ -25,9 +25,10 @@ from .quantize_clla import (
     SCALE_STEPS_PER_OCTAVE,
     JoinedLayout,
     RowLayout,
-    _decode_scale,
-    _step,
+    decode_scale,
+    quantization_step,
 )
+from .triton_clla import jit, on_gpu
 
 try:
     import triton
@@ -47,11 +48,6 @@ class Block(NamedTuple):
 
 MANY_TOKENS = 1024  # from here on there are programs enough when each takes several tokens
 FEW, MANY = Block(1, 256), Block(4, 64)
-
-
-def on_gpu(x: Tensor) -> bool:
-    """Whether kernels can read this."""
-    return x.is_cuda and triton is not None
 
 
 def packed(latents: Tensor, layout: Union[RowLayout, JoinedLayout]) -> Tensor:
@@ -139,15 +135,10 @@ def _tables(classes: tuple[tuple[int, int, int], ...], device: torch.device) -> 
     described, steps, position = [], [], len(classes)
     for bits, first, stop in classes:
         described.append((bits, first, stop - first, position))
-        steps.append(_step(bits, stop - first) * _decode_scale(codes))
+        steps.append(quantization_step(bits, stop - first) * decode_scale(codes))
         position += (stop - first) * bits // 8
     offsets = torch.tensor(SCALE_OFFSETS, dtype=torch.int32, device=device)
     return torch.tensor(described, dtype=torch.int32, device=device), torch.stack(steps), offsets
-
-
-def jit(**options):
-    """`triton.jit`, or nothing where there is no Triton."""
-    return triton.jit(**options) if triton is not None else lambda function: function
 
 
 @jit()

@@ -16,12 +16,12 @@ Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
 
 import hashlib
 import math
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
-# Best uniform step for a unit Gaussian by bits; 16 bits never clip (see `_step`).
+# Best uniform step for a unit Gaussian by bits; 16 bits never clip (see `quantization_step`).
 GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 # Bits that are read together, by width: whole codes, few enough that a table of all their values is small.
 WORD_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 7: 7, 8: 8, 16: 16}
@@ -146,6 +146,9 @@ class JoinedLayout:
         return latents.split([part.rank for part in self.parts], dim=-1)
 
 
+Layout = Union[RowLayout, JoinedLayout]
+
+
 def layout_of(spec: "dict[str, Any]", settings: "dict[str, Any]") -> "RowLayout | JoinedLayout":
     """Layout of a token's row in one layer group.
 
@@ -168,7 +171,7 @@ def quantize(x: Tensor, bits: int) -> "tuple[Tensor, Tensor]":
     best_error = scale = codes = torch.empty(0)
     for offset in SCALE_OFFSETS:
         tried = torch.where(start > 0, (start.int() + offset).clamp(1, 255), 0).to(torch.uint8)
-        step = _step(bits, x.shape[-1]) * _decode_scale(tried)
+        step = quantization_step(bits, x.shape[-1]) * decode_scale(tried)
         # A zero scale (all zeros) must not divide: its codes are never used.
         level = torch.where(step > 0, x / step, 0.0).floor().clamp(-half, half - 1)
         error = ((level + 0.5) * step - x).square().sum(-1, keepdim=True)
@@ -183,10 +186,10 @@ def quantize(x: Tensor, bits: int) -> "tuple[Tensor, Tensor]":
 
 def dequantize(scale: Tensor, codes: Tensor, bits: int) -> Tensor:
     """Components [..., size] (fp32) of one class, from what `quantize` gives."""
-    return (codes + (0.5 - (1 << (bits - 1)))) * (_step(bits, codes.shape[-1]) * _decode_scale(scale))
+    return (codes + (0.5 - (1 << (bits - 1)))) * (quantization_step(bits, codes.shape[-1]) * decode_scale(scale))
 
 
-def _step(bits: int, size: int) -> float:
+def quantization_step(bits: int, size: int) -> float:
     if bits == 16:  # no component exceeds sqrt(size) times the RMS; the margin is for the scale's rounding
         return 2.0 * 1.1 * math.sqrt(size) / 65536
     return GAUSSIAN_STEP[bits]
@@ -198,7 +201,7 @@ def _encode_scale(rms: Tensor) -> Tensor:
     return torch.where(rms > 0, code.clamp(1, 255), 0.0).to(torch.uint8)
 
 
-def _decode_scale(code: Tensor) -> Tensor:
+def decode_scale(code: Tensor) -> Tensor:
     exponent = (code.float() - SCALE_BIAS) / SCALE_STEPS_PER_OCTAVE
     return torch.where(code > 0, exponent.exp2(), 0.0)
 
@@ -230,7 +233,9 @@ def _steps(classes: "tuple[tuple[int, int, int], ...]", device: torch.device) ->
     key = (classes, device)
     if key not in _STEPS:
         with torch.inference_mode(False):
-            _STEPS[key] = torch.tensor([_step(bits, stop - first) for bits, first, stop in classes], device=device)
+            _STEPS[key] = torch.tensor(
+                [quantization_step(bits, stop - first) for bits, first, stop in classes], device=device
+            )
     return _STEPS[key]
 
 
@@ -243,7 +248,7 @@ def _table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
                 words = torch.arange(1 << WORD_BITS[bits], dtype=torch.int32, device=device)
                 table = _codes_of_words(words, bits) + (0.5 - (1 << (bits - 1)))
             else:
-                table = _decode_scale(torch.arange(256, device=device))[:, None]
+                table = decode_scale(torch.arange(256, device=device))[:, None]
             _TABLES[key] = table.to(dtype)
     return _TABLES[key]
 

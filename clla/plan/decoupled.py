@@ -24,7 +24,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from clla.artifacts import GroupCodec, Stats
+from clla.artifacts.codec import GroupCodec
+from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.plan.spectra import Spectra
 from clla.recipe import Recipe

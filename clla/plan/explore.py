@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from clla import console
-from clla.artifacts import Plan, Stats
+from clla.artifacts.plan import Plan
+from clla.artifacts.stats import Stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.plan.allocation import every_segment
+from clla.plan.budget import settle_budget
 from clla.plan.kept_spectra import load_spectra, prepare, prepared, save_spectra, shapes_of, size_of, spectra_file
+from clla.plan.make import make_plan, plan_digest
 from clla.plan.metrics import metric_power, needs_inputs, weigh
-from clla.plan.planners import make_plan, plan_digest, settle_budget
 from clla.plan.spectra import Spectra
 from clla.recipe import Recipe, parse_budget
+from clla.storage.filenames import CONFIG
 
 EXPECTED = "the --work-dir of a conversion, or a stats file in it"
 REMEDY = "make one without converting: clla convert MODEL --work-dir DIR --dry-run"
@@ -53,13 +56,13 @@ def find_kept(where: Path) -> Kept:
         CorruptArtifactError: they cannot be read.
     """
     beside = where.with_name(where.name + ".work")
-    folder = beside if (where / "config.json").is_file() and beside.is_dir() else where
+    folder = beside if (where / CONFIG).is_file() and beside.is_dir() else where
     if folder.is_file():
         files, folder = [folder], folder.parent
     else:
         files = sorted(folder.glob("stats-*.safetensors"), key=lambda file: file.stat().st_mtime)
     if not files:
-        what = "is a checkpoint, which holds no statistics" if (where / "config.json").is_file() else "holds none"
+        what = "is a checkpoint, which holds no statistics" if (where / CONFIG).is_file() else "holds none"
         found = what if where.exists() else "does not exist"
         raise UsageError(f"no statistics: {where} {found}", expected=EXPECTED, remedy=REMEDY)
     shapes = shapes_of(files[-1])

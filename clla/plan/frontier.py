@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.plan.allocation import Candidate, candidate
 from clla.plan.rate import ERROR_SHARE, SCALE_BITS
 from clla.plan.spectra import Spectra

@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clla.artifacts import KVShape, Stats, digest, load_tensors, read_header, save_tensors
+from clla.artifacts.plan import KVShape
+from clla.artifacts.stats import Stats
 from clla.linalg import EXACT
 from clla.plan.allocation import every_segment
 from clla.plan.partition import outlined_partition
 from clla.plan.planners import CHEAP
 from clla.plan.spectra import CPU, Spectra
 from clla.recipe import PlanConfig
+from clla.storage.files import digest, load_tensors, read_header, save_tensors
 
 KIND = "spectra"
 SHARES = (0.0025, 0.5)  # of 16 bits a value: budgets between these find all they need

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.plan.decoupled import NEAR, DecoupledSpectra, uncentred
 from clla.plan.spectra import CPU, RIDGE, Spectra

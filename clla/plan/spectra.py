@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from clla.artifacts import Stats
+from clla.artifacts.stats import Stats
 from clla.linalg import EXACT, leading_eigenpairs, searched, single_eigh
 
 CPU = torch.device("cpu")

@@ -13,12 +13,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from clla.artifacts import read_json
 from clla.checkpoint.checksums import base_checksums, file_digest
 from clla.errors import CllaError, UsageError
 from clla.hub.errors import explain
 from clla.hub.revision import find_config, split_revision
 from clla.recipe import Recipe
+from clla.storage.filenames import CONFIG
+from clla.storage.files import read_json
 
 # Where the Hub's cache keeps a model says which one it is, and its commit.
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
@@ -77,7 +78,7 @@ def local_source(config: dict[str, Any], recipe: Recipe) -> tuple[Path, str | No
         folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
     else:
         return None
-    return (folder, gguf_file) if (folder / (gguf_file or "config.json")).is_file() else None
+    return (folder, gguf_file) if (folder / (gguf_file or CONFIG)).is_file() else None
 
 
 def find_base(
@@ -146,7 +147,7 @@ def _hinted(config: dict[str, Any], recipe: Recipe) -> HubModel | None:
     source = local_source(config, recipe)
     if source is None or source[1] is not None:
         return None
-    name = read_json(source[0] / "config.json").get("_name_or_path")
+    name = read_json(source[0] / CONFIG).get("_name_or_path")
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -206,7 +207,7 @@ def hub_checksums(repo: str, commit: str, names: list[str] | None) -> dict[str, 
         return Path(hf_hub_download(repo, name, revision=commit))
 
     if names is None:
-        names = ["config.json"]
+        names = [CONFIG]
         for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
             if single in files or index in files:
                 shards = [single] if single in files else json.loads(fetched(index).read_text())["weight_map"].values()

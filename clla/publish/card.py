@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from clla.artifacts import write_text
 from clla.publish.card_facts import Facts, read_facts
 from clla.publish.card_sections import how, limits, memory, quality, usage
-from clla.publish.origin import CARD
+from clla.storage.filenames import MODEL_CARD
+from clla.storage.files import write_text
 from clla.text.reading import hub_dataset
 
 TAGS = ["clla", "kv-cache-compression"]
@@ -48,8 +48,8 @@ def render(folder: Path, name: str) -> str:
 
 def write_card(folder: Path, name: str) -> None:
     """Write `README.md` of a checkpoint, as `render` has it."""
-    write_text(folder / CARD, render(folder, name))
-    ModelCard.load(folder / CARD)  # fails on a card that the Hub would not read
+    write_text(folder / MODEL_CARD, render(folder, name))
+    ModelCard.load(folder / MODEL_CARD)  # fails on a card that the Hub would not read
 
 
 def retargeted(text: str, repo_id: str) -> str:

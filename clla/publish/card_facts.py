@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clla.artifacts import Plan, read_json
+from clla.artifacts.plan import Plan
 from clla.errors import CllaError
 from clla.publish.origin import HUB, Origin
 from clla.recipe import Recipe
+from clla.storage.filenames import CONFIG, REPORT
+from clla.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,14 @@ def read_facts(folder: Path, name: str) -> Facts:
     Raises:
         CllaError: the folder has no report, or no valid one.
     """
-    path = folder / "clla_report.json"
+    path = folder / REPORT
     if not path.is_file():
         raise CllaError(
             f"{folder} has no {path.name}",
             expected="a checkpoint written by clla convert",
             remedy="check the path, or convert a model first",
         )
-    report, config = read_json(path), read_json(folder / "config.json")
+    report, config = read_json(path), read_json(folder / CONFIG)
     try:
         recipe = Recipe.model_validate(report["recipe"])
         title = Path(recipe.provenance.model).name if recipe.provenance else "Converted model"

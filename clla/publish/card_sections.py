@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.evaluate.plan_tables import bit_runs, span
 from clla.evaluate.report import LABELS
 from clla.publish.card_facts import Facts
 from clla.publish.origin import HUB
+from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE
 from clla.text.reading import hub_dataset
 
 CONTEXTS = (2048, 8192, 32768)  # at which bytes are planned, and the model's own longest
@@ -77,7 +78,7 @@ def memory(facts: Facts) -> str:
         counted = "; it is counted in the table" if plan.kept_bytes_at(plan.kept_window) else ""
         layers = ", ".join(map(str, plan.kept_layers))
         parts.append(f"Layers {layers} are as they were: their cache is bounded by {plan.bound}{counted}.")
-    return "\n\n".join([*parts, *_picture(facts, "clla_plan.png", "Latent components and bits of each layer group")])
+    return "\n\n".join([*parts, *_picture(facts, PLAN_PICTURE, "Latent components and bits of each layer group")])
 
 
 def quality(facts: Facts) -> str:
@@ -120,7 +121,7 @@ def quality(facts: Facts) -> str:
             "A five-digit code planted in the text and asked for at its end:",
             _table(["", "NLL of the code (nats)", "found exactly"], codes),
         ]
-    return "\n\n".join([*parts, *_picture(facts, "clla_quality.png", "Perplexity against cache bytes")])
+    return "\n\n".join([*parts, *_picture(facts, QUALITY_PICTURE, "Perplexity against cache bytes")])
 
 
 def how(facts: Facts) -> str:
@@ -152,7 +153,7 @@ def how(facts: Facts) -> str:
         _table(["layers", "latent components", "bits:components", "bytes a token"], groups),
     ]
     if facts.healing:
-        parts += [_healing(facts.healing), *_picture(facts, "clla_healing.png", "Held-out KL while healing")]
+        parts += [_healing(facts.healing), *_picture(facts, HEALING_PICTURE, "Held-out KL while healing")]
     return "\n\n".join(parts)
 
 

@@ -12,25 +12,26 @@ from typing import Any
 
 import yaml
 
-from clla.artifacts import read_json
-from clla.checkpoint.checksums import BASE_MODEL, CHECKSUMS, bytes_digest, file_digest, is_covered, known_checksums
+from clla.checkpoint.checksums import BASE_MODEL, bytes_digest, file_digest, is_covered, known_checksums
 from clla.errors import CllaError, CorruptArtifactError
 from clla.hub.revision import COMMIT
+from clla.modeling.modeling_clla import CODEC_FILE
 from clla.publish.base_model import HubModel
 from clla.publish.card import retargeted
+from clla.storage.filenames import CHECKSUMS, CONFIG, GENERATION_CONFIG, MODEL_CARD, RECIPE, REPORT, TOKENIZER_CONFIG
+from clla.storage.files import read_json
 
 # Whatever else lies in the folder stays there.
 OURS = (
-    "config.json", "generation_config.json", "clla_*", "*_clla.py", "*.safetensors", "*.safetensors.index.json",
+    CONFIG, GENERATION_CONFIG, "clla_*", "*_clla.py", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model",
-    "additional_chat_templates/*.jinja", "README.md", "*.png", "LICENSE*", "NOTICE*",
+    "additional_chat_templates/*.jinja", MODEL_CARD, "*.png", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 REPLACED = (*WEIGHT_FILES, "*_clla.py", "clla_*")  # those of an earlier push go when a new one has them no more
 TEXT = (".json", ".md", ".py", ".yaml", ".jinja", ".txt", "")
 DATA_FILES = (".txt", ".jsonl", ".json", ".parquet", ".xz", ".gz")
-CONFIG, RECIPE, CARD, CODEC = "config.json", "clla_recipe.yaml", "README.md", "clla_codec.safetensors"
-TOKENIZER, TOKENIZER_PATHS = "tokenizer_config.json", ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file")
+TOKENIZER_PATHS = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file")
 
 
 @dataclass
@@ -130,7 +131,7 @@ def _leave_weights(found: Outgoing, folder: Path, config: dict[str, Any]) -> Non
             expected="a checkpoint as clla wrote it",
             remedy="copy or download it again",
         )
-    found.files[CODEC] = save(codec, metadata={"format": "pt"})
+    found.files[CODEC_FILE] = save(codec, metadata={"format": "pt"})
 
 
 class _Places:
@@ -148,14 +149,14 @@ class _Places:
             self._name_source(provenance)
         self._replace(found, RECIPE, recipe, self.clean(recipe), _yaml)
         self._replace(found, CONFIG, read_json(folder / CONFIG), self.clean(config), _json(2))
-        for name, indent in (("generation_config.json", 2), ("clla_report.json", 1)):
+        for name, indent in ((GENERATION_CONFIG, 2), (REPORT, 1)):
             if name in found.files:
                 data = read_json(folder / name)
                 self._replace(found, name, data, self.clean(data), _json(indent))
-        if TOKENIZER in found.files:  # of its other strings some are text that only looks like a path
-            data = read_json(folder / TOKENIZER)
+        if TOKENIZER_CONFIG in found.files:  # of its other strings some are text that only looks like a path
+            data = read_json(folder / TOKENIZER_CONFIG)
             paths = {key: self.clean(value, key) for key, value in data.items() if key in TOKENIZER_PATHS}
-            self._replace(found, TOKENIZER, data, data | paths, _json(2))
+            self._replace(found, TOKENIZER_CONFIG, data, data | paths, _json(2))
 
     def _replace(self, found: Outgoing, name: str, before: Any, after: Any, written: Callable[[Any], bytes]) -> None:
         if name in found.files and before != after:
@@ -199,16 +200,16 @@ class _Places:
 
     def clean_card(self, found: Outgoing, folder: Path, repo_id: str) -> None:
         """Places in the card, and its examples, which load the model from where it lies now."""
-        if CARD not in found.files:
+        if MODEL_CARD not in found.files:
             return
-        before = text = (folder / CARD).read_text("utf-8")
+        before = text = (folder / MODEL_CARD).read_text("utf-8")
         for place in sorted(self.seen, key=len, reverse=True):
             instead = self.seen[place].replace("\\", r"\\")
             text = re.sub(rf"(?<![\w./~-]){re.escape(place)}(?![\w-])", instead, text)
         text = retargeted(text, repo_id)
         text = text.replace(str(folder), folder.name)
         if text != before:
-            found.files[CARD] = text.encode()
+            found.files[MODEL_CARD] = text.encode()
 
     def check(self, found: Outgoing, folder: Path) -> None:
         """What nobody expected to name a place is not sent.

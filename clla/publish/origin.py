@@ -10,8 +10,8 @@ from huggingface_hub import hf_hub_download, metadata_load
 
 from clla.source.lengths import reach_of
 from clla.source.model import Source
+from clla.storage.filenames import MODEL_CARD
 
-CARD = "README.md"
 HUB = "https://huggingface.co"
 
 
@@ -68,7 +68,11 @@ def origin_of(source: Source) -> Origin:
 def _card_metadata(source: Source, *, local: bool) -> dict[str, Any]:
     """The front matter of the source's README.md: the one in its directory, or that of its revision on the Hub."""
     try:
-        path = Path(source.path) / CARD if local else hf_hub_download(source.path, CARD, revision=source.revision)
+        path = (
+            Path(source.path) / MODEL_CARD
+            if local
+            else hf_hub_download(source.path, MODEL_CARD, revision=source.revision)
+        )
         return metadata_load(path) or {}
     except Exception:  # none, unreadable, or no network: classes of huggingface_hub, its HTTP client, yaml and OSError
         return {}

@@ -19,13 +19,14 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Offlin
 from huggingface_hub.utils import enable_progress_bars, validate_repo_id
 
 from clla import console
-from clla.artifacts import read_json
-from clla.checkpoint.checksums import CHECKSUMS, check_files
+from clla.checkpoint.checksums import check_files
 from clla.checkpoint.load import check_folder, recipe_of
 from clla.errors import CllaError
 from clla.hub.errors import explain, no_write_access
 from clla.publish.base_model import find_base
 from clla.publish.contents import REPLACED, Outgoing, gather, matches
+from clla.storage.filenames import CHECKSUMS, CONFIG
+from clla.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def prepare(what: Push, *, ask: bool) -> Outgoing:
     check_folder(what.folder)
     if not check_files(what.folder):
         console.say(f"{what.folder} has no {CHECKSUMS}: whether it is damaged is not known")
-    config = read_json(what.folder / "config.json")
+    config = read_json(what.folder / CONFIG)
     alone = what.adapter_only or config.get("base_model") is not None
     recipe = recipe_of(what.folder)
     base = find_base(config, recipe, what.base_model, alone=alone, private=what.private, ask=ask)
@@ -191,7 +192,7 @@ def _check_namespace(name: str, user: dict[str, Any], doing: str) -> None:
 def _check_own(repo_id: str) -> None:
     """Refuse to put a checkpoint over another model."""
     try:
-        config = read_json(Path(hf_hub_download(repo_id, "config.json")))
+        config = read_json(Path(hf_hub_download(repo_id, CONFIG)))
     except EntryNotFoundError:
         return
     if config.get("model_type") != "clla":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.evaluate.layer_errors import LayerError
 from clla.report import words
 from clla.report.svg import Drawing, Point, Scale

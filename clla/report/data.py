@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clla.artifacts import Plan, read_json
+from clla.artifacts.plan import Plan
 from clla.checkpoint.load import check_folder
 from clla.errors import CorruptArtifactError
 from clla.evaluate.layer_errors import LayerError
@@ -15,6 +15,8 @@ from clla.evaluate.report import Report
 from clla.recipe import Recipe, load_recipe
 from clla.report.samples import Sample
 from clla.source.lengths import Reach
+from clla.storage.filenames import CONFIG, RECIPE, REPORT
+from clla.storage.files import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -96,11 +98,11 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
         CorruptArtifactError: its config, recipe or report is damaged.
     """
     check_folder(folder)
-    config = read_json(folder / "config.json")
-    found, path = {}, folder / "clla_report.json"
+    config = read_json(folder / CONFIG)
+    found, path = {}, folder / REPORT
     if path.is_file():
         found = read_json(path)
-    recipe_path = folder / "clla_recipe.yaml"
+    recipe_path = folder / RECIPE
     recipe = load_recipe(str(recipe_path)) if recipe_path.is_file() else None
     try:
         plan, measured = Plan.from_json(config["clla"]), found.get("measured")

@@ -6,7 +6,7 @@ import math
 from itertools import groupby, pairwise
 from typing import Any
 
-from clla.artifacts import LayerGroup, Plan, encoded_slots
+from clla.artifacts.plan import LayerGroup, Plan, encoded_slots
 from clla.evaluate.plan_tables import runs_of
 from clla.plan.rate import ERROR_SHARE
 from clla.report import words

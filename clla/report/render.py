@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from clla.artifacts import write_text
 from clla.report import charts, plan_charts, tables, words
 from clla.report.data import PageData
 from clla.report.svg import Drawing
+from clla.storage.files import write_text
 
 GENERATOR = '<meta name="generator" content="clla report">'
 WIDE, HALF, NARROW = 1000, 560, 350  # px of pictures: over the page, beside a table, on a phone

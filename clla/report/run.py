@@ -20,8 +20,8 @@ from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.render import GENERATOR, render, write_page
 from clla.report.samples import PROMPTS, built_in, make_samples
+from clla.source.device import pick_device
 from clla.source.lengths import Reach
-from clla.source.model import pick_device
 from clla.storage.places import check_file, holding
 from clla.text.reading import check_text
 from clla.text.sequences import evaluation_windows

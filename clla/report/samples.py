@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.source.lengths import Reach
 

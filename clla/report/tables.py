@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clla.artifacts import Plan
+from clla.artifacts.plan import Plan
 from clla.evaluate.plan_tables import bit_runs
 from clla.evaluate.report import LABELS, Report
 from clla.report import words

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 ARCHITECTURE = "CllaForCausalLM"
-SUPPORTED = ("0.32",)  # versions of vLLM whose interfaces this code was tested against
 
 
 def register() -> None:
@@ -40,6 +38,7 @@ class EngineConfig:
         """
         from clla.serving.pipeline_parallel import check_stages
         from clla.serving.validation import check_engine, check_model
+        from clla.serving.versions import version_of_vllm
 
         check_engine(version_of_vllm(), vllm_config)
         model = vllm_config.model_config
@@ -48,15 +47,3 @@ class EngineConfig:
         scheduler = vllm_config.scheduler_config
         if not scheduler.long_prefill_token_threshold:
             scheduler.long_prefill_token_threshold = min(model.hf_config.clla["prefill_chunk"], model.max_model_len)
-
-
-def is_supported(version: str) -> bool:
-    """Whether this code was tested against a version of vLLM."""
-    return version.startswith(tuple(f"{prefix}." for prefix in SUPPORTED))
-
-
-def version_of_vllm() -> str:
-    """Of the installed distribution: `vllm`, or its builds for other devices."""
-    from vllm import __version__
-
-    return __version__ if __version__[:1].isdigit() and not __version__.startswith("0.0") else version("vllm")

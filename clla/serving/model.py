@@ -16,11 +16,11 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import extract_layer_index, init_vllm_registered_model, maybe_prefix
 
 from clla.errors import UnsupportedModelError
-from clla.modeling.attention_clla import HELD_BYTES
 from clla.modeling.hooks_clla import rope_with, rotary_module
 from clla.modeling.modeling_clla import CodecModule
 from clla.modeling.quantize_clla import layout_of
 from clla.modeling.rotary_clla import Rope
+from clla.modeling.rows_clla import HELD_BYTES
 from clla.serving.attention import DecoupledReader, GroupReader
 from clla.serving.backend import (
     WRITE_LATENTS,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clla.errors import CllaError, UnsupportedModelError
-from clla.serving import SUPPORTED, is_supported
+from clla.serving.versions import SUPPORTED, is_supported
 
 
 def check_engine(version: str, config: Any) -> None:

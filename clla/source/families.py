@@ -13,7 +13,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from clla.artifacts import KVShape
+from clla.artifacts.plan import KVShape
 from clla.errors import UnsupportedModelError
 
 # What is special about a family's attention. The test suite goes through all of them (docs/models.md).

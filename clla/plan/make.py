@@ -1,0 +1,131 @@
+"""From statistics and a budget to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from clla.artifacts.plan import EVICT_BYTES, LayerGroup, Plan, encoded_slots
+from clla.artifacts.stats import Stats
+from clla.errors import UsageError
+from clla.modeling.quantize_clla import ROPE_TIER, RowLayout
+from clla.plan.budget import kept_rows, latent_bits
+from clla.plan.decoupled import DecoupledSpectra
+from clla.plan.planners import PLANNERS, Choices, Room
+from clla.plan.rate import SCALE_BITS
+from clla.plan.spectra import Spectra
+from clla.recipe import PlanConfig, Recipe
+from clla.storage.files import digest
+
+
+def plan_digest(stats_key: str, recipe: Recipe) -> str:
+    """What a plan is made from: the stats, and a recipe's settled plan and budget."""
+    return digest(stats_key, recipe.plan.model_dump(mode="json"), recipe.budget.model_dump(mode="json"))
+
+
+def make_plan(
+    stats: Stats,
+    config: PlanConfig,
+    *,
+    budget: float,
+    context: int | None,
+    window: int,
+    sinks: int,
+    kv_itemsize: int,
+    kept_layers: tuple[int, ...],
+    kept_window: int,
+    made_from: str,
+    spectra: Spectra,
+    evict: float | None = None,
+    measure: Callable[[Plan], float] | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Plan:
+    """Choose layer groups, ranks and bits.
+
+    Args:
+        stats: moments and metric.
+        config: planner, widths, group size.
+        budget: bytes a token.
+        context: at which the budget holds; None counts latents only.
+        window: W.
+        sinks: S.
+        kv_itemsize: bytes of an exact component.
+        kept_layers: left with the source's own cache.
+        kept_window: their sliding window.
+        made_from: hash of the stats and settings.
+        spectra: weighted moments of `stats`.
+        evict: share of the latents that leaves again at `context`.
+        measure: damage that the model takes from a plan, for planners that look at the model.
+        on_step: called after each step, for progress.
+
+    Raises:
+        UsageError: the budget does not hold window and sinks; the planner needs `measure`.
+    """
+    source_bytes = len(stats.layers) * stats.kv.values * kv_itemsize
+    bits = latent_bits(
+        config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks, evict=evict
+    )
+    capacity, room = None, Room(bits)
+    if evict is not None and context is not None:
+        capacity, room = (
+            kept_rows(encoded_slots(context, window, config.flush_block), evict),
+            Room(bits, 8 * EVICT_BYTES),
+        )
+
+    if isinstance(spectra, DecoupledSpectra):
+        room = Room(bits, rotary_bits(config, spectra, bits))
+
+    def plan_of(choices: Choices) -> Plan:
+        groups = tuple(
+            LayerGroup(
+                tuple(stats.layers[start : start + size]),
+                choice.bits,
+                choice.loss,
+                spectra.split(start, size).pairs if isinstance(spectra, DecoupledSpectra) else (),
+            )
+            for (start, size), choice in choices.items()
+        )
+        return Plan(
+            groups=groups,
+            kv=stats.kv,
+            kv_itemsize=kv_itemsize,
+            tier_size=config.tier_size,
+            window=window,
+            sinks=sinks,
+            flush_block=config.flush_block,
+            source=config.source,
+            budget_bytes=budget,
+            at_context=context,
+            made_from=made_from,
+            kept_layers=kept_layers,
+            kept_window=kept_window,
+            capacity=capacity,
+            rope_bits=config.rope_bits if isinstance(spectra, DecoupledSpectra) else None,
+        )
+
+    def damage(choices: Choices) -> float:
+        if measure is None:
+            raise UsageError(
+                f"the planner {config.planner!r} measures on the model", expected="a planner that needs no model here"
+            )
+        return measure(plan_of(choices))
+
+    return plan_of(PLANNERS[config.planner](spectra, config, room, on_step, damage))
+
+
+def rotary_bits(config: PlanConfig, spectra: DecoupledSpectra, bits: int) -> int:
+    """What every group's rotary key takes, of the `bits` a token that there are for all groups.
+
+    Raises:
+        UsageError: even the fewest groups leave nothing for latents.
+    """
+    tiers = spectra.components // ROPE_TIER
+    own = 8 * RowLayout((config.rope_bits,) * tiers, ROPE_TIER).row_bytes
+    groups = -(-len(spectra.stats.layers) // config.max_group_size)
+    least = groups * (own + min(config.bits) * config.tier_size + SCALE_BITS)
+    if bits < least:
+        raise UsageError(
+            f"{bits // 8} bytes a token do not hold {groups} rotary keys of {own // 8} bytes and their latents",
+            expected=f"at least {-(-least // 8)} bytes",
+            remedy="raise --kv-budget or plan.max_group_size, or lower plan.rope_components or plan.rope_bits",
+        )
+    return own
