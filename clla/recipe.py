@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from clla.errors import UsageError
-from clla.hub.revision import COMMIT
-from clla.modeling.quantize_clla import WORD_BITS
+from clla.hub.commits import COMMIT
+from clla.modeling.sizes_clla import WORD_BITS
 from clla.recipes import builtin_recipes
 
 RECIPE_VERSION = 1

@@ -23,7 +23,7 @@ from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.modeling.quantize_clla import WORD_BITS
+from clla.modeling.sizes_clla import WORD_BITS
 from clla.recipe import LARGEST, Recipe, load_recipe
 
 TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}  # as in test_model.py

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from clla.modeling.group_clla import exact_layout, exact_slots, leaving_slots
 from clla.modeling.quantize_clla import layout_of
+from clla.modeling.sizes_clla import exact_layout, exact_slots, leaving_slots
 from clla.storage.files import ARTIFACT_VERSION, check_version, damaged, json_digest, mistakes_in, read_json, write_text
 
 NEWER = {"capacity", "rope_bits", "kept_slot_bytes", "kept_state_bytes"}  # fields that older checkpoints lack

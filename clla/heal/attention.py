@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clla.modeling.group_clla import leaving_slots
+from clla.modeling.sizes_clla import leaving_slots
 
 BLOCK = 256  # queries at a time where no kernel skips the keys that they do not see
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
@@ -19,7 +18,6 @@ from clla.hub.errors import explain
 from clla.storage.filenames import CONFIG
 
 SOURCES = "a Hub id, a directory with config.json, a .gguf file, or 'demo'"
-COMMIT = re.compile(r"[0-9a-f]{40}")
 LISTED = 10  # revisions that an error names
 
 

@@ -27,6 +27,7 @@ from .positions_clla import Timeline, keeping
 from .quantize_clla import RowLayout, layout_of
 from .rotary_clla import Rotation
 from .rows_clla import Workspace, reading_mode
+from .sizes_clla import exact_layout, exact_slots, leaving_slots
 from .triton_clla import on_gpu
 
 # Of the components, so many and such a share judge which tokens are read in full (docs/lab-notes.md).
@@ -525,29 +526,3 @@ def judging_rank(layout: RowLayout) -> int:
 def reading_tokens(heads: int, head_dim: int, query_heads: int) -> int:
     """Most tokens of one call that read latents: of more, what each query adds costs more than decoding once."""
     return heads * head_dim // query_heads
-
-
-def exact_slots(window: int, block: int) -> int:
-    """Slots of the exact buffer: the window, and what gathers until a whole block leaves it."""
-    return window + block if window else 0
-
-
-def exact_layout(encoded: int, filled: int, window: int, sinks: int, block: int) -> "tuple[int, int]":
-    """Slots for sinks and for the newest tokens of an exact buffer that grows.
-
-    It grows token by token, as the source's cache does, until the tokens that stand in latents alone outweigh what of
-    the whole buffer is not in use; from there on it stays as it is.
-
-    Args:
-        encoded: tokens in latents.
-        filled: exact tokens, sinks not counted.
-        window, sinks, block: the settings.
-    """
-    if encoded >= 2 * (block + sinks):
-        return sinks, exact_slots(window, block)
-    return min(sinks, encoded), filled
-
-
-def leaving_slots(total: int, window: int, block: int) -> int:
-    """How many of `total` exact slots are encoded: whole blocks, once window and one block are full."""
-    return (total - window) // block * block if total >= window + block else 0

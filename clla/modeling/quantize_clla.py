@@ -21,10 +21,10 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from .sizes_clla import WORD_BITS
+
 # Best uniform step for a unit Gaussian by bits; 16 bits never clip (see `quantization_step`).
 GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-# Bits that are read together, by width: whole codes, few enough that a table of all their values is small.
-WORD_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 7: 7, 8: 8, 16: 16}
 WIDE_BITS = 8  # of this width the first components do not share a scale with the rest; 16 bits never clip
 ROPE_TIER = 8  # components of a rotary key come in multiples of it
 SCALE_STEPS_PER_OCTAVE = 8

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from clla.modeling.quantize_clla import GAUSSIAN_STEP, WORD_BITS
+from clla.modeling.quantize_clla import GAUSSIAN_STEP
+from clla.modeling.sizes_clla import WORD_BITS
 
 SCALE_BITS = 8  # of every scale (`begins_scale`)
 

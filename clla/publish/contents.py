@@ -14,7 +14,7 @@ import yaml
 
 from clla.checkpoint.checksums import BASE_MODEL, bytes_digest, file_digest, is_covered, known_checksums
 from clla.errors import CllaError, CorruptArtifactError
-from clla.hub.revision import COMMIT
+from clla.hub.commits import COMMIT
 from clla.modeling.modeling_clla import CODEC_FILE
 from clla.publish.base_model import HubModel
 from clla.publish.card import retargeted

@@ -26,10 +26,11 @@ from clla.modeling.absorbed_clla import (
 )
 from clla.modeling.attention_clla import LatentRows
 from clla.modeling.codec_clla import before_rope, decode, encode
-from clla.modeling.group_clla import leaving_slots, reading_tokens
+from clla.modeling.group_clla import reading_tokens
 from clla.modeling.pack_triton_clla import packed
 from clla.modeling.quantize_clla import layout_of
 from clla.modeling.rotary_clla import Rope
+from clla.modeling.sizes_clla import leaving_slots
 from clla.serving.batching import Side, sides
 from clla.serving.pages import Batch, Pages, read_exact, read_rows, slots_of, write_rows
 
