@@ -101,7 +101,7 @@ def measure(
     chunk: int,
 ) -> dict[str, Any]:
     """Perplexity and KL at every context length, and retrieval, of source and converted model."""
-    dtype = getattr(torch, converted.config.clla["kv_dtype"])
+    dtype = getattr(torch, converted.config.spec.kv_dtype)
     models = {
         "source": Subject(source, lambda: SourceCache(source.config, dtype)),
         "converted": Subject(converted, converted.new_cache),

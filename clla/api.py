@@ -276,7 +276,7 @@ def evaluate_model(
     loaded = load_checkpoint(str(folder), device=where, dtype=dtype)
     if select_tokens is not None:
         chunk = _select(loaded.model, select_tokens, chunk)
-    trained = teacher is not None or loaded.model.config.clla.get("healed") is not None
+    trained = teacher is not None or loaded.model.config.spec.healed is not None
     source = teacher_of(loaded, recipe_of(loaded.folder), teacher, where) if trained else None
     length = window_length or reach.fit(EVAL_LENGTH)
     around = 0  # tokens around a planted code

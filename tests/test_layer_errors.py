@@ -13,7 +13,7 @@ from clla.evaluate.layer_errors import ProbeCache, _Sums, layer_errors
 from clla.modeling.codec_clla import before_rope, encode
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.quantize_clla import layout_of
 
 WINDOW, BLOCK, SINKS = 16, 4, 4
 
@@ -40,9 +40,9 @@ def test_keys_and_values_are_what_the_codec_makes_of_them() -> None:
         probe.timeline.begin(torch.arange(96)[None], None)
         rotation = probe.timeline.rotation(0, 96)
         wanted = {}
-        for spec, codec in zip(converted.config.clla["groups"], converted.codec.groups, strict=True):
-            layout = RowLayout(tuple(spec["tier_bits"]), converted.config.clla["tier_size"])
-            own = {i: torch.cat((cache.layers[i].keys, cache.layers[i].values), dim=1) for i in spec["layers"]}
+        for spec, codec in zip(converted.config.spec.groups, converted.codec.groups, strict=True):
+            layout = layout_of(spec)
+            own = {i: torch.cat((cache.layers[i].keys, cache.layers[i].values), dim=1) for i in spec.layers}
             flat = before_rope(own, rotation, 2)
             latents = layout.rounded(encode(flat, codec))
             rows = slice(SINKS, 76)  # what the last chunk finds coded, without the sinks
@@ -89,7 +89,7 @@ def test_more_bits_lose_less_in_every_layer() -> None:
 def test_only_layers_that_share_latents_are_measured(name: str) -> None:
     model, converted = pair(name)
     found = layer_errors(converted, tokens(1, 96), chunk=16)
-    shared = sorted(layer for spec in converted.config.clla["groups"] for layer in spec["layers"])
+    shared = sorted(layer for spec in converted.config.spec.groups for layer in spec.layers)
     assert [error.layer for error in found] == shared
     assert len(shared) < model.config.num_hidden_layers or name == "gpt2"
     assert all(error.output is not None and error.output > 0 for error in found)

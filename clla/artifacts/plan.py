@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from clla.modeling.quantize_clla import layout_of
 from clla.modeling.sizes_clla import exact_layout, exact_slots, leaving_slots
+from clla.modeling.spec_clla import GroupSpec
 from clla.storage.files import ARTIFACT_VERSION, check_version, damaged, json_digest, mistakes_in, read_json, write_text
 
 NEWER = {"capacity", "rope_bits", "kept_slot_bytes", "kept_state_bytes"}  # fields that older checkpoints lack
@@ -118,7 +119,8 @@ class Plan:
 
     def row_bytes_of(self, group: LayerGroup) -> int:
         """The same of one of its groups."""
-        return layout_of(asdict(group), {"tier_size": self.tier_size, "rope_bits": self.rope_bits}).row_bytes
+        spec = GroupSpec(group.layers, group.tier_bits, self.tier_size, group.rope_pairs, self.rope_bits)
+        return layout_of(spec).row_bytes
 
     @property
     def exact_bytes(self) -> float:

@@ -217,7 +217,7 @@ def _settings(pair: Pair, contexts: tuple[int, ...], options: Options) -> dict[s
         "batch_sizes": list(options.batch_sizes),
         "prefill_chunk": {"source": options.prefill_chunk, "converted": pair.converted.prefill_chunk},
         "dtype": str(source.dtype).removeprefix("torch."),
-        "exact_dtype": pair.converted.config.clla["kv_dtype"],
+        "exact_dtype": pair.converted.config.spec.kv_dtype,
         "attention": source.config._attn_implementation,
         "window": plan.window,
         "row_bytes": plan.row_bytes,

@@ -84,7 +84,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
     if not checked:
         console.say(f"{path} has no {CHECKSUMS}: of its weights only the codec is checked")
     codec = {k: v.to(stored) for k, v in model.codec.state_dict().items()}
-    wanted = config.clla.get("codec_sha256")
+    wanted = config.spec.codec_sha256
     exact = compute in (stored, torch.float32)  # nothing is lost on the way to it and back
     if exact and wanted is not None and tensor_digest(codec) != wanted:
         raise CorruptArtifactError(
@@ -198,7 +198,7 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
     Raises:
         CllaError: the weights were trained and the source is not to be found, or it is another model.
     """
-    trained = loaded.model.config.clla.get("healed") in ("attention", "all")
+    trained = loaded.model.config.spec.healed in ("attention", "all")
     if name is None and not trained:
         return loaded.model.source
     name = name or (recipe.provenance.source if recipe.provenance else None)

@@ -69,7 +69,7 @@ class ProbeCache(CllaCache):
     """
 
     def __init__(self, model: CllaForCausalLM, sums: dict[int, _Sums]) -> None:
-        super().__init__(model.config, model.codec, rope_of(model.source, model.config.clla["rope"]))
+        super().__init__(model.config, model.codec, rope_of(model.source, model.config.spec.rope))
         for group in self.groups:
             group.capacity = None
         self.sums, self.exact = sums, DynamicCache()
@@ -121,7 +121,7 @@ def layer_errors(
         chunk: tokens a forward pass.
         on_window: called with 1 after each window.
     """
-    sums = {layer: _Sums() for spec in model.config.clla["groups"] for layer in spec["layers"]}
+    sums = {layer: _Sums() for group in model.config.spec.groups for layer in group.layers}
     for row in windows.to(model.device):
         cache = ProbeCache(model, sums)
         for ids in row[None].split(chunk, dim=1):

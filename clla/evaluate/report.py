@@ -178,7 +178,7 @@ def before_and_after(
     check_tokens(windows, converted.config.text_config.vocab_size, tokenizer)
     windows = windows.to(device)
     chunk = chunk or plan.window or converted.prefill_chunk
-    kv_dtype = getattr(torch, converted.config.clla["kv_dtype"])
+    kv_dtype = getattr(torch, converted.config.spec.kv_dtype)
     models = subjects(converted, kv_dtype, source_model)
     # What is measured is in the dtype that is computed in, so what is planned is told in it, too.
     plan = with_kept_bytes(plan, converted.source, itemsize=converted.dtype.itemsize)

@@ -97,12 +97,12 @@ def _model_obstacles(model: CllaForCausalLM) -> list[tuple[str, str]]:
         kind = rope.get("rope_type", "partial")
         found.append((f"its rotations are scaled ({kind}), DeepseekV3 has them plain", other))
     if _head_dims(model) is None:
-        found.append((f"heads of {model.config.clla['kv']['head_dim']}, at most {HEADS[-1][0]} fit", other))
+        found.append((f"heads of {model.config.spec.head_dim}, at most {HEADS[-1][0]} fit", other))
     return found
 
 
 def _head_dims(model: CllaForCausalLM) -> tuple[int, int] | None:
-    width = model.config.clla["kv"]["head_dim"]
+    width = model.config.spec.head_dim
     return next(((nope, value) for nope, value in HEADS if width <= min(nope, value)), None)
 
 
@@ -168,13 +168,12 @@ def as_deepseek(model: CllaForCausalLM, dtype: torch.dtype) -> PreTrainedModel:
 def _attention(model: CllaForCausalLM, number: int, config: DeepseekV3Config, stream: float) -> dict[str, Tensor]:
     """Weights of one layer's attention, fp32."""
     attention: Any = attention_modules(model.source)[number]
-    settings: dict[str, Any] = model.config.clla
-    where = next(i for i, spec in enumerate(settings["groups"]) if number in spec["layers"])
+    spec = model.config.spec
+    where = next(i for i, group in enumerate(spec.groups) if number in group.layers)
     codec: Any = model.codec.groups[where]
-    pairs = tuple(settings["groups"][where]["rope_pairs"])
-    heads, width = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
+    pairs, heads, width = spec.groups[where].rope_pairs, spec.heads, spec.head_dim
     nope, value = config.qk_nope_head_dim, config.v_head_dim
-    rope = rope_of(model.source, settings["rope"])
+    rope = rope_of(model.source, spec.rope)
     assert rope is not None and value is not None
     # A projection is a batch of queries, one for each input channel, before their rotation.
     queries = attention.q_proj.weight.float().unflatten(0, (-1, width)).transpose(1, 2)[None]  # [1, H_q, h, d]

@@ -62,7 +62,7 @@ def _export(path: str, output: Path, device: torch.device, dtype: str) -> Export
     loaded = load_checkpoint(str(folder), device=device, dtype="float32")
     model = loaded.model
     check_expressible(model, loaded.plan)
-    stored = getattr(torch, model.config.clla["kv_dtype"]) if dtype == "auto" else getattr(torch, dtype)
+    stored = getattr(torch, model.config.spec.kv_dtype) if dtype == "auto" else getattr(torch, dtype)
     stored = torch.bfloat16 if stored == torch.float16 else stored  # which the scale of latents would underflow
     exported = as_deepseek(model, stored)
     needed = sum(p.nbytes for p in exported.parameters())
@@ -74,7 +74,7 @@ def _export(path: str, output: Path, device: torch.device, dtype: str) -> Export
             expected="the same predictions but for rounding",
             remedy="open an issue naming the source model",
         )
-    healed = bool(model.config.clla.get("healed"))
+    healed = bool(model.config.spec.healed)
     with finished_directory(output, needed=needed) as partial:
         exported.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)

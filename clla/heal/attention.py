@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clla.modeling.sizes_clla import leaving_slots
+from clla.modeling.spec_clla import CacheSpec
 
 BLOCK = 256  # queries at a time where no kernel skips the keys that they do not see
 
@@ -51,18 +52,18 @@ def view_of(length: int, *, window: int, flush_block: int, sinks: int, chunk: in
     return View(tuple(leaving_slots(t // chunk * chunk, window, flush_block) for t in range(length)), sinks)
 
 
-def drawn_view(settings: dict[str, Any], length: int, *, seed: int, step: int) -> View:
+def drawn_view(spec: CacheSpec, length: int, *, seed: int, step: int) -> View:
     """As when text is read a window at a time, or as when it is written token by token; seed and step decide.
 
     Args:
-        settings: the config's `clla` block.
+        spec: of the cache.
         length: T.
         seed: of the run.
         step: of training.
     """
-    window, block = settings["window"], settings["flush_block"]
+    window, block = spec.window, spec.flush_block
     chunk = random.Random(f"{seed}:{step}").choice((1, max(window, block)))
-    return view_of(length, window=window, flush_block=block, sinks=settings["sinks"], chunk=chunk)
+    return view_of(length, window=window, flush_block=block, sinks=spec.sinks, chunk=chunk)
 
 
 @lru_cache(maxsize=8)

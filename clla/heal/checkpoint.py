@@ -108,7 +108,7 @@ def _heal(
         measured = windows, unseen(report_text(text), fitted, left_out=left_out)
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
-    stored = getattr(torch, loaded.model.config.clla["kv_dtype"])
+    stored = getattr(torch, loaded.model.config.spec.kv_dtype)
     with resumable(work):
         model, report, healing = heal_and_measure(
             loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how

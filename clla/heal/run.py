@@ -172,7 +172,7 @@ def heal_and_measure(
     before = report(converted)
     device = teacher.device
     healed, progress = heal(converted, teacher, tokenizer, config, options)
-    stored = getattr(torch, converted.config.clla["kv_dtype"])
+    stored = getattr(torch, converted.config.spec.kv_dtype)
     for parameter in healed.parameters():  # measure what will be saved
         parameter.data = parameter.data.to(stored).to(teacher.dtype)
     if launched_sharded():
@@ -271,9 +271,9 @@ def heal(
     """
     assert config.tokens and config.train and config.batch_tokens and config.dataset, "the config is not resolved"
     assert config.sequence_length and config.codec_lr and config.weight_lr
-    length, codec_lr, settings = config.sequence_length, config.codec_lr, converted.config.clla
-    window = settings["window"]
-    check_healing(config, window=window, flush_block=settings["flush_block"], tracker=options.tracker)
+    length, codec_lr, spec = config.sequence_length, config.codec_lr, converted.config.spec
+    window = spec.window
+    check_healing(config, window=window, flush_block=spec.flush_block, tracker=options.tracker)
     work, resume = options.work, options.resume
     processes = PartialState(cpu=teacher.device.type == "cpu")
     if not resume and processes.is_main_process:
@@ -329,7 +329,7 @@ def heal(
         seed=config.seed,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    kv_dtype = getattr(torch, settings["kv_dtype"])
+    kv_dtype = getattr(torch, spec.kv_dtype)
     source = Subject(distiller.teacher, lambda: SourceCache(teacher.config, kv_dtype))
     subjects = {"source": source, "student": Subject(distiller.student, distiller.student.new_cache)}
     held, chunk = held.to(accelerator.device), window or converted.prefill_chunk
@@ -370,7 +370,7 @@ def heal(
         load_trained(distiller, work / BEST)
     accelerator.wait_for_everyone()  # what is in `work` may go from now on
     distiller.student.requires_grad_(False)
-    earlier = settings.get("healed")
+    earlier = spec.healed
     distiller.student.config.clla["healed"] = earlier if earlier and config.train == "codec" else config.train
     return distiller.student.eval(), progress
 

@@ -202,20 +202,20 @@ class Distiller(nn.Module):
     def __init__(self, teacher: PreTrainedModel, student: CllaForCausalLM) -> None:
         super().__init__()
         self.teacher, self.student = teacher, student
-        settings: Any = student.config.clla
-        self.first = settings["source"] == "first"
+        spec = student.config.spec
+        self.first = spec.from_first
         self.groups = [
             GroupOnSequence(
-                tuple(spec["layers"]),
+                group.layers,
                 module,  # type: ignore[arg-type]
-                layout_of(spec, settings),
-                settings["kv"]["num_key_value_heads"],
-                tuple(spec.get("rope_pairs") or ()),
+                layout_of(group),
+                spec.heads,
+                group.rope_pairs,
             )
-            for spec, module in zip(settings["groups"], student.codec.groups, strict=True)
+            for group, module in zip(spec.groups, student.codec.groups, strict=True)
         ]
         self.layers = {layer for group in self.groups for layer in group.layers}
-        self.rope = rope_of(student.source, settings["rope"])
+        self.rope = rope_of(student.source, spec.rope)
         source = student.source
         observe(source)
         self.attention = attention_modules(source)

@@ -103,12 +103,12 @@ def fit_codec(
     optimizer = torch.optim.Adam(distiller.student.codec.parameters(), lr=lr)
     paces = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     sizes = component_sizes(distiller)
-    settings, length = distiller.student.config.clla, sequences.shape[1]
+    spec, length = distiller.student.config.spec, sequences.shape[1]
     history = []
     for step in range(steps):
         rows = torch.arange(step * batch, (step + 1) * batch) % len(sequences)
         ids = sequences[rows].long().to(accelerator.device)
-        view = drawn_view(settings, length, seed=seed, step=step)
+        view = drawn_view(spec, length, seed=seed, step=step)
         total = 0.0
         with accelerator.autocast():
             targets = distiller.gathered(partial(record_targets, distiller, ids))

@@ -236,9 +236,9 @@ def parameter_groups(distiller: Distiller, schedule: Schedule) -> list[dict[str,
 def _one_step(prepared: nn.Module, ids: Tensor, step: int, schedule: Schedule, accelerator: Accelerator) -> Tensor:
     """Gradients of one batch [B, T]; its mean KL."""
     distiller: Any = accelerator.unwrap_model(prepared)
-    settings, length = distiller.student.config.clla, ids.shape[1]
+    spec, length = distiller.student.config.spec, ids.shape[1]
     if step < schedule.cached_from:
-        view = drawn_view(settings, length, seed=schedule.seed, step=step)
+        view = drawn_view(spec, length, seed=schedule.seed, step=step)
         total = torch.zeros((), device=ids.device)
         parts = ids.split(max(1, MICRO_TOKENS // length))
         distiller.student.source.train(schedule.gradient_checkpointing)  # there is no dropout that is not zero
@@ -256,7 +256,7 @@ def _one_step(prepared: nn.Module, ids: Tensor, step: int, schedule: Schedule, a
     with accelerator.autocast():
         hidden, _ = distiller.gathered(partial(distiller.teach, ids, with_kv=False))
     cache, total = distiller.gathered(distiller.student.new_cache), torch.zeros((), device=ids.device)
-    chunk = settings["window"] or CACHED_CHUNK
+    chunk = spec.window or CACHED_CHUNK
     for start in range(0, length, chunk):
         part = ids[:, start : start + chunk]
         wanted = hidden[:, start : start + chunk]

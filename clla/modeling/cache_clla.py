@@ -102,17 +102,15 @@ class CllaCache(Cache):
         max_length: Optional[int] = None,
         select: Optional[int] = None,
     ) -> None:
-        settings = config.clla
+        spec = config.spec
         self.config, self.codec, self.select, self.max_length = config, codec, select, max_length
         self.timeline, self._workspace = Timeline(rope), Workspace()
         self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         self.groups = [
-            (DecoupledGroup if spec.get("rope_pairs") else LatentGroup)(
-                spec, settings, module, self.timeline, max_length
-            )
-            for spec, module in zip(settings["groups"], codec.groups, strict=True)
+            (DecoupledGroup if group.rope_pairs else LatentGroup)(group, spec, module, self.timeline, max_length)
+            for group, module in zip(spec.groups, codec.groups, strict=True)
         ]
-        self.kept = self._new_layers(settings["kept_layers"])
+        self.kept = self._new_layers(spec.kept_layers)
         layers: dict[int, Any] = dict(self.kept)
         layers.update({i: CllaLayer(group, i) for group in self.groups for i in group.layers})
         self.group_of_layer = {i: group for group in self.groups for i in group.layers}

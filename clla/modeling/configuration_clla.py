@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .spec_clla import CacheSpec
+
 CLLA_SCHEMA_VERSION = 1
 
 
@@ -42,6 +44,11 @@ class CllaConfig(PreTrainedConfig):
         self.use_cache = use_cache  # of its own: the source's may be a remainder of its training
         # Last, because the base class validates what `__getattr__` finds (see `validate`).
         self.text_config = text_config
+
+    @property
+    def spec(self) -> CacheSpec:
+        """The `clla` block, typed."""
+        return CacheSpec.of(self.clla)
 
     def validate(self):
         """Before saving: the base class would judge what `__getattr__` finds by rules that are not the family's."""

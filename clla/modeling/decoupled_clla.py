@@ -24,15 +24,15 @@ from .group_clla import LatentGroup
 from .observe_clla import Attention
 from .rotary_clla import Rotation
 from .rows_clla import Workspace, reading_mode
+from .spec_clla import GroupSpec
 
 
 class DecoupledGroup(LatentGroup):
     """Storage of one layer group with decoupled keys; arguments as of `LatentGroup`."""
 
-    def __init__(self, spec: "dict[str, Any]", settings: "dict[str, Any]", *args: Any) -> None:
-        self.pairs = tuple(spec["rope_pairs"])
-        self.rank = len(spec["tier_bits"]) * settings["tier_size"]
-        super().__init__(spec, settings, *args)
+    def __init__(self, group: GroupSpec, *args: Any) -> None:
+        self.pairs, self.rank = group.rope_pairs, group.rank
+        super().__init__(group, *args)
 
     def forget(self) -> None:
         super().forget()

@@ -28,6 +28,7 @@ from .quantize_clla import RowLayout, layout_of
 from .rotary_clla import Rotation
 from .rows_clla import Workspace, reading_mode
 from .sizes_clla import exact_layout, exact_slots, leaving_slots
+from .spec_clla import CacheSpec, GroupSpec
 from .triton_clla import on_gpu
 
 # Of the components, so many and such a share judge which tokens are read in full (docs/lab-notes.md).
@@ -73,8 +74,8 @@ class LatentGroup:
     """Storage of one layer group.
 
     Args:
-        spec: `layers`, `tier_bits` and `rope_pairs` of the group.
-        settings: the config's `clla` block (window, sinks, flush_block, tier_size, source, kv, …).
+        group: its layers and the widths of its latent.
+        spec: of the whole cache.
         codec: module with `encoder`, `offset`, `decoder`, `mean` (see `clla.artifacts.GroupCodec`).
         timeline: shared slots and positions.
         max_length: tokens that are allocated for at once, and never more; None to grow as they come.
@@ -82,19 +83,18 @@ class LatentGroup:
 
     def __init__(
         self,
-        spec: "dict[str, Any]",
-        settings: "dict[str, Any]",
+        group: GroupSpec,
+        spec: CacheSpec,
         codec: Any,
         timeline: Timeline,
         max_length: "Optional[int]",
     ) -> None:
-        self.layers = list(spec["layers"])
-        self.layout: Any = layout_of(spec, settings)
-        self.window, self.sinks, self.block = settings["window"], settings["sinks"], settings["flush_block"]
-        self.first = settings["source"] == "first"
-        self.capacity: Optional[int] = settings.get("capacity")
-        self.heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
-        self.storage_dtype = getattr(torch, settings["kv_dtype"])
+        self.layers = list(group.layers)
+        self.layout: Any = layout_of(group)
+        self.window, self.sinks, self.block = spec.window, spec.sinks, spec.flush_block
+        self.first, self.capacity = spec.from_first, spec.capacity
+        self.heads, self.head_dim = spec.heads, spec.head_dim
+        self.storage_dtype = getattr(torch, spec.kv_dtype)
         self.codec, self.timeline, self.max_length = codec, timeline, max_length
         self.reset()
 

@@ -78,14 +78,12 @@ class CodecModule(nn.Module):
 
     def __init__(self, config: CllaConfig) -> None:
         super().__init__()
-        settings, groups = config.clla, []
-        heads = settings["kv"]["num_key_value_heads"]
-        values = 2 * heads * settings["kv"]["head_dim"]
-        for spec in settings["groups"]:
-            layers = len(spec["layers"])
-            inputs = config.text_config.hidden_size if settings["source"] == "first" else values * layers
-            rank, rotary = len(spec["tier_bits"]) * settings["tier_size"], 2 * len(spec.get("rope_pairs") or ())
-            groups.append(GroupCodecModule(layers, inputs, values, rank, heads, rotary))
+        spec, groups = config.spec, []
+        values = 2 * spec.heads * spec.head_dim
+        for group in spec.groups:
+            layers = len(group.layers)
+            inputs = config.text_config.hidden_size if spec.from_first else values * layers
+            groups.append(GroupCodecModule(layers, inputs, values, group.rank, spec.heads, group.rotary_width))
         self.groups = nn.ModuleList(groups)
 
 
@@ -106,7 +104,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.codec = CodecModule(config)
         self._no_split_modules = [*(self.source._no_split_modules or ()), GroupCodecModule.__name__]
         self.loss_type = self.source.loss_type
-        self.prefill_chunk = config.clla["prefill_chunk"]
+        self.prefill_chunk = config.spec.prefill_chunk
         self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
         self.skips_padding = skips_padding(self.source)
         self.padding_takes_positions = has_bias_table(self.source)
@@ -120,16 +118,14 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         own = self.source.config._attn_implementation
         if own in AttentionInterface() and not is_observed(own):
             self.source.set_attn_implementation(observed(own))
-        elif not is_observed(own) and (
-            self.config.clla.get("capacity") is not None or self.config.clla.get("rope_bits") is not None
-        ):
+        elif not is_observed(own) and (self.config.spec.capacity is not None or self.config.spec.decoupled):
             observed(own)  # says why it cannot
         self.watch_decoder()
-        if self.config.clla["source"] == "first":
+        if self.config.spec.from_first:
             attention = attention_modules(self.source)
             self._hooks += [
-                attention[spec["layers"][0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
-                for spec in self.config.clla["groups"]
+                attention[group.layers[0]].register_forward_pre_hook(self._show_input_to_cache, with_kwargs=True)
+                for group in self.config.spec.groups
             ]
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -198,7 +194,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             whole.generation_config = for_compressed_cache(whole.generation_config)
             return loaded
         codec = load_file(str(cached_file(path, CODEC_FILE, **where)))
-        if tensor_digest(codec) != config.clla["codec_sha256"]:
+        if tensor_digest(codec) != config.spec.codec_sha256:
             raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it anew")
         unfit = (
             "revision",
@@ -278,15 +274,14 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         own = self.source.config._attn_implementation
         if is_observed(own):  # in this process it is not registered yet, where another one pickled the model
             observed(own.removeprefix(PREFIX))
-        rope = rope_of(self.source, self.config.clla["rope"])
+        rope = rope_of(self.source, self.config.spec.rope)
         return CllaCache(self.config, self.codec, rope, max_length, self.select_tokens)
 
     @property
     def reading_tokens(self) -> int:
         """So many tokens of one call, or fewer, read latents instead of decoded keys and values."""
-        kv = self.config.clla["kv"]
-        query_heads = self.config.text_config.num_attention_heads
-        return reading_tokens(kv["num_key_value_heads"], kv["head_dim"], query_heads)
+        spec = self.config.spec
+        return reading_tokens(spec.heads, spec.head_dim, self.config.text_config.num_attention_heads)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()

@@ -29,8 +29,8 @@ def device_map_of(model: Any, strategy: str, max_memory: Any, dtype: Any) -> "di
     attention = attention_modules(model.source)
     max_memory = None if max_memory is None else dict(max_memory)  # accelerate writes into it
     layers, sizes = {}, {}
-    for i, (spec, codec) in enumerate(zip(model.config.clla["groups"], model.codec.groups, strict=True)):
-        first = attention[spec["layers"][0]]
+    for i, (group, codec) in enumerate(zip(model.config.spec.groups, model.codec.groups, strict=True)):
+        first = attention[group.layers[0]]
         layers[f"codec.groups.{i}"] = names[first]
         sizes[f"codec.groups.{i}"] = sum(p.numel() for p in codec.parameters()) * dtype.itemsize
         first.add_module("clla_codec", codec)
@@ -73,8 +73,8 @@ def beside_layers(model: Any, device_map: "dict[str, Any]") -> "dict[str, Any]":
     attention = attention_modules(model.source)
     main = next((device for device in device_map.values() if device not in OFFLOADED), "cpu")  # as accelerate has it
     found = {f"source.{name}".rstrip("."): device for name, device in device_map.items()}
-    for i, spec in enumerate(model.config.clla["groups"]):
-        device = _device_in(device_map, names[attention[spec["layers"][0]]])
+    for i, group in enumerate(model.config.spec.groups):
+        device = _device_in(device_map, names[attention[group.layers[0]]])
         found[f"codec.groups.{i}"] = main if device in OFFLOADED else device
     return found
 

@@ -16,12 +16,13 @@ Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
 
 import hashlib
 import math
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from .sizes_clla import WORD_BITS
+from .spec_clla import GroupSpec
 
 # Best uniform step for a unit Gaussian by bits; 16 bits never clip (see `quantization_step`).
 GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
@@ -149,18 +150,12 @@ class JoinedLayout:
 Layout = Union[RowLayout, JoinedLayout]
 
 
-def layout_of(spec: "dict[str, Any]", settings: "dict[str, Any]") -> "RowLayout | JoinedLayout":
-    """Layout of a token's row in one layer group.
-
-    Args:
-        spec: `tier_bits` of the group, and `rope_pairs` where its key is decoupled.
-        settings: `tier_size`, and `rope_bits`.
-    """
-    latent = RowLayout(tuple(spec["tier_bits"]), settings["tier_size"])
-    width = 2 * len(spec.get("rope_pairs") or ())
-    if not width:
+def layout_of(group: GroupSpec) -> Layout:
+    """Layout of a token's row in one layer group."""
+    latent = RowLayout(group.tier_bits, group.tier_size)
+    if group.rope_bits is None or not group.rope_pairs:
         return latent
-    return JoinedLayout(latent, RowLayout((settings["rope_bits"],) * (width // ROPE_TIER), ROPE_TIER))
+    return JoinedLayout(latent, RowLayout((group.rope_bits,) * (group.rotary_width // ROPE_TIER), ROPE_TIER))
 
 
 def quantize(x: Tensor, bits: int) -> "tuple[Tensor, Tensor]":

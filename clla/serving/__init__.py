@@ -46,4 +46,4 @@ class EngineConfig:
         check_stages(vllm_config)
         scheduler = vllm_config.scheduler_config
         if not scheduler.long_prefill_token_threshold:
-            scheduler.long_prefill_token_threshold = min(model.hf_config.clla["prefill_chunk"], model.max_model_len)
+            scheduler.long_prefill_token_threshold = min(model.hf_config.spec.prefill_chunk, model.max_model_len)

@@ -31,6 +31,7 @@ from clla.modeling.pack_triton_clla import packed
 from clla.modeling.quantize_clla import layout_of
 from clla.modeling.rotary_clla import Rope
 from clla.modeling.sizes_clla import leaving_slots
+from clla.modeling.spec_clla import CacheSpec, GroupSpec
 from clla.serving.batching import Side, sides
 from clla.serving.pages import Batch, Pages, read_exact, read_rows, slots_of, write_rows
 
@@ -48,8 +49,8 @@ class GroupReader:
     """One layer group: its codec, its place in a token's latent row, and what its layers do with both.
 
     Args:
-        spec: `layers`, `tier_bits` and `rope_pairs` of the group.
-        settings: the config's `clla` block.
+        group: its layers and the widths of its latent.
+        spec: of the whole cache.
         first: byte of a token's row where the group's part begins.
         codec: the group's codec module.
         rope: rotation of keys; None without.
@@ -60,8 +61,8 @@ class GroupReader:
 
     def __init__(
         self,
-        spec: dict[str, Any],
-        settings: dict[str, Any],
+        group: GroupSpec,
+        spec: CacheSpec,
         first: int,
         codec: Any,
         rope: Rope | None,
@@ -69,16 +70,15 @@ class GroupReader:
         query_heads: int,
         most_rows: int,
     ) -> None:
-        self.layers = list(spec["layers"])
-        self.layout: Any = layout_of(spec, settings)
+        self.layers = list(group.layers)
+        self.layout: Any = layout_of(group)
         self.first, self.stop = first, first + self.layout.row_bytes
-        self.window, self.block, self.sinks = settings["window"], settings["flush_block"], settings["sinks"]
-        self.kv_heads, self.head_dim = settings["kv"]["num_key_value_heads"], settings["kv"]["head_dim"]
-        self.from_input = settings["source"] == "first"
+        self.window, self.block, self.sinks = spec.window, spec.flush_block, spec.sinks
+        self.kv_heads, self.head_dim, self.from_input = spec.heads, spec.head_dim, spec.from_first
         self.codec, self.rope, self.heads, self.most_rows = codec, rope, heads, most_rows
         # Up to so many new tokens of a sequence read latents; more decode them once.
         few = reading_tokens(self.kv_heads, self.head_dim, self.kv_heads * query_heads // len(heads))
-        self.few = few if self.window or spec.get("rope_pairs") else 0
+        self.few = few if self.window or group.rope_pairs else 0
         self._decoder: Decoder | None = None
 
     @property
@@ -220,10 +220,9 @@ class GroupReader:
 class DecoupledReader(GroupReader):
     """A group with keys in two parts: one without position, decoded from latents, and a rotary key beside them."""
 
-    def __init__(self, spec: dict[str, Any], settings: dict[str, Any], *args: Any) -> None:
-        super().__init__(spec, settings, *args)
-        self.pairs = tuple(spec["rope_pairs"])
-        self.rank = len(spec["tier_bits"]) * settings["tier_size"]
+    def __init__(self, group: GroupSpec, *args: Any) -> None:
+        super().__init__(group, *args)
+        self.pairs, self.rank = group.rope_pairs, group.rank
 
     def write_inputs(self, hidden: Tensor, latents: Pages) -> None:
         """Latents and rotary keys of attention inputs [T, h]."""

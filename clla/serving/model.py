@@ -21,6 +21,7 @@ from clla.modeling.modeling_clla import CodecModule
 from clla.modeling.quantize_clla import layout_of
 from clla.modeling.rotary_clla import Rope
 from clla.modeling.rows_clla import HELD_BYTES
+from clla.modeling.spec_clla import CacheSpec
 from clla.serving.attention import DecoupledReader, GroupReader
 from clla.serving.backend import (
     WRITE_LATENTS,
@@ -56,26 +57,26 @@ class CllaForCausalLM(nn.Module, SupportsPP):
         pipeline = get_pp_group()
         stage = Stage.of(vllm_config.model_config.hf_config, pipeline.rank_in_group, pipeline.world_size)
         config = stage.config
-        settings = config.clla
+        spec = config.spec
         self.config, self.stage = config, stage
         self.source = init_vllm_registered_model(
             vllm_config, prefix=maybe_prefix(prefix, "source"), hf_config=config.text_config
         )
         self.codec = CodecModule(config).requires_grad_(False)
         layers = {extract_layer_index(m.layer_name): m for m in self.source.modules() if isinstance(m, Attention)}
-        _check_layers(layers, settings, config.text_config)
-        kept = [layers.pop(i) for i in settings["kept_layers"]]
+        _check_layers(layers, spec, config.text_config)
+        kept = [layers.pop(i) for i in spec.kept_layers]
         first, name = layers[min(layers)], maybe_prefix(prefix, f"latents.{stage.rank}")  # the engine wants a number
-        rope = rope_of_config(config.text_config, settings["rope"], vllm_config.model_config.dtype)
-        heads = own_heads(settings["kv"]["num_key_value_heads"], first.num_kv_heads)
-        self.groups = readers(settings, self.codec, rope, heads, first.num_heads)
+        rope = rope_of_config(config.text_config, spec.rope, vllm_config.model_config.dtype)
+        heads = own_heads(spec.heads, first.num_kv_heads)
+        self.groups = readers(spec, self.codec, rope, heads, first.num_heads)
         self._rotary = _rotary(self.source, first)
-        windows = _windows(settings, first, stage.layers, kept) if self.groups[0].reads_exact else []
+        windows = _windows(spec, first, stage.layers, kept) if self.groups[0].reads_exact else []
         block, shares = latent_block(stage.row_bytes, windows)
         in_flight, longest = vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
         alone = blocks_alone(windows, shares, block, longest, in_flight)
         self.latents = LatentStore(name, self.groups, stage.row_bytes, block, alone, vllm_config)
-        backend = window_backend(settings["sinks"], vllm_config)
+        backend = window_backend(spec.sinks, vllm_config)
         for group in self.groups:
             names = [layers[i].layer_name for i in group.layers]
             for i in group.layers:
@@ -134,39 +135,39 @@ class CllaForCausalLM(nn.Module, SupportsPP):
 
         loaded = {SOURCE + name for name in self.source.load_weights(of_source())}
         self.codec.load_state_dict(codec)
-        settings = self.config.clla
-        check_one_layer(self.groups[0], settings["groups"][0], settings, self._rotary, EXACT_BLOCK)
+        spec = self.config.spec
+        check_one_layer(self.groups[0], spec.groups[0], spec, self._rotary, EXACT_BLOCK)
         return loaded | {CODEC + name for name in codec}
 
 
 def readers(
-    settings: dict[str, Any], codec: CodecModule, rope: Rope | None, heads: list[int], query_heads: int
+    spec: CacheSpec, codec: CodecModule, rope: Rope | None, heads: list[int], query_heads: int
 ) -> list[GroupReader]:
     """Readers of all layer groups, their rows side by side; arguments as of `GroupReader`."""
     weight = next(codec.parameters())
-    rank = max(layout_of(spec, settings).rank for spec in settings["groups"])
+    rank = max(layout_of(group).rank for group in spec.groups)
     most_rows = GPU_ROWS if weight.is_cuda else HELD_BYTES // (rank * weight.itemsize)
     found: list[GroupReader] = []
-    for spec, module in zip(settings["groups"], codec.groups, strict=True):
-        kind = DecoupledReader if spec.get("rope_pairs") else GroupReader
+    for group, module in zip(spec.groups, codec.groups, strict=True):
+        kind = DecoupledReader if group.rope_pairs else GroupReader
         start = found[-1].stop if found else 0
-        found.append(kind(spec, settings, start, module, rope, heads, query_heads, most_rows))
+        found.append(kind(group, spec, start, module, rope, heads, query_heads, most_rows))
     return found
 
 
-def _windows(settings: dict[str, Any], first: Attention, count: list[int], kept: list[Attention]) -> list[Window]:
+def _windows(spec: CacheSpec, first: Attention, count: list[int], kept: list[Attention]) -> list[Window]:
     """Windows of exact tokens: of the layers on latents, then of those that are left alone.
 
     Args:
-        settings: the config's `clla` block.
+        spec: of the cache.
         first: any layer on latents.
         count: how many of them each pipeline rank has.
         kept: layers that are left alone.
     """
     # What waits for its block to leave the window is exact, too. For sinks alone the window is the least with which the
     # engine finds prefixes again.
-    tokens = settings["window"] + settings["flush_block"] if settings["window"] else 2
-    found = [Window.of(first, count, tokens, settings["sinks"])]
+    tokens = spec.exact_slots or 2
+    found = [Window.of(first, count, tokens, spec.sinks)]
     for size in sorted({layer.sliding_window for layer in kept}):
         alike = [layer for layer in kept if layer.sliding_window == size]
         found.append(Window.of(alike[0], [len(alike)], size))
@@ -226,16 +227,16 @@ def rope_of_config(text: Any, settings: dict[str, Any] | None, dtype: torch.dtyp
     return rope_with(type(skeleton)(config=text), settings, dtype=dtype)
 
 
-def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: Any) -> None:
+def _check_layers(layers: dict[int, Attention], spec: CacheSpec, text: Any) -> None:
     """Refuse attention that is more than a softmax over keys."""
     kind, every = text.model_type, layers.values()
-    wanted = {i for spec in settings["groups"] for i in spec["layers"]}
+    wanted = {i for group in spec.groups for i in group.layers}
     on_latents = [layers[i] for i in wanted & layers.keys()]
-    per_rank = max(1, settings["kv"]["num_key_value_heads"] // get_tensor_model_parallel_world_size())
+    per_rank = max(1, spec.heads // get_tensor_model_parallel_world_size())
     kept = [layers[i] for i in layers.keys() - wanted]
     reasons = {
-        "some of its layers keep a state": bool(set(settings["kept_layers"]) - layers.keys()),
-        "its layers are not those of the checkpoint": layers.keys() - wanted != set(settings["kept_layers"]),
+        "some of its layers keep a state": bool(set(spec.kept_layers) - layers.keys()),
+        "its layers are not those of the checkpoint": layers.keys() - wanted != set(spec.kept_layers),
         "its logits are soft-capped": any(getattr(m.impl, "logits_soft_cap", None) for m in every),
         "its attention has position biases (ALiBi)": any(
             getattr(m.impl, "alibi_slopes", None) is not None for m in every
@@ -245,7 +246,7 @@ def _check_layers(layers: dict[int, Attention], settings: dict[str, Any], text: 
         "layers that are left alone have no sliding window": any(m.sliding_window is None for m in kept),
         "its keys and values have different sizes": any(m.head_size != m.head_size_v for m in every),
         "its heads are not those of the checkpoint": any(
-            (m.head_size, m.num_kv_heads) != (settings["kv"]["head_dim"], per_rank) for m in on_latents
+            (m.head_size, m.num_kv_heads) != (spec.head_dim, per_rank) for m in on_latents
         ),
     }
     for reason in (reason for reason, found in reasons.items() if found):

@@ -45,13 +45,13 @@ class Stage:
         Rows are as long on each rank as on the one with most. It costs no block: the engine gives all ranks as many as
         fit where they are largest. Of stores that differ it would take each layer's exact pages for a kind of its own.
         """
-        specs = config.clla["groups"]
+        specs = config.spec.groups
         partition = engine_partition(config.text_config.num_hidden_layers, ranks)
-        owned = groups_of_ranks([spec["layers"] for spec in specs], partition)
-        layers = [sum(len(specs[i]["layers"]) for i in own) for own in owned]
-        rows = [sum(layout_of(specs[i], config.clla).row_bytes for i in own) for own in owned]
+        owned = groups_of_ranks([spec.layers for spec in specs], partition)
+        layers = [sum(len(specs[i].layers) for i in own) for own in owned]
+        rows = [sum(layout_of(specs[i]).row_bytes for i in own) for own in owned]
         part = copy.copy(config)
-        part.clla = {**config.clla, "groups": [specs[i] for i in owned[rank]]}
+        part.clla = {**config.clla, "groups": [config.clla["groups"][i] for i in owned[rank]]}
         return Stage(rank, owned[rank], part, layers, max(rows))
 
     def own_weight(self, name: str) -> str | None:
@@ -120,7 +120,7 @@ def check_stages(config: Any) -> None:
     model, ranks = config.model_config, config.parallel_config.pipeline_parallel_size
     if ranks == 1:
         return
-    text, groups = model.hf_config.text_config, [spec["layers"] for spec in model.hf_config.clla["groups"]]
+    text, groups = model.hf_config.text_config, [group.layers for group in model.hf_config.spec.groups]
     _check_engine_stages(config, text)
     problem = _problem(groups, text.num_hidden_layers, ranks)
     if problem is None:

@@ -9,6 +9,7 @@ Shape legend: T tokens, H key-value heads, d head dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from clla.modeling.decoupled_clla import DecoupledGroup
 from clla.modeling.group_clla import LatentGroup
 from clla.modeling.observe_clla import Attention
 from clla.modeling.positions_clla import Timeline
+from clla.modeling.spec_clla import CacheSpec, GroupSpec
 from clla.serving.attention import DecoupledReader, GroupReader
 from clla.serving.pages import Batch, write_exact
 
@@ -27,22 +29,20 @@ LOGITS = 3.0  # their deviation
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.05}  # of the output's size; codes may differ
 
 
-def check_one_layer(
-    group: GroupReader, spec: dict[str, Any], settings: dict[str, Any], rotary: Any, block: int
-) -> None:
+def check_one_layer(group: GroupReader, spec: GroupSpec, cache: CacheSpec, rotary: Any, block: int) -> None:
     """Compare the paths for the last layer of a group.
 
     Args:
         group: with its codec loaded.
-        spec: of the group, in the config.
-        settings: the config's `clla` block.
+        spec: of the group.
+        cache: of the whole cache.
         rotary: the engine's module that rotates keys; None where keys are not rotated, or by a module of transformers.
         block: tokens a page.
 
     Raises:
         CllaError: they differ.
     """
-    found, wanted = _outputs(group, spec, settings, rotary, block)
+    found, wanted = _outputs(group, spec, cache, rotary, block)
     error = float((found - wanted).norm() / wanted.norm())
     if not error <= TOLERANCE[group.codec.encoder.dtype]:
         raise CllaError(
@@ -68,29 +68,25 @@ class Pretended(NamedTuple):
 
 
 @torch.no_grad()
-def _outputs(
-    group: GroupReader, spec: dict[str, Any], settings: dict[str, Any], rotary: Any, block: int
-) -> tuple[Tensor, Tensor]:
+def _outputs(group: GroupReader, spec: GroupSpec, cache: CacheSpec, rotary: Any, block: int) -> tuple[Tensor, Tensor]:
     """Attention outputs [T, H, d] of the engine's path and of the reference, with one query head a key-value head."""
     random = torch.Generator().manual_seed(0)
-    before = settings["window"] + 2 * settings["flush_block"] + 5
+    before = cache.window + 2 * cache.flush_block + 5
     tokens = _pretended(group, before + QUERIES, random)
     return (
         _of_the_engine(group, tokens, before, rotary, block, random)[:, : len(group.heads)],
-        _of_the_reference(group, spec, settings, tokens, before),
+        _of_the_reference(group, spec, cache, tokens, before),
     )
 
 
-def _of_the_reference(
-    group: GroupReader, spec: dict[str, Any], settings: dict[str, Any], tokens: Pretended, before: int
-) -> Tensor:
+def _of_the_reference(group: GroupReader, spec: GroupSpec, cache: CacheSpec, tokens: Pretended, before: int) -> Tensor:
     """Of `modeling/group_clla.py` or `decoupled_clla.py`."""
     layer, total = group.layers[-1], len(tokens.hidden)
     positions = torch.arange(total, device=tokens.hidden.device)[None]
     scaling, dtype = group.head_dim**-0.5, tokens.hidden.dtype
     timeline = Timeline(group.rope)
     kind = DecoupledGroup if isinstance(group, DecoupledReader) else LatentGroup
-    reference = kind(spec, {**settings, "kv_dtype": str(dtype).removeprefix("torch.")}, group.codec, timeline, None)
+    reference = kind(spec, replace(cache, kv_dtype=str(dtype).removeprefix("torch.")), group.codec, timeline, None)
     query = tokens.query.transpose(0, 1)[None]
     query = group.rope(positions).rotate(query, layer) if group.rope else query
     for start, stop in ((0, before), (before, total)):

@@ -50,12 +50,12 @@ def check_model(config: Any) -> None:
     Raises:
         UnsupportedModelError: with the reason.
     """
-    settings = config.clla
+    spec = config.spec
     reasons = {
         "it is a codec without its model (--adapter-only)": config.base_model is not None,
-        "layers with a window of their own stand beside layers that keep nothing exact": bool(settings["kept_layers"])
-        and not (settings["window"] or settings["sinks"]),
-        "it evicts tokens (budget.evict)": settings.get("capacity") is not None,
+        "layers with a window of their own stand beside layers that keep nothing exact": bool(spec.kept_layers)
+        and not (spec.window or spec.sinks),
+        "it evicts tokens (budget.evict)": spec.capacity is not None,
         f"model type {config.text_config.model_type!r} has no causal language model": (
             config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         ),

@@ -109,8 +109,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_wrong_rotation_is_noticed(form: str, dtype: torch.dtype) -> None:
     model = FORMS[form]().to(dtype)
-    settings = model.config.clla
-    rope = rope_of(model.source, settings["rope"])
+    spec = model.config.spec
+    rope = rope_of(model.source, spec.rope)
     assert rope is not None
 
     def rotary(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, step: int = 1) -> Any:
@@ -118,8 +118,8 @@ def test_a_wrong_rotation_is_noticed(form: str, dtype: torch.dtype) -> None:
         return query, rope((positions * step)[None]).rotate(keys)[0].transpose(0, 1).flatten(1)
 
     heads = model.config.text_config.num_attention_heads
-    (group, *_) = readers(settings, model.codec, rope, [0, 1], heads)
+    (group, *_) = readers(spec, model.codec, rope, [0, 1], heads)
     with default_dtype(dtype):
-        check_one_layer(group, settings["groups"][0], settings, rotary, 16)
+        check_one_layer(group, spec.groups[0], spec, rotary, 16)
         with pytest.raises(CllaError, match="differs from the reference"):
-            check_one_layer(group, settings["groups"][0], settings, lambda p, q, k: rotary(p, q, k, step=2), 16)
+            check_one_layer(group, spec.groups[0], spec, lambda p, q, k: rotary(p, q, k, step=2), 16)

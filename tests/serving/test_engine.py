@@ -18,8 +18,7 @@ SHARED = 128
 
 def row_bytes(model: CllaForCausalLM) -> int:
     """Latents of a token in the plan."""
-    settings = model.config.clla
-    return sum(RowLayout(tuple(g["tier_bits"]), settings["tier_size"]).row_bytes for g in settings["groups"])
+    return sum(RowLayout(g.tier_bits, g.tier_size).row_bytes for g in model.config.spec.groups)
 
 
 @pytest.fixture(scope="module")

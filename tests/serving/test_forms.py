@@ -19,11 +19,11 @@ SHARED = 128
 def test_tokens_and_pages(form: str, tmp_path: Path, run_engine: Run) -> None:
     """Many prompts at once, then two that share their beginning; without a window also cut into pieces."""
     model = saved(tmp_path, FORMS[form]())
-    settings = model.config.clla
+    spec = model.config.spec
     prompts = [[prompt(length, seed) for seed, length in enumerate(LENGTHS)]]
     prompts += [[prompt(length, seed, shared=SHARED)] for seed, length in ((1, 150), (2, 230))]
     engine: dict[str, Any] = {"model": str(tmp_path), "max_model_len": 512}
-    if not settings["window"]:
+    if not spec.window:
         engine["max_num_batched_tokens"] = 64  # where cuts make no difference
     found = run_engine(engine, prompts, own_process=False, pages=True)
 
@@ -33,15 +33,15 @@ def test_tokens_and_pages(form: str, tmp_path: Path, run_engine: Run) -> None:
     assert want != [greedy_of_source(model, ids) for ids in prompts[0]]  # else latents were not read
     block = found["pages"]["groups"][-1]["block"]
     assert first["cached"] == 0 and second["cached"] == SHARED // block * block  # whole blocks of latents
-    cuts = (second["cached"],) if settings["window"] and second["cached"] else ()
+    cuts = (second["cached"],) if spec.window and second["cached"] else ()
     assert first["tokens"] == greedy(model, prompts[1][0])
     assert second["tokens"] == greedy(model, prompts[2][0], cuts=cuts)
 
     *windows, latents = found["pages"]["groups"]
-    row = sum(layout_of(spec, settings).row_bytes for spec in settings["groups"])
+    row = sum(layout_of(group).row_bytes for group in spec.groups)
     assert latents["kind"] == "FullAttentionSpec" and latents["page"] == latents["block"] * row
     assert found["pages"]["bytes"] == found["pages"]["blocks"] * latents["page"]
-    exact = model.config.text_config.num_hidden_layers if settings["window"] or settings["sinks"] else 0
+    exact = model.config.text_config.num_hidden_layers if spec.window or spec.sinks else 0
     assert sum(group["layers"] for group in windows) == exact
     if not exact:  # a token costs its latents and nothing else, and the engine says so
         assert f"KV cache size: {found['pages']['bytes'] // row:,} tokens" in found["log"]

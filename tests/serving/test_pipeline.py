@@ -93,8 +93,8 @@ def test_two_ranks(three_groups: Checkpoint, run_engine: Run) -> None:
     assert one["cached"] == 0 and other["cached"] > 0
     assert one["tokens"] == greedy(model, first) and other["tokens"] == greedy(model, second, cuts=(other["cached"],))
 
-    settings, pages, ranks = model.config.clla, found["pages"], found["pages"]["ranks"]
-    rows = [layout_of(spec, settings).row_bytes for spec in settings["groups"]]
+    spec, pages, ranks = model.config.spec, found["pages"], found["pages"]["ranks"]
+    rows = [layout_of(group).row_bytes for group in spec.groups]
     latents = pages["groups"][-1]
     assert latents["page"] == latents["block"] * (rows[0] + rows[1])  # both ranks have pages of the larger one
     assert [rank["bytes"] for rank in ranks] == [pages["blocks"] * latents["page"]] * 2

@@ -39,9 +39,9 @@ def part(batch: Batch, i: int) -> Batch:
 
 def readers_of(model: CllaForCausalLM, heads: list[int], most_rows: int) -> list[GroupReader]:
     """Its groups, for some of its key-value heads."""
-    text, settings = model.config.text_config, model.config.clla
+    text, spec = model.config.text_config, model.config.spec
     per_head = text.num_attention_heads // text.num_key_value_heads
-    found = readers(settings, model.codec, rope_of(model.source, settings["rope"]), heads, per_head * len(heads))
+    found = readers(spec, model.codec, rope_of(model.source, spec.rope), heads, per_head * len(heads))
     for group in found:
         group.most_rows = most_rows
     return found
