@@ -46,7 +46,7 @@ def test_keys_and_values_are_what_the_codec_makes_of_them() -> None:
             flat = before_rope(own, rotation, 2)
             latents = layout.rounded(encode(flat, codec))
             rows = slice(SINKS, 76)  # what the last chunk finds coded, without the sinks
-            for index, layer in enumerate(spec["layers"]):
+            for index, layer in enumerate(spec.layers):
                 n = flat.shape[-1] // len(own)
                 true = flat[0, rows, index * n : (index + 1) * n]
                 coded = (latents @ codec.decoder[index].mT + codec.mean[index])[0, rows]
