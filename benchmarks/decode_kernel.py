@@ -307,7 +307,7 @@ def sweep(shape: Shape, context: int, batch: int, device: torch.device) -> list[
     add_up = partial(attention_triton_clla.packed_sums, inputs.rows, weights)
     sums, found = add_up(), []
     for tile, components in product(SWEPT_TILES, SWEPT_COMPONENTS):
-        changed = {"_tile": lambda *_, tile=tile: tile, "COMPONENTS": components}
+        changed = {"tile_of": lambda *_, tile=tile: tile, "COMPONENTS": components}
         found.append(_tried("logits", {"tile": tile, "components": components}, changed, logits, right, device))
     for tokens, components in product(SWEPT_TOKENS, SWEPT_COMPONENTS):
         changed = {"TOKENS": tokens, "COMPONENTS": components}

@@ -149,7 +149,7 @@ def test_what_nobody_may_see_changes_nothing(kernel_device: str) -> None:
 @pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
 def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second sequence begins behind the first tiles."""
-    monkeypatch.setattr(absorbed_triton_clla, "_tile", lambda *_: tile)
+    monkeypatch.setattr(absorbed_triton_clla, "tile_of", lambda *_: tile)
     check(Problem(count=193, hidden=(0, 129), tokens=2, device=kernel_device))
 
 
@@ -237,7 +237,7 @@ def case_of(heads: int, rank: int, tile: tuple[int, int], *, new: int = 1, dtype
     query = torch.empty(16, heads, new, layout.rank, dtype=dtype, device="meta")
     rows = AbsorbedRows(data, layout, rank, dtype, torch.zeros(16, dtype=torch.int64, device="meta"))
     with pytest.MonkeyPatch.context() as patch, by(True):
-        patch.setattr(absorbed_triton_clla, "_tile", lambda *_: tile)
+        patch.setattr(absorbed_triton_clla, "tile_of", lambda *_: tile)
         loose = ("count", "block_count")
         return launched(absorbed_triton_clla, "absorbed_kernel", lambda: rows.sums(query, 0.1), not_specialized=loose)
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 import torch
 
-from clla.modeling import attention_triton_clla
+from clla.modeling import attention_clla, attention_triton_clla
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("bf16_products")
@@ -128,7 +128,7 @@ def test_wrong_kernels_are_not_timed(
     wrong: float, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = attention_triton_clla.packed_sums
-    monkeypatch.setattr(benchmark.attention_clla, "packed_sums", lambda *a: right(*a) * wrong)
+    monkeypatch.setattr(attention_clla, "packed_sums", lambda *a: right(*a) * wrong)
     with pytest.raises(SystemExit, match=r"tiny in torch\.float32: errors"):
         benchmark.main(["--dry-run"])
     assert not capsys.readouterr().out
