@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from typing_extensions import TypedDict, Unpack
 
 from clla import console
-from clla.arguments import Count, Dtype, Name, Place, Word, checked, parse_size
+from clla.arguments import STRICT, Count, Dtype, Name, Place, Word, checked, parse_size
 from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
@@ -25,7 +26,7 @@ from clla.heal.checkpoint import CheckpointOptions, heal_checkpoint
 from clla.heal.run import Healing
 from clla.hub.revision import beside, plain_name
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.recipe import Recipe, load_recipe, plan_changes
+from clla.recipe import Recipe, changes_of, load_recipe
 from clla.source.device import pick_device
 from clla.storage.places import expanded
 from clla.text.reading import check_text
@@ -45,31 +46,66 @@ class Healed:
     healing: Healing
 
 
+class RecipeChanges(TypedDict, total=False):
+    """Fields of a recipe that arguments of `convert_model` replace; see `clla recipes show --schema`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    kv_budget: str | float | None
+    at_context: int | None
+    window: int | None
+    sinks: int | None
+    evict: float | None
+    max_group_size: int | None
+    bits: str | Sequence[int] | None
+    source: str | None
+    planner: str | None
+    dataset: Name | None
+    calibration_tokens: int | None
+    sequence_length: int | None
+    seed: int | None
+    heal: bool
+    heal_tokens: int | None
+    heal_train: str | None
+    tracker: Word | None
+    dtype: str | None
+    placement: str | None
+
+
+class HealChanges(TypedDict, total=False):
+    """Fields of a recipe's `heal` section; see `clla recipes show --schema`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    tokens: int | None
+    train: str | None
+    codec_lr: float | None
+    weight_lr: float | None
+    sequence_length: int | None
+    batch_tokens: int | None
+    codec_share: float | None
+    cache_share: float | None
+    evaluations: int | None
+    dataset: Name | None
+    gradient_checkpointing: bool | None
+    seed: int | None
+
+
+class RetrievalOptions(TypedDict, total=False):
+    """How codes are planted: in how many tokens, and how often."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    retrieval_context: Annotated[Count, Field(ge=128)] | None
+    retrieval_trials: Count
+
+
 @checked
 def convert_model(
     model: Place,
     *,
     output: Place | None = None,
     recipe: Place | Recipe = "balanced",
-    kv_budget: str | float | None = None,
-    at_context: int | None = None,
-    window: int | None = None,
-    sinks: int | None = None,
-    evict: float | None = None,
-    max_group_size: int | None = None,
-    bits: str | Sequence[int] | None = None,
-    source: str | None = None,
-    planner: str | None = None,
-    dataset: Name | None = None,
-    calibration_tokens: int | None = None,
-    sequence_length: int | None = None,
-    seed: int | None = None,
-    heal: bool = False,
-    heal_tokens: int | None = None,
-    heal_train: str | None = None,
-    tracker: Word | None = None,
-    dtype: str | None = None,
-    placement: str | None = None,
     device: Word = "auto",
     dry_run: bool = False,
     resume: bool = False,
@@ -78,19 +114,14 @@ def convert_model(
     max_shard_size: str | None = None,
     adapter_only: bool = False,
     overwrite: bool = False,
+    **changes: Unpack[RecipeChanges],
 ) -> Conversion:
     """Convert a model to shared latents within a KV byte budget, and write a checkpoint.
 
     Args:
         model: Hub id, directory, .gguf file or `demo`.
         output: directory of the checkpoint; default `./MODEL-clla`.
-        recipe: built-in name, YAML file or `Recipe`. What is given of the arguments from `kv_budget` to `heal_train`,
-            `dtype` and `placement` replaces fields of it; `clla recipes show --schema` says what they mean.
-        kv_budget: '6.25%', 0.0625 or '1440B' a token.
-        bits: widths allowed, '2,4,8' or (2, 4, 8).
-        heal: train briefly against the source afterwards.
-        tracker: of accelerate, for healing.
-        dtype: to compute in: auto, float32, bfloat16.
+        recipe: built-in name, YAML file or `Recipe`.
         device: auto, cpu, cuda, …
         dry_run: stop after the plan; nothing is written.
         resume: take up the finished stages of an interrupted run.
@@ -99,6 +130,11 @@ def convert_model(
         max_shard_size: of the weight files, e.g. '5GB' or '2GiB'.
         adapter_only: save the codec without the source's weights.
         overwrite: replace an earlier conversion in `output`.
+        **changes: what replaces fields of the recipe (`RecipeChanges`): `kv_budget` ('6.25%', 0.0625 or '1440B' per
+            token), `at_context`, `window`, `sinks`, `evict`, `max_group_size`, `bits` ('2,4,8' or (2, 4, 8)), `source`,
+            `planner`, `dataset`, `calibration_tokens`, `sequence_length`, `seed`, `dtype` to compute in, `placement`;
+            `heal=True` trains briefly against the source afterwards, with `heal_tokens`, `heal_train`, and a `tracker`
+            of accelerate.
 
     Returns:
         Plan, resolved recipe, what was measured, and the converted model, which generates, in the dtype that was
@@ -106,40 +142,26 @@ def convert_model(
 
     Raises:
         CllaError: bad input, a limit, or an argument of another type or out of range; nothing is left half-written.
+
+    Example:
+        >>> done = clla.convert_model("MODEL", kv_budget="6.25%")  # doctest: +SKIP
+        >>> done.plan.row_bytes  # doctest: +SKIP
     """
     base = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    healing = {"heal": {"tokens": heal_tokens, "train": heal_train}}
-    chosen = base.override(
-        {
-            "calibration": {
-                "dataset": dataset,
-                "tokens": calibration_tokens,
-                "sequence_length": sequence_length,
-                "seed": seed,
-            },
-            **plan_changes(
-                kv_budget=kv_budget,
-                at_context=at_context,
-                window=window,
-                sinks=sinks,
-                evict=evict,
-                max_group_size=max_group_size,
-                bits=bits,
-                source=source,
-                planner=planner,
-            ),
-            "runtime": {"compute_dtype": dtype, "placement": placement},
-            **(healing if heal or base.heal is not None else {}),
-        }
-    )
-    if chosen.heal is None and (heal_tokens is not None or heal_train is not None or tracker is not None):
+    options = dict(changes)
+    heal, tracker = options.pop("heal", False), changes.get("tracker")
+    options.pop("tracker", None)
+    wanted = changes_of(options)
+    trained = wanted.pop("heal", {})
+    chosen = base.override({**wanted, **({"heal": trained} if heal or base.heal is not None else {})})
+    if chosen.heal is None and (trained or tracker is not None):
         raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
     if max_shard_size is not None and adapter_only:
         raise UsageError(
             "--max-shard-size with --adapter-only", expected="one of them: no weights are saved", remedy="leave one out"
         )
     folder = expanded(output or f"{plain_name(str(model))}-clla").resolve()
-    options = Options(
+    run = Options(
         output=folder,
         device=device,
         overwrite=overwrite,
@@ -151,7 +173,7 @@ def convert_model(
         tracker=tracker,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
     )
-    return run_conversion(str(model), chosen, options)
+    return run_conversion(str(model), chosen, run)
 
 
 @checked
@@ -159,18 +181,6 @@ def heal_model(
     checkpoint: Place,
     *,
     output: Place | None = None,
-    tokens: int | None = None,
-    train: str | None = None,
-    codec_lr: float | None = None,
-    weight_lr: float | None = None,
-    sequence_length: int | None = None,
-    batch_tokens: int | None = None,
-    codec_share: float | None = None,
-    cache_share: float | None = None,
-    evaluations: int | None = None,
-    dataset: Name | None = None,
-    gradient_checkpointing: bool = False,
-    seed: int | None = None,
     teacher: Name | None = None,
     tracker: Word | None = None,
     device: Word = "auto",
@@ -179,13 +189,13 @@ def heal_model(
     work_dir: Place | None = None,
     report: bool = True,
     overwrite: bool = False,
+    **changes: Unpack[HealChanges],
 ) -> Healed:
     """Train a converted model briefly against its source, and write another checkpoint.
 
     Args:
         checkpoint: directory or Hub id.
         output: directory of the healed checkpoint; default `CHECKPOINT-healed`.
-        tokens: to train on. This and the arguments up to `seed` are the recipe's `heal` section.
         teacher: the source model; default: the checkpoint's own weights, or where they came from.
         tracker: of accelerate.
         device: auto, cpu, cuda, …
@@ -194,24 +204,19 @@ def heal_model(
         work_dir: keep text and states here.
         report: measure before and after.
         overwrite: replace an earlier checkpoint in `output`.
+        **changes: fields of the recipe's `heal` section (`HealChanges`): `tokens` to train on, what to `train`,
+            `codec_lr`, `weight_lr`, `sequence_length`, `batch_tokens`, `codec_share`, `cache_share`, `evaluations`,
+            `dataset`, `gradient_checkpointing`, `seed`.
+
+    Returns:
+        The directory, what was measured before and after, and the course of the training.
 
     Raises:
         CllaError: bad input, or a limit; nothing is left half-written.
+
+    Example:
+        >>> clla.heal_model("MODEL-clla", tokens=1_000_000)  # doctest: +SKIP
     """
-    changes = {
-        "tokens": tokens,
-        "train": train,
-        "codec_lr": codec_lr,
-        "weight_lr": weight_lr,
-        "sequence_length": sequence_length,
-        "batch_tokens": batch_tokens,
-        "codec_share": codec_share,
-        "cache_share": cache_share,
-        "evaluations": evaluations,
-        "dataset": dataset,
-        "gradient_checkpointing": gradient_checkpointing or None,
-        "seed": seed,
-    }
     folder = expanded(output or beside(str(checkpoint), "-healed")).resolve()
     options = CheckpointOptions(
         output=folder,
@@ -224,7 +229,7 @@ def heal_model(
         report=report,
         tracker=tracker,
     )
-    _, after, healing = heal_checkpoint(str(checkpoint), changes, options)
+    _, after, healing = heal_checkpoint(str(checkpoint), dict(changes), options)
     return Healed(folder, after, healing)
 
 
@@ -239,11 +244,10 @@ def evaluate_model(
     select_tokens: Count | None = None,
     contexts: Annotated[Sequence[Count], Field(min_length=1)] | None = None,
     retrieval: bool = True,
-    retrieval_context: Annotated[Count, Field(ge=128)] | None = None,
-    retrieval_trials: Count = 8,
     teacher: Name | None = None,
     device: Word = "auto",
     dtype: Dtype = "auto",
+    **planted: Unpack[RetrievalOptions],
 ) -> Report:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source.
 
@@ -256,16 +260,24 @@ def evaluate_model(
         chunk: tokens a forward pass; default: the exact window.
         select_tokens: old tokens read in full; a forward pass then takes as few tokens as that needs.
         contexts: lengths in tokens at which caches are measured; default 512, 2048 and 8192, as far as the model goes.
-        retrieval: also plant codes in `retrieval_context` tokens (default 4096, or what the model takes),
-            `retrieval_trials` times, and ask for them.
+        retrieval: also plant codes and ask for them.
         teacher: source model, where the weights were trained; default: from the recipe.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16.
+        **planted: `retrieval_context`, tokens in which a code is planted (default 4096, or what the model takes), and
+            `retrieval_trials` (default 8).
+
+    Returns:
+        What was measured of both, and the plan.
 
     Raises:
         CllaError: no such checkpoint, it is damaged, the model has no positions for a length, or there is too little
             text.
+
+    Example:
+        >>> clla.evaluate_model("MODEL-clla").quality["converted"]["perplexity"]  # doctest: +SKIP
     """
+    retrieval_context, retrieval_trials = planted.get("retrieval_context"), planted.get("retrieval_trials", 8)
     where = pick_device(device)
     check_text(text)
     folder = checkpoint_folder(str(checkpoint))

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, validat
 from clla.errors import UsageError, is_unicode
 from clla.recipe import LARGEST
 
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")  # also of keywords that are a TypedDict
 P = ParamSpec("P")
 R = TypeVar("R")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -53,7 +54,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         UsageError: an argument has another type or is out of range.
     """
-    validated = validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(function)
+    validated = validate_call(config=STRICT)(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,21 +48,21 @@ class CalibrationConfig(_Section):
     )
     tokens: int | None = Field(None, gt=0, description="tokens to read; by default 16384 on CPU, 262144 on GPU")
     sequence_length: int | None = Field(
-        None, ge=SHORTEST, description="tokens a sequence; by default 1024, or as many as the model takes"
+        None, ge=SHORTEST, description="tokens per sequence; by default 1024, or as many as the model takes"
     )
-    batch_size: int | None = Field(None, ge=1, description="sequences a forward pass; by default 1 on CPU, 8 on GPU")
+    batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; by default 1 on CPU, 8 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
     metric_every: int = Field(
         2,
         ge=1,
-        description="the Fisher metric is taken from every so many-th batch alone, as its gradients cost the most",
+        description="estimate the Fisher metric on every n-th batch only; its backward pass dominates the cost",
     )
     basis: int = Field(
         2048,
         ge=16,
-        description="more values a token and layer than these are reduced to so many coordinates, to bound memory",
+        description="most coordinates in which the moments of one layer are kept, to bound memory",
     )
-    seed: int = Field(0, description="of shuffling and of sampled labels")
+    seed: int = Field(0, description="seed of shuffling and of sampled labels")
 
 
 class BudgetConfig(_Section):
@@ -80,8 +80,8 @@ class BudgetConfig(_Section):
         None,
         gt=0,
         lt=1,
-        description="share of the latents that leaves again at `at_context`: each group drops the least attended; "
-        "for budgets below what latents alone reach",
+        description="fraction of the cached latents to evict at `at_context`, least attended first; for budgets below "
+        "what latents alone reach",
     )
 
     @field_validator("kv_budget", mode="before")
@@ -119,7 +119,7 @@ class PlanConfig(_Section):
     rope_components: int | None = Field(
         None, ge=8, description="values of a layer group's rotary key, a multiple of 8; default: the head dim"
     )
-    rope_bits: int = Field(6, description="bits a value of the rotary key")
+    rope_bits: int = Field(6, description="bit width of the rotary key's components")
     layout: Literal["free", "deepseek"] = Field(
         "free", description="'deepseek' keeps decoupled keys within what DeepseekV3 can express (clla export)"
     )
@@ -131,6 +131,11 @@ class PlanConfig(_Section):
     )
     metric_power: float = Field(0.75, ge=0, le=1, description="exponent of the Fisher metric")
     flush_block: int = Field(16, ge=1, description="tokens that leave the exact window at once")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("bits")
     @classmethod
@@ -157,9 +162,7 @@ class PlanConfig(_Section):
 class RuntimeConfig(_Section):
     """How the model computes."""
 
-    prefill_chunk: int = Field(
-        512, ge=1, description="tokens a forward pass takes at most; they see each other exactly"
-    )
+    prefill_chunk: int = Field(512, ge=1, description="most tokens of one forward pass; they see each other exactly")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
     )
@@ -178,22 +181,22 @@ class RuntimeConfig(_Section):
 class HealConfig(_Section):
     """Brief distillation of the converted model against its source, on its quantized latents."""
 
-    tokens: int | None = Field(None, gt=0, description="to train on; default by budget and device")
+    tokens: int | None = Field(None, gt=0, description="tokens to train on; by default chosen by budget and device")
     train: Literal["codec", "attention", "all"] | None = Field(
         None, description="what learns beside the codec; default: nothing from 10 % of the cache on, all weights below"
     )
     codec_lr: float | None = Field(
         None,
         gt=0,
-        description="highest learning rate of the codec; default 1e-3 for 65536 tokens a step, by square root",
+        description="highest learning rate of the codec; default 1e-3 for 65536 tokens per step, by square root",
     )
     weight_lr: float | None = Field(
         None, gt=0, description="highest learning rate of the weights; default a tenth of the codec's"
     )
     sequence_length: int | None = Field(
-        None, ge=SHORTEST, description="tokens a sequence; by default 2048, or as many as the model takes"
+        None, ge=SHORTEST, description="tokens per sequence; by default 2048, or as many as the model takes"
     )
-    batch_tokens: int | None = Field(None, gt=0, description="tokens a step; by default 2048 on CPU, 65536 on GPU")
+    batch_tokens: int | None = Field(None, gt=0, description="tokens per step; by default 2048 on CPU, 65536 on GPU")
     codec_share: float = Field(
         0.0, ge=0, lt=1, description="share of the tokens that first trains codecs alone, against attention outputs"
     )
@@ -203,7 +206,7 @@ class HealConfig(_Section):
     evaluations: int = Field(10, ge=1, description="how often held-out KL is measured and the state is saved")
     dataset: str | None = Field(None, description="as calibration.dataset, which is the default")
     gradient_checkpointing: bool = Field(False, description="compute layers twice to save memory")
-    seed: int = Field(0, description="of the order of the text")
+    seed: int = Field(0, description="seed of the order of the text")
 
 
 class Provenance(_Section):
@@ -251,34 +254,36 @@ class Recipe(_Section):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
-def plan_changes(
-    *,
-    kv_budget: str | float | None,
-    at_context: int | None,
-    window: int | None,
-    sinks: int | None,
-    evict: float | None,
-    max_group_size: int | None,
-    bits: str | Sequence[int] | None,
-    source: str | None,
-    planner: str | None,
-) -> dict[str, dict[str, Any]]:
-    """Changes of a recipe's budget and plan that options stand for."""
-    return {
-        "budget": {
-            "kv_budget": kv_budget,
-            "at_context": at_context,
-            "window": window,
-            "sinks": sinks,
-            "evict": evict,
-        },
-        "plan": {
-            "max_group_size": max_group_size,
-            "bits": bits.split(",") if isinstance(bits, str) else bits,
-            "source": source,
-            "planner": planner,
-        },
-    }
+# Options of functions and commands: the section and the field of a recipe that each stands for.
+OPTIONS = {
+    **{name: ("budget", name) for name in ("kv_budget", "at_context", "window", "sinks", "evict")},
+    **{name: ("plan", name) for name in ("max_group_size", "bits", "source", "planner")},
+    "dataset": ("calibration", "dataset"),
+    "calibration_tokens": ("calibration", "tokens"),
+    "sequence_length": ("calibration", "sequence_length"),
+    "seed": ("calibration", "seed"),
+    "heal_tokens": ("heal", "tokens"),
+    "heal_train": ("heal", "train"),
+    "dtype": ("runtime", "compute_dtype"),
+    "placement": ("runtime", "placement"),
+}
+SECTIONS: dict[str, type[_Section]] = {
+    "calibration": CalibrationConfig,
+    "budget": BudgetConfig,
+    "plan": PlanConfig,
+    "runtime": RuntimeConfig,
+    "heal": HealConfig,
+}
+
+
+def changes_of(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What options (`OPTIONS`) change in a recipe, as `Recipe.override` takes it; None changes nothing."""
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if value is not None:
+            section, field = OPTIONS[name]
+            changes.setdefault(section, {})[field] = value
+    return changes
 
 
 def parse_budget(text: str, *, source_bytes: float) -> float:

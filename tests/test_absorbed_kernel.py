@@ -200,6 +200,7 @@ def test_compilers_follow_whole(kernels: bool, kernel_device: str) -> None:
         close(compiled(problem.query), problem.naive(), 5e-6)
 
 
+@pytest.mark.slow
 def test_models_read_rows_by_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A padded batch, with a prompt of few tokens: by kernels and by the twin alike, and not by neither."""
     launches, launch = [], absorbed_clla.absorbed_logits
@@ -242,6 +243,7 @@ def case_of(heads: int, rank: int, tile: tuple[int, int], *, new: int = 1, dtype
         return launched(absorbed_triton_clla, "absorbed_kernel", lambda: rows.sums(query, 0.1), not_specialized=loose)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_fit_and_read_queries_ahead() -> None:
     """Rows of queries are known to be aligned, or they would be read one number at a time and wait for each."""
     few = [case_of(9, 512, (128, 8)), case_of(32, 2048, (64, 8)), case_of(32, 2048, (32, 4))]

@@ -20,6 +20,7 @@ from typer.main import get_command
 
 import clla
 from clla import api, cli
+from clla.api import HealChanges, RecipeChanges, RetrievalOptions
 from clla.storage.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,7 @@ def test_what_is_not_there_is_an_attribute_error() -> None:
     assert set(clla.__all__) <= set(dir(clla))
 
 
+@pytest.mark.slow
 def test_a_user_file_is_checked(tmp_path: Path) -> None:
     """By mypy, which must know the functions and their results, and the packages of the same names."""
     (tmp_path / "user.py").write_text(USER, encoding="utf-8")
@@ -77,6 +79,12 @@ def test_a_user_file_is_checked(tmp_path: Path) -> None:
 def test_commands_and_functions_have_the_same_options(name: str) -> None:
     function = getattr(api, {"eval": "evaluate"}.get(name, name) + "_model")
     own = set(inspect.signature(function).parameters)
+    own = own - {"changes", "planted"} | {
+        field
+        for kinds in (RecipeChanges, HealChanges, RetrievalOptions)
+        if kinds.__name__ in str(inspect.signature(function))
+        for field in kinds.__annotations__
+    }
     options = {option.name for option in get_command(cli.app).commands[name].params}  # type: ignore[attr-defined]
     assert options - own <= {"as_json", "push_to_hub", "private"}
     assert own <= options
@@ -112,6 +120,7 @@ def test_the_function_does_what_the_command_does(pico_dir: Path, text_file: Path
     assert json.loads(command("eval", tmp_path / "b", *flags).stdout) == report.to_json()
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as they stand, on a model in the directory `MODEL`."""
     pico_of(pico_config("llama", max_position_embeddings=32_768)).save_pretrained(tmp_path / "MODEL")

@@ -134,6 +134,7 @@ def check_no_path(folder: Path, *paths: Path) -> None:
     assert not [path for path in (folder, *paths) if str(path) in text or str(path.parent) in text]
 
 
+@pytest.mark.slow
 def test_a_conversion_from_a_directory(measured: Path, source: Path, text_file: Path) -> None:
     card = card_of(measured)
     assert card.data.base_model is None and "base_model_relation" not in card.data
@@ -148,6 +149,7 @@ def test_a_conversion_from_a_directory(measured: Path, source: Path, text_file: 
     check_no_path(measured, source, text_file)
 
 
+@pytest.mark.slow
 def test_a_healed_checkpoint_shows_before_and_after(healed: Path, measured: Path) -> None:
     card, report = card_of(healed), read_json(healed / "clla_report.json")
     assert report["healing"]["verdict"] in card.text and "clla_healing.png" in card.text
@@ -160,6 +162,7 @@ def test_a_healed_checkpoint_shows_before_and_after(healed: Path, measured: Path
     check_no_path(healed, measured)
 
 
+@pytest.mark.slow
 def test_the_code_of_the_card_runs_without_clla(
     measured: Path, source: Path, pico_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_report_names_source_int4_and_converted(converted: Path) -> None:
     assert measured["int4"]["bytes_per_token"] < measured["source"]["bytes_per_token"]
 
 
+@pytest.mark.slow
 def test_loads_and_generates_without_clla(converted: Path, tmp_path: Path) -> None:
     """The shipped code alone gives the same logits, and generates in every way."""
     import clla  # noqa: F401 - registers the architecture
@@ -169,6 +170,7 @@ def test_another_budget_replans_without_the_model(
     assert second["row_bytes"] < first["row_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -217,6 +219,7 @@ def test_the_model_can_write_its_own_calibration_text(pico_dir: Path, tmp_path: 
        "--sequence-length", "64", "--at-context", "512", "--kv-budget", "30%", "--dry-run")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_eval_reports_what_was_measured(converted: Path, text_file: Path) -> None:
     result = ok("eval", converted, "--text", text_file, "--windows", "2", "--window-length", "512", "--contexts",
                 "128,512,900", "--retrieval-context", "400", "--retrieval-trials", "2", "--json")  # fmt: skip
@@ -255,7 +258,7 @@ def _refuse(*args: object, **kwargs: object) -> None:
     raise _Stop("this must not run again")
 
 
-@pytest.mark.parametrize("stage", ["run.make_codec", "pipeline.write_checkpoint"])
+@pytest.mark.parametrize("stage", ["stages.make_codec", "pipeline.write_checkpoint"])
 def test_resume_after_an_interruption(
     pico_dir: Path, text_file: Path, converted: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

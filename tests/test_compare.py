@@ -58,6 +58,7 @@ def folder(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.mark.slow
 def test_every_method_is_in_the_table(folder: Path) -> None:
     data = json.loads((folder / "comparison.json").read_text())
     rows = data["rows"]

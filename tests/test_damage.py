@@ -91,6 +91,7 @@ def test_whole_checkpoints_load(kind: str, copies: Path) -> None:
     assert check_files(copies / kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "sharded", "adapter"])
 def test_damage_to_any_file_is_noticed(kind: str, copies: Path) -> None:
     dice, folder = random.Random(0), copies / kind
@@ -122,6 +123,7 @@ def _same_json(a: bytes, b: bytes) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "sharded", "adapter", "base"])
 def test_one_flipped_bit_in_any_weight_is_noticed(kind: str, copies: Path) -> None:
     """In the payload of every tensor, the lowest bit of a mantissa too; for a codec alone also in its base model."""

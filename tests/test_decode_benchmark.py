@@ -81,6 +81,7 @@ def test_settings_are_swept(
     assert "sums {'tokens': 32, 'components': 16}: wrong" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_in_both_dtypes(benchmark: ModuleType) -> None:
     with torch.inference_mode(), benchmark._kernels(True):
         for dtype, tolerance in benchmark.TOLERANCE.items():

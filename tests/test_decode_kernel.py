@@ -388,6 +388,7 @@ def test_small_weights_count_in_fp16(kernels: bool, count: int, kernel_device: s
     assert error < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "static"),
     [("llama", False), ("llama", True), ("smollm3", False), ("gpt_neox", True), ("cohere", False), ("gpt2", True)],
@@ -455,6 +456,7 @@ def case_of(shape: str, kernel: str, tile: tuple[int, int], **changed: Any) -> C
         return launched(attention_triton_clla, kernel, calls[kernel], not_specialized=loose)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_spill_next_to_nothing_and_read_decoders_ahead() -> None:
     """Rows of decoders are known to be aligned, or they would be read one number at a time and wait for each."""
     shapes, tiles = ("smollm2-135m", "llama-3-8b"), ((128, 8), (64, 8), (32, 4))
@@ -466,6 +468,7 @@ def test_compiled_kernels_spill_next_to_nothing_and_read_decoders_ahead() -> Non
         assert report[90]["wgmma"] > 0 or tile[0] < 64, shape  # they take 64 rows
 
 
+@pytest.mark.slow
 def test_compiled_sums_and_many_queries_fit() -> None:
     """Without matrix units for fp32, and with more query rows than a tile takes at once."""
     sums = case_of("llama-3-8b", "sums_kernel", (32, 4))

@@ -35,6 +35,7 @@ def test_a_sound_environment_has_no_problem() -> None:
     assert "torch:" in text and "\x1b" not in text
 
 
+@pytest.mark.slow
 def test_broken_packages_are_findings(tmp_path: Path) -> None:
     """An import that fails in its own way, one that is missing, and a version that is too old."""
     (tmp_path / "transformers").mkdir()

@@ -326,6 +326,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_run_without_clla(folder: Path) -> None:
     """The shipped code alone, in one process for all families."""
     paths = {}

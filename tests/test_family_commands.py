@@ -56,6 +56,7 @@ def ran(command: str, name: str, *arguments: object) -> Any:
     return done if command == "generate" else json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_commands(name: str, folder: Path) -> None:
     kind = {**FAMILY_CONFIGS, **OTHER_CONFIGS}[name][0]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import pico
 from helpers import converted_of, plan_of, stats_of, strict_of, tokens
 
@@ -26,6 +27,7 @@ assert len({module.NAMESPACE for module in names}) == len(folders), names
 """
 
 
+@pytest.mark.slow
 def test_folders_of_any_name_load_side_by_side(tmp_path: Path) -> None:
     """In one process, without the package; what each registers by name does not get into another's way."""
     model = pico()

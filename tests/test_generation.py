@@ -176,6 +176,7 @@ def test_settings_given_on_loading_are_followed(saved: str, tmp_path: Path) -> N
         assert output.logits.dtype == torch.bfloat16 == model.codec.groups[0].encoder.dtype
 
 
+@pytest.mark.slow
 def test_another_process_opens_a_pickled_model(tmp_path: Path) -> None:
     converted, ids = lossy(), tokens(1, 50)
     with torch.no_grad():

@@ -386,6 +386,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Distiller, Progr
     return distiller, progress, folder
 
 
+@pytest.mark.slow
 def test_healing_halves_the_held_out_kl(unbroken: tuple[Distiller, Progress, Path]) -> None:
     distiller, progress, _ = unbroken
     assert progress.best.held_out < 0.5 * progress.start_kl and not progress.stopped
@@ -393,6 +394,7 @@ def test_healing_halves_the_held_out_kl(unbroken: tuple[Distiller, Progress, Pat
     assert [point.step for point in progress.history] == [0, 10, 20, 30, 40, 50, 60]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", (3, 37, 57))
 def test_a_run_taken_up_again_equals_an_unbroken_one(
     unbroken: tuple[Distiller, Progress, Path], tmp_path: Path, stop: int
@@ -520,6 +522,7 @@ SMALL = ["--tokens", "16384", "--sequence-length", "128", "--batch-tokens", "512
 SMALL += ["--codec-lr", "5e-4", "--weight-lr", "5e-5"]
 
 
+@pytest.mark.slow
 def test_heal_writes_a_checkpoint_that_loads_and_tells(checkpoint: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -546,6 +549,7 @@ def test_heal_writes_a_checkpoint_that_loads_and_tells(checkpoint: Path, tmp_pat
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_healing_again_needs_the_source(checkpoint: Path, tmp_path: Path, pico_dir: Path) -> None:
     """Weights that were trained are no teacher; the recipe says where the source is."""
     once, twice = tmp_path / "once", tmp_path / "twice"
@@ -563,6 +567,7 @@ def test_healing_again_needs_the_source(checkpoint: Path, tmp_path: Path, pico_d
     assert refused.exit_code == 1 and "gone" in refused.stderr
 
 
+@pytest.mark.slow
 def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -585,6 +590,7 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
     assert refused.exit_code == 2 and "--heal" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then --resume: the same weights as without the kill."""
     from safetensors.torch import load_file
@@ -606,6 +612,7 @@ def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
     """Data-parallel training: the mean of two half batches' gradients is the whole batch's."""
     from safetensors.torch import load_file
@@ -625,6 +632,7 @@ def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
     assert histories[0][1]["held_out"] != histories[0][0]["held_out"]
 
 
+@pytest.mark.slow
 def test_another_run_is_not_taken_up(checkpoint: Path, tmp_path: Path) -> None:
     command = ["heal", checkpoint, *SMALL, "--train", "codec", "--no-report", "--work-dir", tmp_path / "work"]
     assert clla(*command, "-o", tmp_path / "one").exit_code == 0
@@ -692,6 +700,7 @@ def test_a_name_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         assert "a directory or Hub id" in refused.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_path: Path, text_file: Path) -> None:
     healed = tmp_path / "healed"
     assert clla("heal", checkpoint, "-o", healed, *SMALL, "--train", "all", "--no-report").exit_code == 0
@@ -701,6 +710,7 @@ def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_p
     assert found[0]["converted"] != found[1]["converted"]
 
 
+@pytest.mark.slow
 def test_text_of_its_own_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     options = ["--tokens", "2048", "--sequence-length", "64", "--batch-tokens", "256", "--device", "cpu", "--no-report"]
     done = clla("heal", checkpoint, "-o", tmp_path / "out", *options, "--dataset", "self", "--work-dir", tmp_path / "w")

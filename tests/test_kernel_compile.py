@@ -34,6 +34,7 @@ def test_kernels_run_in_the_interpreter_or_on_a_gpu(kernel_device: str) -> None:
     assert torch.equal(y[:90], 2 * x[:90]) and bool((y[90:] == -1).all())
 
 
+@pytest.mark.slow
 def test_reports_hold_registers_and_shared_memory_and_see_what_is_spilled() -> None:
     plain = Case(f"{__name__}:double", {**POINTERS, "n": "i32"}, {"BLOCK": 128})
     small, large, spilling = (

@@ -183,6 +183,7 @@ def test_ten_kills(
     assert killed >= KILLS - 2, "most of them must hit a living process"
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed(
     unbroken: tuple[dict[str, bytes], float, list[str]], pico_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_a_command_that_is_killed(
     assert contents(tmp_path / "out") == unbroken[0]
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_survives_until_the_new_one_is_complete(
     server: Server,
     unbroken: tuple[dict[str, bytes], float, list[str]],

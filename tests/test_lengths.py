@@ -148,6 +148,7 @@ def converted(gpt2_dir: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_defaults_keep_to_the_positions(converted: Path) -> None:
     found = clla("eval", converted, "--windows", 1, "--retrieval-trials", 1, "--json")
     assert found.exit_code == 0, found.output + found.stderr

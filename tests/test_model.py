@@ -279,6 +279,7 @@ def test_both_names_of_the_cache_are_understood() -> None:
         converted(ids, cache=converted.new_cache(), past_key_values=converted.new_cache())
 
 
+@pytest.mark.slow
 def test_long_generation_does_not_grow_beyond_plan() -> None:
     model, stats = source_and_stats("llama")
     plan = plan_of(stats, model, bits=2, rank=32)

@@ -77,6 +77,7 @@ def test_an_empty_spectrum_has_no_frontier(stats: Stats) -> None:
     assert found["frontier"] == {"row_bytes": [], "loss": []}
 
 
+@pytest.mark.slow
 def test_the_codec_keeps_the_outlook_and_an_older_one_gets_it(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--dataset", text_file, "--calibration-tokens", 1024, "--sequence-length", 128, "--no-report"]
     options += ["--window", 8, "--at-context", 0, "--kv-budget", "3%", "--work-dir", tmp_path / "work"]

@@ -212,6 +212,7 @@ def test_the_module_can_be_imported_without_triton(monkeypatch: pytest.MonkeyPat
     assert "triton" not in get_imports(path)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_spill_nothing() -> None:
     """Few tokens in a piece, rows from a number; many tokens spread in any way, rows from a tensor."""
     types = dict.fromkeys(("tokens", "length", "out_stride_batch", "out_stride_row"), "i32")

@@ -28,6 +28,7 @@ def found() -> dict[tuple[str, ...], Any]:
     return {tuple(line["case"]): line for line in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_models_on_pretended_gpus(case: tuple[str, str, str], found: dict[tuple[str, ...], Any]) -> None:
     """No device is mixed up; a pass waits once, a step copies nothing from the host, kernels read."""

@@ -163,6 +163,7 @@ def test_any_valid_recipe_survives_yaml(data: dict[str, Any], recipe_file: Path)
     assert load_recipe(str(recipe_file)).to_yaml() == recipe.to_yaml()
 
 
+@pytest.mark.slow
 @given(data=documents(), draw=st.data())
 @settings(deadline=None, max_examples=120)
 def test_any_wrong_field_is_named(data: dict[str, Any], draw: st.DataObject, recipe_file: Path) -> None:
@@ -241,6 +242,7 @@ def splits(draw: st.DrawFn, longest: int = 110) -> list[int]:
     return [*ends, *range(length + 1, length + 1 + singles)]
 
 
+@pytest.mark.slow
 @given(plan=plans(), ends=splits(), batch=st.integers(1, 3), chunk=st.sampled_from([3, 7, 24, 512]))
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_any_plan_takes_the_bytes_that_it_says(plan: Plan, ends: list[int], batch: int, chunk: int) -> None:
@@ -268,6 +270,7 @@ def full_rank(source: str) -> CllaForCausalLM:
     return converted_of(model, plan_of(stats, model, groups=groups, source=source), stats)
 
 
+@pytest.mark.slow
 @given(
     source=st.sampled_from(["group", "first"]),
     window=st.integers(1, 30),

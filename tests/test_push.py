@@ -176,6 +176,7 @@ def names_no_place(files: dict[str, bytes], *places: Path) -> None:
             assert str(place).encode() not in files[name], name
 
 
+@pytest.mark.slow
 def test_models_come_back_as_they_went(
     client: Client, hub: Hub, checkpoint: Path, codec_alone: Path, from_hub: Path, source: dict[str, str],
     pico_dir: Path, text_file: Path, tmp_path: Path,
@@ -256,6 +257,7 @@ def test_no_place_of_this_machine_leaves(checkpoint: Path, text_file: Path, pico
         gather(folder, "ada/x", None, alone=False)
 
 
+@pytest.mark.slow
 def test_second_push_sends_no_big_file_and_branches_are_read(
     client: Client, hub: Hub, checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:

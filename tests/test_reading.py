@@ -77,6 +77,7 @@ def same(model: CllaForCausalLM, ids: Tensor, sizes: list[int], mask: Tensor | N
         assert (mine.encoded, mine.filled) == (theirs.encoded, theirs.filled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3])
 @pytest.mark.parametrize("source", ["group", "first"])
 @pytest.mark.parametrize("sinks", [0, 4])
@@ -329,6 +330,7 @@ class Graphs:
         return graph.forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "select"), [(False, None), (False, 12), (True, 12)], ids=["torch", "torch, selected", "kernels"]
 )

@@ -39,6 +39,7 @@ def test_own_parameters_keep_ties_and_storage() -> None:
         assert parameter.requires_grad == before[name].requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "cases"),
     [
@@ -53,6 +54,7 @@ def test_losses_and_gradients_are_those_of_a_whole_distiller(precision: str, cas
 # --- the command line ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ("codec", "all"))
 def test_sharded_training_equals_one_process(what: str, checkpoint: Path, tmp_path: Path) -> None:
     """Through accelerate's own launcher, with stage 1, checkpointed layers, steps on the cache, and once a report."""

@@ -38,6 +38,7 @@ def run(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return bench(checkpoint, *options, "--plot", plot) | {"picture": plot}
 
 
+@pytest.mark.slow
 def test_rows_cover_contexts_and_batches(run: dict[str, Any]) -> None:
     assert [(row["context"], row["batch"]) for row in run["rows"]] == [(100, 1), (100, 3), (300, 1), (300, 3)]
     for row in run["rows"]:
@@ -87,6 +88,7 @@ def test_what_it_ran_on_is_named(run: dict[str, Any]) -> None:
     assert run["picture"].stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_table_has_both_models() -> None:
     done = clla("bench", "--shape", "tiny", "--contexts", "64", *FAST)
     assert done.exit_code == 0, done.output + done.stderr
@@ -184,6 +186,7 @@ def test_a_repeated_sequence_is_as_one_prefilled_several_times(pair: Pair) -> No
         assert first.cache_bytes == second.cache_bytes and held[-1].get_seq_length() == 86
 
 
+@pytest.mark.slow
 def test_options_of_the_converted_cache_reach_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int | None] = []
     plain = pair.converted.new_cache
@@ -243,6 +246,7 @@ class Crowded(torch.nn.Module):
         return self.model(**kwargs)
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_a_result(pair: Pair) -> None:
     both = pair.contenders(static=False, source_chunk=None)
     both["source"] = Contender(Crowded(both["source"].model, 5), both["source"].new_cache)
@@ -284,12 +288,14 @@ def test_mistakes_say_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
     assert "float32" in mistake(*tiny, "--dtype", "int8")
 
 
+@pytest.mark.slow
 def test_contexts_beyond_the_model_are_told() -> None:
     done = clla("bench", "--shape", "tiny", "--contexts", "1030", *FAST)
     assert done.exit_code == 0 and "1024 positions" in " ".join(done.stderr.split())
     assert bench("--shape", "tiny")["settings"]["contexts"] == [512]  # of the default ones, those it is made for
 
 
+@pytest.mark.slow
 def test_positions_that_a_model_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pico("gpt2")
     stats = stats_of(model, batches=1)

@@ -242,6 +242,7 @@ def test_placement_follows_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_placement("spread", 1, cpu)
 
 
+@pytest.mark.slow
 def test_streaming_from_the_command_line(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     """The same weights bit for bit and as good a codec; no shard holds more than a layer."""
     whole, streamed = tmp_path / "whole", tmp_path / "streamed"
@@ -317,6 +318,7 @@ convert(model, Recipe().override(changes), Options(Path(out), device="cpu", repo
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on address space")
 def test_a_model_larger_than_memory_is_converted(text_file: Path, tmp_path: Path) -> None:
     """A hard limit: besides the files mapped, which takes no memory, little more than a third of the weights fits.
@@ -356,6 +358,7 @@ def test_a_model_larger_than_memory_is_converted(text_file: Path, tmp_path: Path
 # --- several processes ---
 
 
+@pytest.mark.slow
 def test_two_processes_calibrate_as_one(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     """Each reads half of the batches; the sums are those of all, and so are plan, codec and checkpoint."""
     command = ["convert", pico_dir, "--dataset", text_file, *SMALL, "--json"]

@@ -129,6 +129,7 @@ def test_converting_says_that_healing_is_needed(converted: tuple[Path, Any]) -> 
     assert all(len(group["rope_pairs"]) == 8 for group in config["groups"])  # a head of 16
 
 
+@pytest.mark.slow
 def test_healing_and_measuring(converted: tuple[Path, Any], text_file: Path, tmp_path: Path) -> None:
     folder, _ = converted
     out = tmp_path / "healed"

@@ -11,7 +11,6 @@ from typing import get_args
 
 import pytest
 
-from clla.commands import options as shared
 from clla.recipe import HealConfig, PlanConfig, RuntimeConfig
 from clla.recipes import builtin_recipes
 
@@ -100,11 +99,14 @@ def test_choices_are_those_of_recipes() -> None:
         inner = [arg for arg in get_args(wanted) if arg is not type(None)]
         return list(get_args(inner[0]) or inner)
 
-    assert shared.PLANNERS("") == literal(PlanConfig, "planner")
-    assert shared.SOURCES("") == literal(PlanConfig, "source")
-    assert shared.TRAINED("") == literal(HealConfig, "train")
-    assert shared.PLACEMENTS("") == literal(RuntimeConfig, "placement")
-    assert shared.DTYPES("") == literal(RuntimeConfig, "compute_dtype")
+    for option, section, field in (
+        ("planner", PlanConfig, "planner"),
+        ("source", PlanConfig, "source"),
+        ("heal-train", HealConfig, "train"),
+        ("placement", RuntimeConfig, "placement"),
+        ("dtype", RuntimeConfig, "compute_dtype"),
+    ):
+        assert completed("bash", f"clla convert x --{option} ").split() == literal(section, field)
 
 
 def test_slips_are_answered_with_the_nearest_word() -> None:
@@ -112,6 +114,7 @@ def test_slips_are_answered_with_the_nearest_word() -> None:
     assert "--kv-budget" in piped("convert", "x", "--kv-buget", "3%").stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", (("recipes", "cp", "nope"), ("convert", "--help"), ("convert", "--nope")))
 def test_colours_are_for_terminals_that_want_them(arguments: tuple[str, ...]) -> None:
     plain = piped(*arguments)
@@ -123,6 +126,7 @@ def test_colours_are_for_terminals_that_want_them(arguments: tuple[str, ...]) ->
     assert COLOUR.search(forced.stdout + forced.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", ({}, {"FORCE_COLOR": "1"}, {"TERM": "dumb"}))
 def test_a_bar_in_a_log_is_one_line(variables: dict[str, str]) -> None:
     script = """
@@ -138,6 +142,7 @@ with console.progress("Working", 40) as advance:
     assert len(written.strip().splitlines()) == 1 and "40/40" in written
 
 
+@pytest.mark.slow
 def test_tables_are_not_cut_in_a_narrow_terminal() -> None:
     script = """
 from rich.table import Table

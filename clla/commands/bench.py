@@ -9,7 +9,8 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.options import MOST, OUTPUT, Device, Dtype, errors, integers, path, start
+from clla.commands.options import OUTPUT, Device, Dtype, errors, integers, path, start
+from clla.recipe import LARGEST
 
 SHAPE = "A shape instead of a checkpoint"
 
@@ -27,19 +28,19 @@ def bench(
         Optional[str], typer.Option(help="Of the shape's latents: '6.25%', '1440B', …", rich_help_panel=SHAPE)
     ] = None,
     max_group_size: Annotated[
-        Optional[int], typer.Option(min=1, max=MOST, help="Layers that share a latent.", rich_help_panel=SHAPE)
+        Optional[int], typer.Option(min=1, max=LARGEST, help="Layers that share a latent.", rich_help_panel=SHAPE)
     ] = None,
     contexts: Annotated[
         Optional[str], typer.Option(help="Tokens in the cache; default 512,2048, on a GPU 2048,8192,32768.")
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Sequences at once, e.g. 1,8.")] = "1",
-    new_tokens: Annotated[int, typer.Option(min=2, max=MOST, help="Tokens decoded in each pass.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, max=MOST, help="Timed passes of each model.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, max=LARGEST, help="Tokens decoded in each pass.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, max=LARGEST, help="Timed passes of each model.")] = 3,
     prefill_chunk: Annotated[
         Optional[int],
         typer.Option(
             min=1,
-            max=MOST,
+            max=LARGEST,
             help="Tokens a call of the prefill; default as in generate(): the source takes all at once.",
         ),
     ] = None,
@@ -50,10 +51,10 @@ def bench(
         Optional[str], typer.Option(help="For the caches of the largest batch, on a CPU: e.g. 2GB.")
     ] = None,
     select_tokens: Annotated[
-        Optional[int], typer.Option(min=1, max=MOST, help="Only so many old tokens are decoded in full, the best.")
+        Optional[int], typer.Option(min=1, max=LARGEST, help="Only so many old tokens are decoded in full, the best.")
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Tell the converted cache its length beforehand.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of tokens and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of tokens and random weights.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     plot: Annotated[

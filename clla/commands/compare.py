@@ -9,8 +9,9 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.options import MOST, Device, errors, path, start
+from clla.commands.options import Device, errors, path, start
 from clla.errors import UsageError
+from clla.recipe import LARGEST
 from clla.storage.filenames import COMPARISON
 
 
@@ -23,21 +24,21 @@ def compare(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two windows, two budgets, two codes, main variants only.")
     ] = False,
-    windows: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Default 24, or 2 with --quick.")] = None,
+    windows: Annotated[Optional[int], typer.Option(min=1, max=LARGEST, help="Default 24, or 2 with --quick.")] = None,
     context: Annotated[
         Optional[int],
         typer.Option(
-            min=64, max=MOST, help="Tokens per window; budgets hold here. Default: 2048, or what the model takes."
+            min=64, max=LARGEST, help="Tokens per window; budgets hold here. Default: 2048, or what the model takes."
         ),
     ] = None,
     long_context: Annotated[
         Optional[int],
-        typer.Option(min=64, max=MOST, help="Where bytes are measured too; default: 8192, or what the model takes."),
+        typer.Option(min=64, max=LARGEST, help="Where bytes are measured too; default: 8192, or what the model takes."),
     ] = None,
-    chunk: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens a step.")] = 128,
+    chunk: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens a step.")] = 128,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
     retrieval_trials: Annotated[
-        Optional[int], typer.Option(min=0, max=MOST, help="Planted codes; default 16, or 2.")
+        Optional[int], typer.Option(min=0, max=LARGEST, help="Planted codes; default 16, or 2.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of table and pictures.", parser=path)] = Path(
         "comparison"

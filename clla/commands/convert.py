@@ -11,35 +11,25 @@ import typer
 
 from clla import console
 from clla.commands.options import (
-    CALIBRATION,
-    DTYPES,
     HEAL,
     OUTPUT,
-    PLACEMENTS,
-    PLAN,
-    PLANNERS,
     RUN,
-    TRAINED,
-    Bits,
     Device,
-    Evict,
-    KVBudget,
-    LatentSource,
-    MaxGroupSize,
     RecipeName,
-    Sinks,
     Tracker,
-    Window,
     as_object,
     errors,
     path,
     show_error,
     show_healing,
     start,
+    with_options,
 )
 from clla.errors import CllaError, UsageError
+from clla.recipe import OPTIONS
 
 
+@with_options(OPTIONS)
 def convert(
     model: Annotated[str, typer.Argument(help="Hub id (user/repo\\[@revision]), directory, .gguf file, or 'demo'.")],
     output: Annotated[
@@ -47,57 +37,10 @@ def convert(
         typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT, parser=path),
     ] = None,
     recipe: RecipeName = "balanced",
-    kv_budget: KVBudget = None,
-    at_context: Annotated[
-        Optional[int],
-        typer.Option(help="Context at which the budget holds; 0 counts latents only.", rich_help_panel=PLAN),
-    ] = None,
-    window: Window = None,
-    sinks: Sinks = None,
-    evict: Evict = None,
-    max_group_size: MaxGroupSize = None,
-    bits: Bits = None,
-    source: LatentSource = None,
-    planner: Annotated[
-        Optional[str],
-        typer.Option(
-            help="dynamic, uniform, cluster, pyramid or kvsharer.",
-            rich_help_panel=PLAN,
-            autocompletion=PLANNERS,
-        ),
-    ] = None,
-    dataset: Annotated[
-        Optional[str],
-        typer.Option(
-            help="'bundled', 'self', a .txt/.jsonl/.parquet file, or a Hub data set, user/name/config:split.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.", rich_help_panel=CALIBRATION)
-    ] = None,
-    sequence_length: Annotated[
-        Optional[int],
-        typer.Option(
-            help="Tokens per calibration sequence; default: 1024, or what the model takes.", rich_help_panel=CALIBRATION
-        ),
-    ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of shuffling and sampling.", rich_help_panel=CALIBRATION)] = None,
     heal: Annotated[
         bool, typer.Option("--heal", help="Train briefly against the source afterwards.", rich_help_panel=HEAL)
     ] = False,
-    heal_tokens: Annotated[
-        Optional[int], typer.Option(help="Default: by budget and device.", rich_help_panel=HEAL)
-    ] = None,
-    heal_train: Annotated[
-        Optional[str],
-        typer.Option(help="codec, attention or all weights.", rich_help_panel=HEAL, autocompletion=TRAINED),
-    ] = None,
     tracker: Tracker = None,
-    dtype: Annotated[
-        Optional[str],
-        typer.Option(help="Compute dtype: auto, float32, bfloat16.", rich_help_panel=RUN, autocompletion=DTYPES),
-    ] = None,
     device: Device = "auto",
     dry_run: Annotated[
         bool, typer.Option(help="Stop after the plan and write it as JSON.", rich_help_panel=RUN)
@@ -112,14 +55,6 @@ def convert(
         ),
     ] = None,
     report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
-    placement: Annotated[
-        Optional[str],
-        typer.Option(
-            help="device, spread (over GPUs) or stream (layers from disk).",
-            rich_help_panel=RUN,
-            autocompletion=PLACEMENTS,
-        ),
-    ] = None,
     max_shard_size: Annotated[
         Optional[str], typer.Option(help="Of the weight files, e.g. '5GB'.", rich_help_panel=OUTPUT)
     ] = None,
@@ -130,6 +65,7 @@ def convert(
     push_to_hub: Annotated[Optional[str], typer.Option(help="Upload as this repo id.", rich_help_panel=OUTPUT)] = None,
     private: Annotated[bool, typer.Option(help="Make the repository private.", rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+    **changes: Any,
 ) -> None:
     """Convert a model to shared latents within a KV byte budget."""
     with errors(as_json, interrupted="nothing half-written was left"):
@@ -150,25 +86,8 @@ def convert(
             model,
             output=output,
             recipe=recipe,
-            kv_budget=kv_budget,
-            at_context=at_context,
-            window=window,
-            sinks=sinks,
-            evict=evict,
-            max_group_size=max_group_size,
-            bits=bits,
-            source=source,
-            planner=planner,
-            dataset=dataset,
-            calibration_tokens=calibration_tokens,
-            sequence_length=sequence_length,
-            seed=seed,
             heal=heal,
-            heal_tokens=heal_tokens,
-            heal_train=heal_train,
             tracker=tracker,
-            dtype=dtype,
-            placement=placement,
             device=device,
             dry_run=dry_run,
             resume=resume,
@@ -177,6 +96,7 @@ def convert(
             max_shard_size=max_shard_size,
             adapter_only=adapter_only,
             overwrite=overwrite,
+            **changes,
         )
         folder = done.output
         if not PartialState().is_main_process:

@@ -8,22 +8,24 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.options import MOST, Device, Dtype, errors, integers, start
+from clla.commands.options import Device, Dtype, errors, integers, start
+from clla.recipe import LARGEST
 
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo\\[@revision].")],
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
-    windows: Annotated[int, typer.Option(min=1, max=MOST, help="Windows of text.")] = 4,
+    windows: Annotated[int, typer.Option(min=1, max=LARGEST, help="Windows of text.")] = 4,
     window_length: Annotated[
-        Optional[int], typer.Option(min=2, max=MOST, help="Tokens per window; default: 2048, or what the model takes.")
+        Optional[int],
+        typer.Option(min=2, max=LARGEST, help="Tokens per window; default: 2048, or what the model takes."),
     ] = None,
     chunk: Annotated[
-        Optional[int], typer.Option(min=1, max=MOST, help="Tokens a step; default: the exact window.")
+        Optional[int], typer.Option(min=1, max=LARGEST, help="Tokens a step; default: the exact window.")
     ] = None,
     select_tokens: Annotated[
         Optional[int],
-        typer.Option(min=1, max=MOST, help="Old tokens read in full; steps then are as short as that takes."),
+        typer.Option(min=1, max=LARGEST, help="Old tokens read in full; steps then are as short as that takes."),
     ] = None,
     contexts: Annotated[
         Optional[str],
@@ -32,9 +34,11 @@ def evaluate(
     retrieval: Annotated[bool, typer.Option(help="Also plant codes and ask for them.")] = True,
     retrieval_context: Annotated[
         Optional[int],
-        typer.Option(min=128, max=MOST, help="Tokens around a planted code; default: 4096, or what the model takes."),
+        typer.Option(
+            min=128, max=LARGEST, help="Tokens around a planted code; default: 4096, or what the model takes."
+        ),
     ] = None,
-    retrieval_trials: Annotated[int, typer.Option(min=1, max=MOST, help="Number of codes.")] = 8,
+    retrieval_trials: Annotated[int, typer.Option(min=1, max=LARGEST, help="Number of codes.")] = 8,
     teacher: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
     ] = None,

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.options import MOST, Device, Dtype, errors, start
+from clla.commands.options import Device, Dtype, errors, start
 from clla.errors import CllaError, UsageError, blamed, reason
+from clla.recipe import LARGEST
 
 COLDEST = 1e-6  # temperature: divided by less, logits become infinite
 NEW_TOKENS = 100  # by default, where the model takes as many after the prompt
@@ -20,14 +21,15 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo\\[@revision].")],
     prompt: Annotated[str, typer.Option(help="What to continue, or '-' for standard input.")],
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, max=MOST, help="Tokens to write; default: 100, or what the model takes.")
+        Optional[int], typer.Option(min=1, max=LARGEST, help="Tokens to write; default: 100, or what the model takes.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Use the chat template where there is one.")] = True,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    num_beams: Annotated[int, typer.Option(min=1, max=MOST, help="Beams.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of sampling.")] = 0,
+    num_beams: Annotated[int, typer.Option(min=1, max=LARGEST, help="Beams.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of sampling.")] = 0,
     select_tokens: Annotated[
-        Optional[int], typer.Option(min=1, max=MOST, help="Old tokens that each new one reads in full; default: all.")
+        Optional[int],
+        typer.Option(min=1, max=LARGEST, help="Old tokens that each new one reads in full; default: all."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

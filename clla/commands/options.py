@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from clla import console
 from clla.commands.failures import explained, wants_traceback
 from clla.errors import CllaError, UsageError, is_unicode
+from clla.recipe import LARGEST, SECTIONS
 from clla.recipes import builtin_recipes
 from clla.storage.places import expanded
 
-MOST = 2**53  # of any number: more is a slip, and neither JSON nor torch would hold it
 CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
 
 
@@ -47,14 +50,12 @@ def path(text: str) -> Path:
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, …", rich_help_panel=RUN, autocompletion=one_of("auto", "cpu", "cuda"))
 ]
-DTYPES = one_of("auto", "float32", "bfloat16", "float16")
-PLANNERS = one_of("dynamic", "uniform", "cluster", "pyramid", "kvsharer")
-TRAINED = one_of("codec", "attention", "all")
-SOURCES = one_of("group", "first")
-PLACEMENTS = one_of("auto", "device", "spread", "stream")
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16.", rich_help_panel=RUN, autocompletion=DTYPES)]
-
-# What a plan is made from; `clla convert` and `clla plan` take the same.
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16.", rich_help_panel=RUN, autocompletion=one_of("auto", "float32", "bfloat16")
+    ),
+]
 RecipeName = Annotated[
     str,
     typer.Option(
@@ -63,20 +64,52 @@ RecipeName = Annotated[
         autocompletion=recipe_names,
     ),
 ]
-KVBudget = Annotated[Optional[str], typer.Option(help="'6.25%', '0.0625' or '1440B' a token.", rich_help_panel=PLAN)]
-Window = Annotated[Optional[int], typer.Option(help="Newest tokens kept exact.", rich_help_panel=PLAN)]
-Sinks = Annotated[Optional[int], typer.Option(help="First tokens kept exact.", rich_help_panel=PLAN)]
-Evict = Annotated[
-    Optional[float],
-    typer.Option(help="Share of the latents that leaves again, least attended first.", rich_help_panel=PLAN),
-]
-MaxGroupSize = Annotated[Optional[int], typer.Option(help="Most layers that share a latent.", rich_help_panel=PLAN)]
-Bits = Annotated[Optional[str], typer.Option(help="Bit widths allowed, e.g. '2,4,8'.", rich_help_panel=PLAN)]
-LatentSource = Annotated[
-    Optional[str],
-    typer.Option(help="Latent source: group or first.", rich_help_panel=PLAN, autocompletion=SOURCES),
-]
 Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
+PANELS = {"budget": PLAN, "plan": PLAN, "calibration": CALIBRATION, "heal": HEAL, "runtime": RUN}
+
+
+def with_options(fields: Mapping[str, tuple[str, str]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of these fields of a recipe, in place of its `**changes`.
+
+    Args:
+        fields: section and field by the option's name.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**options: Any) -> None:
+            command(**options)
+
+        *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+        made = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option_of(*field, name))
+            for name, field in fields.items()
+        ]
+        keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        run.__signature__ = inspect.Signature([*keyword, *made])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *made]}
+        return run
+
+    return decorate
+
+
+def option_of(section: str, field: str, name: str) -> Any:
+    """The annotation of an option that stands for a field of a recipe: its type, help, panel and completion."""
+    found = SECTIONS[section].model_fields[field]
+    inner = [kind for kind in get_args(found.annotation) if kind is not type(None)] or [found.annotation]
+    words = get_args(found.annotation if get_origin(found.annotation) is Literal else inner[0])
+    choices = words if words and all(isinstance(word, str) for word in words) else ()
+    kind = inner[0] if inner[0] in (int, float, bool) and get_origin(found.annotation) is not tuple else str
+    told = found.description or ""
+    told = f"{', '.join(choices[:-1])} or {choices[-1]}: {told}" if choices else told[:1].upper() + told[1:]
+    flags = [f"--{name.replace('_', '-')}"] if kind is bool else []
+    option = typer.Option(
+        *flags,
+        help=f"{escape(told)}.",
+        rich_help_panel=PANELS[section],
+        autocompletion=one_of(*choices) if choices else None,
+    )
+    return Annotated[Optional[kind], option]
 
 
 @contextmanager
@@ -213,7 +246,7 @@ def integers(text: str, option: str = "--contexts") -> tuple[int, ...]:
         numbers = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         numbers = (0,)
-    if not numbers or any(not 1 <= number <= MOST for number in numbers):
+    if not numbers or any(not 1 <= number <= LARGEST for number in numbers):
         raise UsageError(f"{option} {text}", expected="positive whole numbers, e.g. 512,2048", remedy="correct it")
     return numbers
 

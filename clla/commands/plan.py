@@ -9,48 +9,17 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.options import (
-    OUTPUT,
-    PLAN,
-    Bits,
-    Evict,
-    KVBudget,
-    LatentSource,
-    MaxGroupSize,
-    RecipeName,
-    Sinks,
-    Window,
-    errors,
-    one_of,
-    path,
-)
+from clla.commands.options import OUTPUT, PLAN, RecipeName, errors, path, with_options
 from clla.errors import UsageError
+from clla.recipe import OPTIONS, changes_of, load_recipe
 
 SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
 
 
+@with_options({name: field for name, field in OPTIONS.items() if field[0] in ("budget", "plan")})
 def plan(
     statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.", parser=path)],
     recipe: RecipeName = "balanced",
-    kv_budget: KVBudget = None,
-    at_context: Annotated[
-        Optional[int],
-        typer.Option(help="Context at which the budget holds; default: the conversion's.", rich_help_panel=PLAN),
-    ] = None,
-    window: Window = None,
-    sinks: Sinks = None,
-    evict: Evict = None,
-    max_group_size: MaxGroupSize = None,
-    bits: Bits = None,
-    source: LatentSource = None,
-    planner: Annotated[
-        Optional[str],
-        typer.Option(
-            help="dynamic, uniform, cluster or pyramid.",
-            rich_help_panel=PLAN,
-            autocompletion=one_of("dynamic", "uniform", "cluster", "pyramid"),
-        ),
-    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Plan several budgets and compare them.", rich_help_panel=PLAN)
     ] = False,
@@ -63,26 +32,14 @@ def plan(
         Optional[Path], typer.Option(help="Write the plan as JSON.", rich_help_panel=OUTPUT, parser=path)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+    **changes: Any,
 ) -> None:
     """Plan other budgets from the statistics of a conversion, in seconds."""
     with errors(as_json, interrupted="no plan was written; what was prepared is kept beside the statistics"):
-        from clla.recipe import load_recipe, plan_changes
         from clla.storage.places import PICTURES, check_file
 
-        chosen = load_recipe(recipe).override(
-            plan_changes(
-                kv_budget=kv_budget,
-                at_context=at_context,
-                window=window,
-                sinks=sinks,
-                evict=evict,
-                max_group_size=max_group_size,
-                bits=bits,
-                source=source,
-                planner=planner,
-            )
-        )
-        if sweep and (kv_budget is not None or save is not None):
+        chosen = load_recipe(recipe).override(changes_of(changes))
+        if sweep and (changes.get("kv_budget") is not None or save is not None):
             raise UsageError(
                 "--sweep with --kv-budget or --save", expected="one plan, or --budgets to sweep", remedy="leave one out"
             )

@@ -11,7 +11,8 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.options import MOST, OUTPUT, Device, Dtype, errors, path, start
+from clla.commands.options import OUTPUT, Device, Dtype, errors, path, start
+from clla.recipe import LARGEST
 
 
 def report(
@@ -30,16 +31,16 @@ def report(
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.", rich_help_panel=OUTPUT)] = False,
     samples: Annotated[
         Optional[int],
-        typer.Option(min=0, max=MOST, help="Built-in prompts to continue; default: 3, with --prompt none."),
+        typer.Option(min=0, max=LARGEST, help="Built-in prompts to continue; default: 3, with --prompt none."),
     ] = None,
     prompt: Annotated[Optional[list[str]], typer.Option(help="Continue this, too; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to write after each prompt.")] = 160,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens to write after each prompt.")] = 160,
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     windows: Annotated[
-        int, typer.Option(min=0, max=MOST, help="Windows of text that errors of layers are measured on; 0: none.")
+        int, typer.Option(min=0, max=LARGEST, help="Windows of text that errors of layers are measured on; 0: none.")
     ] = 2,
     window_length: Annotated[
-        Optional[int], typer.Option(min=2, max=MOST, help="Tokens a window; default: 2048, or what the model takes.")
+        Optional[int], typer.Option(min=2, max=LARGEST, help="Tokens a window; default: 2048, or what the model takes.")
     ] = None,
     teacher: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
