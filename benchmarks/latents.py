@@ -5,6 +5,7 @@ from __future__ import annotations
 from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
 from clla.convert.stages import Run
+from clla.plan.budget import Budget
 from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig, parse_budget
@@ -26,10 +27,7 @@ def plan_latents(run: Run, spectra: Spectra, stats: Stats, config: PlanConfig, *
     return make_plan(
         stats,
         config,
-        budget=parse_budget(f"{percent}%", source_bytes=run.source.bytes_per_token),
-        context=None,
-        window=window,
-        sinks=SINKS,
+        budget=Budget(parse_budget(f"{percent}%", source_bytes=run.source.bytes_per_token), None, window, SINKS),
         kv_itemsize=run.source.dtype.itemsize,
         kept_layers=run.source.kept_layers,
         kept_window=run.source.kept_window,

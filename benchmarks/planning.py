@@ -22,6 +22,7 @@ from torch import Tensor
 from clla.artifacts.plan import KVShape, Plan
 from clla.artifacts.stats import Stats
 from clla.convert.factor import make_codec
+from clla.plan.budget import Budget
 from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
@@ -78,10 +79,7 @@ def measured(stats: Stats, budget: float, device: torch.device) -> Timing:
     plan: Plan = make_plan(
         stats,
         config,
-        budget=budget / 100 * len(stats.layers) * stats.kv.values * 2,
-        context=None,
-        window=128,
-        sinks=4,
+        budget=Budget(budget / 100 * len(stats.layers) * stats.kv.values * 2, None, 128, 4),
         kv_itemsize=2,
         kept_layers=(),
         kept_window=0,

@@ -19,6 +19,7 @@ from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
 from clla.convert.factor import error_covariance, factor, make_codec
 from clla.errors import UnsupportedModelError, UsageError
+from clla.plan.budget import Budget
 from clla.plan.decoupled import DecoupledSpectra, mean_rotation, uncentred
 from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
@@ -207,7 +208,7 @@ def test_uncentred_stats_are_moments_around_zero() -> None:
 def plan_with(stats: Stats, budget: float, spectra: DecoupledSpectra, **options: object) -> Plan:
     config = PlanConfig(source="first", key="decoupled", rope_components=spectra.components, **options)  # type: ignore[arg-type]
     return make_plan(
-        stats, config, budget=budget, context=None, window=0, sinks=0, kv_itemsize=4, kept_layers=(), kept_window=0,
+        stats, config, budget=Budget(budget, None, 0, 0), kv_itemsize=4, kept_layers=(), kept_window=0,
         made_from="test", spectra=spectra,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from clla.artifacts.codec import Codec
 from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
 from clla.plan.allocation import candidate, solve
+from clla.plan.budget import Budget
 from clla.plan.frontier import POINTS, make_outlook
 from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
@@ -30,7 +31,7 @@ def stats() -> Stats:
 
 def planned(stats: Stats, spectra: Spectra, budget: float) -> Plan:
     return make_plan(
-        stats, CONFIG, budget=budget, context=None, window=16, sinks=4, kv_itemsize=4, kept_layers=(), kept_window=0,
+        stats, CONFIG, budget=Budget(budget, None, 16, 4), kv_itemsize=4, kept_layers=(), kept_window=0,
         made_from="test", spectra=spectra,
     )  # fmt: skip
 

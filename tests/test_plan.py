@@ -28,7 +28,7 @@ from clla.plan.allocation import (
     solve,
     uniform_segments,
 )
-from clla.plan.budget import WINDOW_SHARE, WINDOWS, derive_window, latent_bits
+from clla.plan.budget import WINDOW_SHARE, WINDOWS, Budget, derive_window, latent_bits
 from clla.plan.make import make_plan
 from clla.plan.planners import PLANNERS, Room, count_candidates, neighbour_distances
 from clla.plan.rate import ERROR_SHARE
@@ -286,10 +286,7 @@ def planned(
     return make_plan(
         stats,
         config,
-        budget=budget,
-        context=context,
-        window=window,
-        sinks=sinks,
+        budget=Budget(budget, context, window, sinks),
         kv_itemsize=2,
         kept_layers=(),
         kept_window=0,
@@ -431,9 +428,7 @@ def test_latent_bits_fill_the_budget_and_no_more(
     buffer = window + block
     rows = encoded + (buffer if source == "first" else 0)
     try:
-        bits = latent_bits(
-            config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks
-        )
+        bits = latent_bits(config, budget=Budget(budget, context, window, sinks), source_bytes=source_bytes)
     except UsageError:
         left = budget * context - (buffer + sinks) * source_bytes
         assert rows == 0 or left * 8 / rows < row_bits([1])
@@ -444,13 +439,13 @@ def test_latent_bits_fill_the_budget_and_no_more(
 
 
 def test_latent_bits_without_a_context_are_the_budget() -> None:
-    assert latent_bits(PlanConfig(), budget=100.5, source_bytes=2000, context=None, window=16, sinks=4) == 804
+    assert latent_bits(PlanConfig(), budget=Budget(100.5, None, 16, 4), source_bytes=2000) == 804
 
 
 def test_no_window_needs_the_first_source() -> None:
     def bits(source: str) -> int:
         config = PlanConfig(source=source)
-        return latent_bits(config, budget=100, source_bytes=2000, context=1000, window=0, sinks=0)
+        return latent_bits(config, budget=Budget(100, 1000, 0, 0), source_bytes=2000)
 
     assert bits("first") == 800
     with pytest.raises(UsageError, match="--window 0"):
@@ -459,7 +454,7 @@ def test_no_window_needs_the_first_source() -> None:
 
 def test_a_budget_that_the_window_eats_names_the_remedy() -> None:
     with pytest.raises(UsageError, match="leaves nothing for latents") as caught:
-        latent_bits(PlanConfig(), budget=100, source_bytes=2000, context=256, window=128, sinks=4)
+        latent_bits(PlanConfig(), budget=Budget(100, 256, 128, 4), source_bytes=2000)
     assert "--at-context" in caught.value.remedy
 
 

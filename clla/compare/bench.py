@@ -17,6 +17,7 @@ from clla.checkpoint.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.errors import UsageError
 from clla.evaluate.perplexity import Subject
+from clla.plan.budget import Budget
 from clla.plan.make import make_plan
 from clla.plan.metrics import weigh
 from clla.plan.spectra import Spectra
@@ -102,11 +103,7 @@ class Bench:
             plan = make_plan(
                 self.stats,
                 recipe.plan,
-                budget=budget * self.source.bytes_per_token,
-                context=self.context,
-                window=window,
-                sinks=SINKS,
-                evict=evict,
+                budget=Budget(budget * self.source.bytes_per_token, self.context, window, SINKS, evict),
                 kv_itemsize=self.source.dtype.itemsize,
                 kept_layers=self.source.kept_layers,
                 kept_window=self.source.kept_window,

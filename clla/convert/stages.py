@@ -33,7 +33,7 @@ from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.seen import fingerprint
 from clla.evaluate.source_cache import SourceCache
 from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS
-from clla.plan.budget import settle_budget
+from clla.plan.budget import Budget, settle_budget
 from clla.plan.decoupled import DecoupledSpectra, settle_decoupled
 from clla.plan.frontier import make_outlook
 from clla.plan.kept_spectra import save_spectra, spectra_file
@@ -41,7 +41,7 @@ from clla.plan.make import make_plan, plan_digest
 from clla.plan.metrics import needs_inputs
 from clla.plan.planners import count_candidates
 from clla.plan.spectra import Spectra
-from clla.recipe import SHORTEST, Provenance, Recipe, parse_budget
+from clla.recipe import SHORTEST, Provenance, Recipe
 from clla.source.device import pick_dtype
 from clla.source.families import FAMILIES
 from clla.source.lengths import reach_of
@@ -241,16 +241,11 @@ class Run:
         if (found := _kept(path, Plan.load, self.plan_key, "Planning")) is not None:
             return found
         config, budget = self.recipe.plan, self.recipe.budget
-        assert budget.window is not None
         with console.progress("Planning (steps)", count_candidates(config, len(stats.layers))) as advance:
             plan = make_plan(
                 stats,
                 config,
-                budget=parse_budget(budget.kv_budget, source_bytes=self.source.bytes_per_token),
-                context=budget.at_context or None,
-                window=budget.window,
-                sinks=budget.sinks,
-                evict=budget.evict,
+                budget=Budget.of(budget, source_bytes=self.source.bytes_per_token),
                 kv_itemsize=self.source.dtype.itemsize,
                 kept_layers=self.source.kept_layers,
                 kept_window=self.source.kept_window,

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from clla.artifacts.plan import encoded_slots, exact_bytes_of
 from clla.errors import UsageError
 from clla.plan.rate import SCALE_BITS
-from clla.recipe import PlanConfig, Recipe, parse_budget
+from clla.recipe import BudgetConfig, PlanConfig, Recipe, parse_budget
 
 WINDOWS = (128, 64, 32, 16)
 WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the cache may take.
+
+    Attributes:
+        bytes: per token.
+        context: tokens at which the budget holds; None counts latents only.
+        window: exact newest tokens, W.
+        sinks: exact first tokens, S.
+        evict: fraction of the latents that is evicted at `context`.
+    """
+
+    bytes: float
+    context: int | None
+    window: int
+    sinks: int
+    evict: float | None = None
+
+    @classmethod
+    def of(cls, config: BudgetConfig, *, source_bytes: float) -> Budget:
+        """A settled recipe's budget, of a source with so many KV bytes per token."""
+        assert config.window is not None, "the recipe is settled"
+        amount = parse_budget(config.kv_budget, source_bytes=source_bytes)
+        return cls(amount, config.at_context or None, config.window, config.sinks, config.evict)
 
 
 def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int) -> int:
@@ -30,22 +58,14 @@ def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, conte
     return WINDOWS[-1]
 
 
-def latent_bits(
-    config: PlanConfig,
-    *,
-    budget: float,
-    source_bytes: int,
-    context: int | None,
-    window: int,
-    sinks: int,
-    evict: float | None = None,
-) -> int:
-    """Bits a token that the budget leaves for the latents that stay.
+def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int:
+    """Bits per token that the budget leaves for the latents that stay.
 
     Raises:
         UsageError: eviction without a context or a window; window and sinks alone take more than the budget, or it
             leaves less than one tier.
     """
+    context, window, sinks, evict = budget.context, budget.window, budget.sinks, budget.evict
     if window == 0 and config.source == "group":
         raise UsageError(
             "--window 0 with the latent source 'group'",
@@ -60,22 +80,22 @@ def latent_bits(
         )
     smallest = min(config.bits) * config.tier_size + SCALE_BITS
     if context is None:
-        if budget * 8 < smallest:
+        if budget.bytes * 8 < smallest:
             least = -(-smallest // 8)
             raise UsageError(
-                f"the budget of {budget:.4g} bytes per token leaves nothing for latents",
+                f"the budget of {budget.bytes:.4g} bytes per token leaves nothing for latents",
                 expected=f"at least {least} bytes ({100 * least / source_bytes:.2g} % of the source)",
                 remedy="raise --kv-budget",
             )
-        return int(budget * 8)
+        return int(budget.bytes * 8)
     fixed = exact_bytes_of(source_bytes, 0, window, sinks, config.flush_block, config.source)
     encoded = kept_rows(encoded_slots(context, window, config.flush_block), evict)
     carried = exact_bytes_of(0, 1, window, sinks, config.flush_block, config.source)  # rows of exact tokens
-    bits = int((budget * context - fixed) / (encoded + carried) * 8) if encoded + carried else -1
+    bits = int((budget.bytes * context - fixed) / (encoded + carried) * 8) if encoded + carried else -1
     if bits < smallest:
         share = (fixed + (encoded + carried) * smallest / 8) / context
         raise UsageError(
-            f"the budget of {budget:.0f} bytes a token at {context} tokens leaves nothing for latents: "
+            f"the budget of {budget.bytes:.0f} bytes a token at {context} tokens leaves nothing for latents: "
             f"the exact window ({window} + {config.flush_block}) and {sinks} sinks take {fixed / context:.0f}",
             expected=f"more than {share:.0f} bytes ({100 * share / source_bytes:.2f} % of the source)",
             remedy="raise --kv-budget or --at-context, lower --window, or lower plan.flush_block in a recipe",
@@ -108,15 +128,7 @@ def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: in
         window = derive_window(
             recipe.plan, budget=budget, source_bytes=source_bytes, context=at or None, sinks=own.sinks
         )
-    latent_bits(
-        recipe.plan,
-        budget=budget,
-        source_bytes=source_bytes,
-        context=at or None,
-        window=window,
-        sinks=own.sinks,
-        evict=own.evict,
-    )
+    latent_bits(recipe.plan, Budget(budget, at or None, window, own.sinks, own.evict), source_bytes=source_bytes)
     return recipe.override(
         {
             "budget": {"at_context": at, "window": window},

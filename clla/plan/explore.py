@@ -13,12 +13,12 @@ from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.plan.allocation import every_segment
-from clla.plan.budget import settle_budget
+from clla.plan.budget import Budget, settle_budget
 from clla.plan.kept_spectra import load_spectra, prepare, prepared, save_spectra, shapes_of, size_of, spectra_file
 from clla.plan.make import make_plan, plan_digest
 from clla.plan.metrics import metric_power, needs_inputs, weigh
 from clla.plan.spectra import Spectra
-from clla.recipe import Recipe, parse_budget
+from clla.recipe import Recipe
 from clla.storage.filenames import CONFIG
 
 EXPECTED = "the --work-dir of a conversion, or a stats file in it"
@@ -173,15 +173,10 @@ class Explorer:
             UsageError: as `settle`.
         """
         recipe, old = self.settle(recipe), self.kept.plan
-        assert recipe.budget.window is not None
         plan = make_plan(
             self.spectra.stats,
             recipe.plan,
-            budget=parse_budget(recipe.budget.kv_budget, source_bytes=self.kept.source_bytes),
-            context=recipe.budget.at_context or None,
-            window=recipe.budget.window,
-            sinks=recipe.budget.sinks,
-            evict=recipe.budget.evict,
+            budget=Budget.of(recipe.budget, source_bytes=self.kept.source_bytes),
             kv_itemsize=old.kv_itemsize,
             kept_layers=old.kept_layers,
             kept_window=old.kept_window,

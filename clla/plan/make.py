@@ -8,7 +8,7 @@ from clla.artifacts.plan import EVICT_BYTES, LayerGroup, Plan, encoded_slots
 from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import ROPE_TIER, RowLayout
-from clla.plan.budget import kept_rows, latent_bits
+from clla.plan.budget import Budget, kept_rows, latent_bits
 from clla.plan.decoupled import DecoupledSpectra
 from clla.plan.planners import PLANNERS, Choices, Room
 from clla.plan.rate import SCALE_BITS
@@ -26,16 +26,12 @@ def make_plan(
     stats: Stats,
     config: PlanConfig,
     *,
-    budget: float,
-    context: int | None,
-    window: int,
-    sinks: int,
+    budget: Budget,
     kv_itemsize: int,
     kept_layers: tuple[int, ...],
     kept_window: int,
     made_from: str,
     spectra: Spectra,
-    evict: float | None = None,
     measure: Callable[[Plan], float] | None = None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Plan:
@@ -44,16 +40,12 @@ def make_plan(
     Args:
         stats: moments and metric.
         config: planner, widths, group size.
-        budget: bytes a token.
-        context: at which the budget holds; None counts latents only.
-        window: W.
-        sinks: S.
+        budget: what the cache may take.
         kv_itemsize: bytes of an exact component.
         kept_layers: left with the source's own cache.
         kept_window: their sliding window.
         made_from: hash of the stats and settings.
         spectra: weighted moments of `stats`.
-        evict: share of the latents that leaves again at `context`.
         measure: damage that the model takes from a plan, for planners that look at the model.
         on_step: called after each step, for progress.
 
@@ -61,16 +53,11 @@ def make_plan(
         UsageError: the budget does not hold window and sinks; the planner needs `measure`.
     """
     source_bytes = len(stats.layers) * stats.kv.values * kv_itemsize
-    bits = latent_bits(
-        config, budget=budget, source_bytes=source_bytes, context=context, window=window, sinks=sinks, evict=evict
-    )
+    bits = latent_bits(config, budget, source_bytes=source_bytes)
     capacity, room = None, Room(bits)
-    if evict is not None and context is not None:
-        capacity, room = (
-            kept_rows(encoded_slots(context, window, config.flush_block), evict),
-            Room(bits, 8 * EVICT_BYTES),
-        )
-
+    if budget.evict is not None and budget.context is not None:
+        capacity = kept_rows(encoded_slots(budget.context, budget.window, config.flush_block), budget.evict)
+        room = Room(bits, 8 * EVICT_BYTES)
     if isinstance(spectra, DecoupledSpectra):
         room = Room(bits, rotary_bits(config, spectra, bits))
 
@@ -89,12 +76,12 @@ def make_plan(
             kv=stats.kv,
             kv_itemsize=kv_itemsize,
             tier_size=config.tier_size,
-            window=window,
-            sinks=sinks,
+            window=budget.window,
+            sinks=budget.sinks,
             flush_block=config.flush_block,
             source=config.source,
-            budget_bytes=budget,
-            at_context=context,
+            budget_bytes=budget.bytes,
+            at_context=budget.context,
             made_from=made_from,
             kept_layers=kept_layers,
             kept_window=kept_window,
