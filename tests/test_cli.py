@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from clla.modeling.hooks_clla import CACHE
+from clla.registration import register
 from clla.source.model import open_source
 from clla.storage.filenames import CHECKSUMS
 from clla.storage.files import read_json
@@ -104,8 +105,7 @@ def test_report_names_source_int4_and_converted(converted: Path) -> None:
 @pytest.mark.slow
 def test_loads_and_generates_without_clla(converted: Path, tmp_path: Path) -> None:
     """The shipped code alone gives the same logits, and generates in every way."""
-    import clla  # noqa: F401 - registers the architecture
-
+    register()
     model = AutoModelForCausalLM.from_pretrained(converted)
     with torch.no_grad():
         torch.save(model(tokens(1, 150)).logits, tmp_path / "expected.pt")

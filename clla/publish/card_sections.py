@@ -47,7 +47,7 @@ def usage(facts: Facts) -> str:
         CODE.format(name=facts.name, prompt=CHAT if facts.chat else PLAIN),
         "`generate()` uses the compressed cache by itself: greedy, sampling, beams, padded batches, several turns. The "
         "code that runs it is in this repository, hence `trust_remote_code=True`; with the package `clla` installed, "
-        "`import clla` does instead.",
+        "`clla.register()` does instead.",
     ]
     if facts.adapter:
         parts.append(_adapter(facts))
