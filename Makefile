@@ -24,8 +24,9 @@ demo: install
 	  printf "What is the secret code? The secret code is"; } | \
 	  $(BIN)/clla generate demo-clla --no-chat --max-new-tokens 7 --prompt -
 
+# Two processes of one thread each: torch's threads would only get into each other's way in models this small.
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 models-page: install  # docs/models.md, from what the tests find
 	$(BIN)/python -m pytest -q --write-models $(addprefix tests/test_,families.py family_commands.py language_model.py models_page.py)
