@@ -16,7 +16,7 @@ from clla.commands.shared import (
     errors,
     start,
 )
-from clla.errors import CllaError, UsageError, blamed, reason
+from clla.errors import UsageError, blamed, generating
 
 COLDEST = 1e-6  # temperature: divided by less, logits become infinite
 NEW_TOKENS = 100  # by default, where the model takes as many after the prompt
@@ -77,7 +77,7 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         model: Any = loaded.model
         model.select_tokens = select_tokens
-        try:
+        with generating(checkpoint):
             output = model.generate(
                 **inputs,
                 max_new_tokens=new_tokens,
@@ -86,12 +86,6 @@ def generate(
                 tokenizer=loaded.tokenizer,
                 **sampling,
             )
-        except (TypeError, ValueError) as error:
-            raise CllaError(
-                f"{checkpoint} cannot generate with these options and its generation_config.json: {reason(error)}",
-                expected="settings that transformers' generate() takes",
-                remedy="correct what the reason names",
-            ) from error
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         print(loaded.tokenizer.decode(new, skip_special_tokens=True))
         cache, plan = output[CACHE], loaded.plan
