@@ -93,6 +93,26 @@ def blamed(got: str, *, expected: str, remedy: str, kind: type[CllaError] = Clla
 
 
 @contextmanager
+def generating(name: object) -> Iterator[None]:
+    """Within it a model generates; what transformers makes of wrong settings says whose they are.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        CllaError: the settings do not fit.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise CllaError(
+            f"{name or 'the model'} cannot generate with these options and its generation_config.json: {reason(error)}",
+            expected="settings that transformers' generate() takes",
+            remedy="correct what the reason names",
+        ) from error
+
+
+@contextmanager
 def resumable(work: Path) -> Iterator[None]:
     """Whatever ends the block, the user is told where its finished stages are; where there are none, nothing stays."""
     there = work.exists()

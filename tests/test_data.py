@@ -10,6 +10,7 @@ import lzma
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -261,6 +262,7 @@ class Echo:
     """A model that writes random tokens with torch's generator."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(name_or_path="echo")
 
     def generate(self, prompt: Tensor, *, max_new_tokens: int, **options: object) -> Tensor:
         assert options["do_sample"] and options["min_new_tokens"] == max_new_tokens

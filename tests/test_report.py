@@ -17,7 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, pico
 from helpers import clla
 
 from clla.artifacts.plan import KVShape, LayerGroup, Plan
@@ -404,3 +404,22 @@ def contrast(one: str, other: str) -> float:
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_token_ids_that_are_none_are_told(text_file: Path, tmp_path: Path) -> None:
+    """Of the source's generation config: by every command that generates, and not as a fault of the package."""
+    source = tmp_path / "source"
+    pico().save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    settings = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [1, "x"]}))
+    small = ["--calibration-tokens", 1024, "--sequence-length", 128, "--at-context", 0, "--kv-budget", "20%"]
+    small += ["--window", 8, "--no-report"]
+    assert clla("convert", source, "-o", tmp_path / "out", "--dataset", text_file, *small).exit_code == 0
+    for command in (
+        ["generate", tmp_path / "out", "--prompt", "hello", "--max-new-tokens", 4],
+        ["report", tmp_path / "out", "--samples", 1, "--max-new-tokens", 4, "--windows", 0],
+        ["convert", source, "-o", tmp_path / "own", "--dataset", "self", *small],
+    ):
+        done = clla(*command)
+        assert done.exit_code == 1 and "generation_config.json" in done.stderr and "internal" not in done.stderr

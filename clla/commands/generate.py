@@ -10,7 +10,7 @@ import typer
 
 from clla import console
 from clla.commands.options import Device, Dtype, errors, start
-from clla.errors import CllaError, UsageError, blamed, reason
+from clla.errors import UsageError, blamed, generating
 from clla.recipe import LARGEST
 
 COLDEST = 1e-6  # temperature: divided by less, logits become infinite
@@ -73,7 +73,7 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         model: Any = loaded.model
         model.select_tokens = select_tokens
-        try:
+        with generating(checkpoint):
             output = model.generate(
                 **inputs,
                 max_new_tokens=new_tokens,
@@ -82,12 +82,6 @@ def generate(
                 tokenizer=loaded.tokenizer,
                 **sampling,
             )
-        except (TypeError, ValueError) as error:
-            raise CllaError(
-                f"{checkpoint} cannot generate with these options and its generation_config.json: {reason(error)}",
-                expected="settings that transformers' generate() takes",
-                remedy="correct what the reason names",
-            ) from error
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         print(loaded.tokenizer.decode(new, skip_special_tokens=True))
         cache, plan = output[CACHE], loaded.plan

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts.plan import Plan
+from clla.errors import generating
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.source.lengths import Reach
 
@@ -119,13 +120,9 @@ def make_samples(
         for model in (source, converted):
             torch.manual_seed(0)
             generate: Any = model.generate
-            output = generate(
-                **inputs,
-                max_new_tokens=room,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
+            padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            with generating(model.config.name_or_path):
+                output = generate(**inputs, max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding)
             written.append(output[0, length:].tolist())
         exact = _exact_tokens(length, plan, converted.prefill_chunk)
         found.append(_sample(prompt, length, written, tokenizer, exact))

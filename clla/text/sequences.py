@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.errors import DatasetError
+from clla.errors import DatasetError, generating
 from clla.text.reading import load_documents as load_documents
 from clla.text.reading import read_documents
 
@@ -196,17 +196,19 @@ def self_written(
         prompt = torch.full((min(batch_size, left), 1), start, device=model.device)
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed + first)
-            yield model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=sequence_length - 1,
-                max_new_tokens=sequence_length - 1,
-                pad_token_id=start,
-            )
+            with generating(model.config.name_or_path):
+                written = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=sequence_length - 1,
+                    max_new_tokens=sequence_length - 1,
+                    pad_token_id=start,
+                )
+            yield written
 
 
 def _blocks(documents: Iterable[str]) -> Iterator[tuple[int, str]]:
