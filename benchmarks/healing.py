@@ -4,7 +4,7 @@
     python benchmarks/healing.py MODEL --text TEXT --strict --heal-tokens 10000000
 
 Percent is the latents' share of the source cache, scales included, exact window (W = 64) not. Perplexity over windows
-of TEXT at two context lengths, streamed W tokens a step with the caches really kept, and codes planted in the same
+of TEXT at two context lengths, streamed W tokens per step with the caches really kept, and codes planted in the same
 text, beside the source in the same run. `--strict` heals the form without a window instead: latents of 12.5 % of the
 rank, not quantized, from the first layer of each group.
 """

@@ -21,7 +21,7 @@ def plan_latents(run: Run, spectra: Spectra, stats: Stats, config: PlanConfig, *
         spectra: of the stats, weighted as `config` wants them.
         stats: of the source.
         config: planner, latent source, widths, …
-        percent: of the source's bytes a token.
+        percent: of the source's bytes per token.
         window: newest tokens kept exact, on top.
     """
     return make_plan(

@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-8b", choices=tuple(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--budget", type=float, default=6.25, help="percent of 16 bits a value")
+    parser.add_argument("--budget", type=float, default=6.25, help="percent of 16 bits per value")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")

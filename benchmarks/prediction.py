@@ -119,7 +119,7 @@ def draw(points: list[Point], texts: list[str], equal: int, path: Path, title: s
     axes.plot(ends, ends, color=SOURCE_COLOUR, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("predicted KL, nats a token")
+    axes.set_xlabel("predicted KL, nats per token")
     axes.set_ylabel("measured KL")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False)
@@ -159,7 +159,7 @@ def _print(
     points: list[Point], texts: list[str], found: dict[str, dict[str, float]], at_equal: dict[str, dict[str, float]]
 ) -> None:
     heads = [f"KL, {text} | of predicted | perplexity ratio" for text in texts]
-    print("| plan | budget | bytes a token | loss | predicted KL | " + " | ".join(heads) + " |")
+    print("| plan | budget | bytes per token | loss | predicted KL | " + " | ".join(heads) + " |")
     print("|---" * (5 + 3 * len(texts)) + "|")
     for p in points:
         cells = [f"{m['kl']:.4f} | {m['kl'] / p.kl:.2f} | {m['ratio']:.4f}" for m in (p.measured[t] for t in texts)]
@@ -177,7 +177,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="calibration tokens; default 16384 on CPU, 262144 on GPU")
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--window-length", type=int, default=1024)
-    parser.add_argument("--window", type=int, default=32, help="exact tokens, and tokens a step")
+    parser.add_argument("--window", type=int, default=32, help="exact tokens, and tokens per step")
     parser.add_argument("--budgets", default="25,12.5,6.25,4,3,2,1.5,1", help="percent, comma-separated")
     parser.add_argument("--equal", type=float, default=3.0, help="percent at which planners are compared")
     parser.add_argument("--device", default="auto")

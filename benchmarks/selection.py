@@ -34,7 +34,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
-    """Mean KL to the source and to reading everything, nats a token."""
+    """Mean KL to the source and to reading everything, nats per token."""
     register()
     loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype="auto")
     model: Any = loaded.model

@@ -45,7 +45,7 @@ def main(
     eager: Annotated[bool, typer.Option("--eager", help="Without compiling, for a short try.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
-    """Tokens a second of both, and how many tokens their caches hold."""
+    """Tokens per second of both, and how many tokens their caches hold."""
     register()
     loaded = load_checkpoint(checkpoint, device=torch.device("cpu"), dtype="auto")
     model: Any = loaded.model
@@ -120,7 +120,7 @@ def engine_main() -> None:
 def table(rows: list[dict[str, Any]]) -> Table:
     """Figures of both, and the ratio to the source."""
     found = Table(title="vLLM, the same memory for both caches")
-    for column in ("", "tokens the cache holds", "new tokens a second, prompts included", "ratio"):
+    for column in ("", "tokens the cache holds", "new tokens per second, prompts included", "ratio"):
         found.add_column(column, justify="left" if not column else "right")
     for row in rows:
         speed = row["new_tokens_per_second"]

@@ -257,7 +257,7 @@ def evaluate_model(
             leaves out. The report's `unseen` says what the checkpoint's record tells of it.
         windows: of text.
         window_length: tokens per window; default 2048, or what the model takes.
-        chunk: tokens a forward pass; default: the exact window.
+        chunk: tokens per forward pass; default: the exact window.
         select_tokens: old tokens read in full; a forward pass then takes as few tokens as that needs.
         contexts: lengths in tokens at which caches are measured; default 512, 2048 and 8192, as far as the model goes.
         retrieval: also plant codes and ask for them.
@@ -330,7 +330,7 @@ def load_model(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto
 
 
 def _select(model: CllaForCausalLM, tokens: int, chunk: int | None) -> int:
-    """Have a model select tokens; tokens a step at which it does so."""
+    """Have a model select tokens; tokens per step at which it does so."""
     model.select_tokens = tokens
     most = model.reading_tokens
     if chunk is not None and chunk > most:

@@ -287,11 +287,11 @@ def changes_of(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def parse_budget(text: str, *, source_bytes: float) -> float:
-    """Bytes a token from '6.25%', '0.0625' or '1440B' (also plain numbers above 100).
+    """Bytes per token from '6.25%', '0.0625' or '1440B' (also plain numbers above 100).
 
     Args:
         text: as the user wrote it.
-        source_bytes: the source's KV bytes a token; infinite to check the syntax alone.
+        source_bytes: the source's KV bytes per token; infinite to check the syntax alone.
 
     Raises:
         UsageError: not readable, not positive, or above 100 % of the source.
@@ -303,7 +303,7 @@ def parse_budget(text: str, *, source_bytes: float) -> float:
     if unit is None and 1 < number <= 100:
         raise UsageError(
             f"--kv-budget {text} has no unit",
-            expected=f"'{text}%' for percent or '{text}B' for bytes a token",
+            expected=f"'{text}%' for percent or '{text}B' for bytes per token",
             remedy="add the unit",
         )
     factor = {"%": source_bytes / 100, "KB": 1000.0, "KiB": 1024.0}.get(unit or "", 1.0)
@@ -312,7 +312,7 @@ def parse_budget(text: str, *, source_bytes: float) -> float:
     if not 0 < number < math.inf or not bytes_per_token <= source_bytes or (unit == "%" and number > 100):
         raise UsageError(
             f"--kv-budget {text} is out of range",
-            expected=f"more than 0 and at most 100 % of the source's bytes a token{known}",
+            expected=f"more than 0 and at most 100 % of the source's bytes per token{known}",
             remedy="the built-in recipes use 12.5, 6.25, 3 and 2 %",
         )
     return bytes_per_token

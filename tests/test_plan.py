@@ -230,7 +230,7 @@ def test_no_single_upgrade_is_left_that_fits(seed: int, budget: int, widths: tup
 
 
 def test_the_rest_buys_a_width_that_frees_a_scale() -> None:
-    """(2, 1) and (2, 2) take the same bits at 8 components a tier: nothing may be left of it."""
+    """(2, 1) and (2, 2) take the same bits at 8 components per tier: nothing may be left of it."""
     candidates = {(0, 1): Candidate(torch.tensor([1.0, 0.3], dtype=torch.float64), 0.0)}
     assert row_bits((2, 1)) == row_bits((2, 2)) == 40
     choices = solve(candidates, num_layers=1, budget_bits=40, widths=(1, 2), tier_size=TIER)

@@ -116,7 +116,7 @@ def test_plans_of_shapes_spend_their_budget(name: str, budget: float) -> None:
         RowLayout(group.tier_bits, plan.tier_size)
 
 
-PUBLISHED = {  # weights, layers, bytes a token in bf16
+PUBLISHED = {  # weights, layers, bytes per token in bf16
     "smollm2-135m": (134_515_008, 30, 23_040),
     "llama-3.2-1b": (1_235_814_400, 16, 32_768),
     "llama-3-8b": (8_030_261_248, 32, 131_072),

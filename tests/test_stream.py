@@ -260,7 +260,7 @@ def test_streaming_from_the_command_line(pico_dir: Path, text_file: Path, tmp_pa
 
 
 def test_a_wide_model_from_the_command_line(text_file: Path, tmp_path: Path) -> None:
-    """`calibration.basis` below the 128 values a layer: said, reported, and nearly as good as with whole moments."""
+    """`calibration.basis` below the 128 values per layer: said, reported, and nearly as good as with whole moments."""
     pico("llama-mha").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     costs = {}

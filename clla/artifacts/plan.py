@@ -40,7 +40,7 @@ class LayerGroup:
 
     Attributes:
         layers: model layer indices.
-        tier_bits: bits a component of each coded tier, most important tier first.
+        tier_bits: bits per component of each coded tier, most important tier first.
         predicted_loss: what the group adds to the plan's loss, in the units of its metric.
         rope_pairs: which rotary pair of a head each pair of the rotary key turns like; empty unless it is decoupled.
     """
@@ -62,18 +62,18 @@ class Plan:
         window: newest tokens kept exact (the buffer holds up to `flush_block` more).
         sinks: first tokens kept exact.
         flush_block: tokens that leave the window at once.
-        capacity: latents a group keeps at most, the least attended leave; None keeps all.
+        capacity: most latents that a group keeps, the most attended ones; None keeps all.
         kept_layers: layers left with the source's own cache (bounded by a sliding window, or a state of fixed size).
         kept_window: that sliding window; 0 where none has one.
         kept_slot_bytes: of one token in the windows of all these layers; None (of older checkpoints): as if they
             cached what the converted layers do.
         kept_state_bytes: of the states of all these layers.
         source: `group` or `first`, where the latent comes from.
-        budget_bytes: bytes a token that were asked for, at `at_context`.
+        budget_bytes: bytes per token that were asked for, at `at_context`.
         at_context: context length in tokens at which the budget holds; None counts latents only.
         kv_itemsize: bytes of one exact key or value component.
         made_from: hash of the stats and settings.
-        rope_bits: bits a component of the rotary keys; None where keys are reconstructed whole.
+        rope_bits: bits per component of the rotary keys; None where keys are reconstructed whole.
     """
 
     groups: tuple[LayerGroup, ...]

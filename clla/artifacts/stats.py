@@ -32,7 +32,7 @@ class Stats:
         input_cross: [L, K, h, q], centred, of layer l's input with layer l + j's keys and values.
         reading: [L, q, n]: the coordinates are reading·(y - mean). None where they are y itself.
         writing: [L, n, q]: y is mean + writing·coordinates, but for what the coordinates lack.
-        dropped: [L] nats a token that this costs, by second order.
+        dropped: [L] nats per token that this costs, by second order.
         query_power: [L, H_q, F], E|q|² of rotary pairs; with the next two only for the `decoupled` key.
         frequencies: [L, F], radians that a token further turns a pair by; 0 in layers that do not rotate.
         rotary_channels: [F, 2], channels of a head that make up a pair.
@@ -63,7 +63,7 @@ class Stats:
 
     @property
     def reduction(self) -> dict[str, float] | None:
-        """In how many coordinates the moments are kept, of how many values, and nats a token lost; None if whole."""
+        """In how many coordinates the moments are kept, of how many values, and nats per token lost; None if whole."""
         if self.dropped is None:
             return None
         return {"coordinates": self.width, "of": self.kv.values, "kl": float(self.dropped.sum())}

@@ -35,7 +35,7 @@ class Store(ABC):
     What is quantized depends on the number of tokens only, not on the chunks they came in.
 
     Args:
-        bits: bits a component.
+        bits: bits per component.
         residual: newest tokens kept exact.
         group_size: g.
         sinks: first tokens kept exact.
@@ -142,7 +142,7 @@ class KiviCache(MeasuredCache):
         config: the model's config.
         bits: 2, 3 or 4 a component.
         residual: newest tokens kept exact, a multiple of `group_size`.
-        group_size: tokens a group of keys and channels a group of values; heads that are smaller are one group.
+        group_size: tokens per group of keys and channels a group of values; heads that are smaller are one group.
         sinks: first tokens kept exact.
 
     Raises:

@@ -10,7 +10,7 @@ The distance is that of whole flattened caches and the similarity a mean over to
 authors' code means vector distances, and takes the cosine of whole texts after the final norm. The two orders and
 the KL score are for comparison.
 
-Bytes a token at itemsize b: 2H·d·b a leader.
+Bytes per token at itemsize b: 2H·d·b a leader.
 
 Shape legend: B sequences, H key-value heads, T tokens, d head dim, h hidden size, V vocabulary.
 """

@@ -1,6 +1,6 @@
 """LESS (arXiv 2402.09398, https://arxiv.org/abs/2402.09398): a state of constant size stands for evicted tokens.
 
-The first tokens and the newest stay (the Λ-shaped mask of the paper). What leaves is added to R rows a head,
+The first tokens and the newest stay (the Λ-shaped mask of the paper). What leaves is added to R rows per head,
 H = Σ ψ(k) vᵀ and z = Σ ψ(k), and joins the softmax of the kept tokens as if φ(q)ᵀ ψ(k) were the exponential of a logit:
 (Σ_kept exp(s) v + φᵀH) / (Σ_kept exp(s) + φᵀz). φ and ψ are learned, see `less_training`.
 
@@ -141,7 +141,7 @@ class LessLayer(AttendingLayer):
 
 
 class LessCache(AttendingCache):
-    """At most sinks + capacity + block - 1 tokens a layer between forward passes, and the state. For `ObservedModel`.
+    """At most sinks + capacity + block - 1 tokens per layer between forward passes, and the state. For `ObservedModel`.
 
     Args:
         config: the model's text config.

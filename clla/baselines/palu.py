@@ -8,7 +8,7 @@ with a Hadamard matrix; here a random rotation does, which every rank has.
 
 The result is a plan and a codec of the ordinary pipeline: groups of one layer, latents from the attention's input.
 
-Shape legend: L layers, h hidden size, n = 2·H·d values a token and layer, g head groups, r rank of a head group.
+Shape legend: L layers, h hidden size, n = 2·H·d values per token and layer, g head groups, r rank of a head group.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def factor_projection(weight: Tensor, second_moment: Tensor, rank: int) -> tuple
 def palu(
     stats: Stats, *, share: float, kv_itemsize: int, bits: int = 16, group_heads: int | None = None, seed: int = 0
 ) -> tuple[Plan, Codec]:
-    """Plan and codec at a share of the values a token and layer, cut to whole tiers.
+    """Plan and codec at a share of the values per token and layer, cut to whole tiers.
 
     Args:
         stats: collected with inputs.

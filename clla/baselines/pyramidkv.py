@@ -89,11 +89,11 @@ class PyramidKvLayer(AttendingLayer):
 
 
 class PyramidKvCache(AttendingCache):
-    """At most budget + window + block - 1 tokens a layer between forward passes. For `ObservedModel`.
+    """At most budget + window + block - 1 tokens per layer between forward passes. For `ObservedModel`.
 
     Args:
         config: the model's text config.
-        capacity: average tokens a layer, window included.
+        capacity: average tokens per layer, window included.
         window: newest tokens, kept, whose attention selects the others.
         kernel: neighbours that share the highest score, odd.
         pyramid: budgets fall from the bottom layer to the top; without, they are equal (SnapKV).

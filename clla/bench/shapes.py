@@ -4,7 +4,7 @@ What a model computes does not matter for how fast it is, but its sizes do, and 
 have the mix of widths of real ones at a sixteenth of the cache (`MIX`). Everything is drawn where it is used, in the
 model's dtype: an 8B model is never held twice, nor in fp32.
 
-Shape legend: L layers, G layers of a group, n = 2·H_kv·d values a token and layer, r rank of a group's latent.
+Shape legend: L layers, G layers of a group, n = 2·H_kv·d values per token and layer, r rank of a group's latent.
 """
 
 from __future__ import annotations
@@ -154,12 +154,12 @@ def mixed_tiers(row_bytes: int, most: int, tier_size: int) -> tuple[int, ...]:
         if count < most or narrow or RowLayout(tiers, tier_size).row_bytes >= LEAST_SPENT * row_bytes:
             return tiers
         raise UsageError(
-            f"{row_bytes} bytes a token are more than a latent of full rank takes",
-            expected=f"at most {RowLayout(tiers, tier_size).row_bytes}, {WIDEST} bits a component",
+            f"{row_bytes} bytes per token are more than a latent of full rank takes",
+            expected=f"at most {RowLayout(tiers, tier_size).row_bytes}, {WIDEST} bits per component",
             remedy="lower --kv-budget",
         )
     raise UsageError(
-        f"{row_bytes} bytes a token do not hold a latent of {tier_size} components",
+        f"{row_bytes} bytes per token do not hold a latent of {tier_size} components",
         expected=f"at least {1 + tier_size // 8} bytes for each layer group",
         remedy="raise --kv-budget or --max-group-size",
     )

@@ -192,7 +192,7 @@ def attempt(work: Callable[[], T], device: torch.device) -> T | None:
 
 
 def decode_rate(passes: Sequence[Pass], batch: int) -> float:
-    """Tokens a second of `batch` sequences, from the median step of all passes."""
+    """Tokens per second of `batch` sequences, from the median step of all passes."""
     return batch / statistics.median(step for done in passes for step in done.steps)
 
 

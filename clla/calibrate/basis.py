@@ -24,7 +24,7 @@ FLOOR = 1e-3  # of the metric's eigenvalues, relative to its mean: what it is bl
 
 @dataclass(frozen=True)
 class Basis:
-    """Attributes: reading [q, n] and writing [n, q], as in `Stats`; dropped: nats a token."""
+    """Attributes: reading [q, n] and writing [n, q], as in `Stats`; dropped: nats per token."""
 
     reading: Tensor
     writing: Tensor

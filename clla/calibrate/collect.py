@@ -1,7 +1,7 @@
 """Run text through the source model and collect the moments that the plan rests on.
 
 Keys and values are read where the model hands them to its cache, so that biases, QK-norm, grouped
-heads and mixtures of experts need no special case. Their gradients are noted in passing, those of keys before
+heads and mixtures of experts need no special case. Their gradients are recorded on the way, those of keys before
 RoPE follow from those after it. No weight has a gradient, and the graph begins at the first layer's keys and values.
 
 Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, L convertible layers.
@@ -134,7 +134,7 @@ class Collector:
         with_inputs: also collect the attention inputs' moments (for the `first` source).
         with_queries: also collect the strength of queries (for the `decoupled` key).
         seed: of the sampled labels.
-        metric_every: the metric is taken from every so many-th batch, the first among them.
+        metric_every: the metric is estimated on every n-th batch only, the first among them.
         checkpointing: run layers again in the backward pass: `auto` where their activations would not fit.
     """
 

@@ -1,6 +1,6 @@
 """Streaming second moments of neighbouring layers.
 
-Shape legend: N tokens, L layers, n values a token and layer (keys and values), K band width.
+Shape legend: N tokens, L layers, n values per token and layer (keys and values), K band width.
 """
 
 from __future__ import annotations

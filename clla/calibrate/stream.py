@@ -192,8 +192,8 @@ class StreamedCollector:
         with_inputs: also collect the attention inputs' moments (for the `first` source).
         with_queries: also collect the strength of queries (for the `decoupled` key).
         seed: of the sampled labels.
-        metric_every: the metric is taken from every so many-th batch, the first among them.
-        basis: q; more values a layer are reduced to so many coordinates.
+        metric_every: the metric is estimated on every n-th batch only, the first among them.
+        basis: q, most coordinates in which the moments of one layer are kept.
         folder: where hidden states are spilled to; None keeps them in memory.
     """
 

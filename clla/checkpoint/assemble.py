@@ -21,7 +21,7 @@ def clla_block(plan: Plan, *, rope: dict[str, Any] | None, kv_dtype: torch.dtype
         plan: layer groups, tiers, window.
         rope: from `clla.calibrate.rope_detection.rope_settings`.
         kv_dtype: in which sinks and window are stored.
-        prefill_chunk: tokens a forward pass of the source takes at most.
+        prefill_chunk: tokens per forward pass of the source takes at most.
     """
     return {
         "schema_version": CLLA_SCHEMA_VERSION,

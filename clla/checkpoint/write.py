@@ -172,7 +172,7 @@ def check_memory(needed: int) -> None:
     if needed > free:
         raise CllaError(
             f"the moments of this model take about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
-            expected="a model with grouped heads, or smaller groups: memory grows with (values a token and layer)²",
+            expected="a model with grouped heads, or smaller groups: memory grows with (values per token and layer)²",
             remedy="lower --max-group-size, or use a machine with more memory",
         )
 

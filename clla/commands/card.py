@@ -21,7 +21,7 @@ def card(
         bool, typer.Option("--write", help="Replace README.md, edits included, instead of printing.")
     ] = False,
 ) -> None:
-    """Make the model card of a checkpoint anew from its report."""
+    """Make the model card of a checkpoint again, from its report."""
     with errors(interrupted="the card is as it was"):
         from clla.publish.card import render, write_card
 

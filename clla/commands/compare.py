@@ -35,7 +35,7 @@ def compare(
         Optional[int],
         typer.Option(min=64, max=LARGEST, help="Where bytes are measured too; default: 8192, or what the model takes."),
     ] = None,
-    chunk: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens a step.")] = 128,
+    chunk: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens per step.")] = 128,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Default: 16384 on CPU, 262144 on GPU.")] = None,
     retrieval_trials: Annotated[
         Optional[int], typer.Option(min=0, max=LARGEST, help="Planted codes; default 16, or 2.")

@@ -21,7 +21,7 @@ def evaluate(
         typer.Option(min=2, max=LARGEST, help="Tokens per window; default: 2048, or what the model takes."),
     ] = None,
     chunk: Annotated[
-        Optional[int], typer.Option(min=1, max=LARGEST, help="Tokens a step; default: the exact window.")
+        Optional[int], typer.Option(min=1, max=LARGEST, help="Tokens per step; default: the exact window.")
     ] = None,
     select_tokens: Annotated[
         Optional[int],

@@ -46,8 +46,8 @@ def export(
             return
         console.results.print(
             f"DeepseekV3 with latents of {done.config['kv_lora_rank']} and rotary keys of "
-            f"{done.config['qk_rope_head_dim']} components a layer, not quantized; KL to the checkpoint without its "
-            f"quantizer {done.kl:.1g} nats a token"
+            f"{done.config['qk_rope_head_dim']} components per layer, not quantized; KL to the checkpoint without its "
+            f"quantizer {done.kl:.1g} nats per token"
         )
         if not done.healed:
             console.say("The checkpoint was not healed: neither is this one of use before clla heal has trained it")

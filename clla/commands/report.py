@@ -40,7 +40,8 @@ def report(
         int, typer.Option(min=0, max=LARGEST, help="Windows of text that errors of layers are measured on; 0: none.")
     ] = 2,
     window_length: Annotated[
-        Optional[int], typer.Option(min=2, max=LARGEST, help="Tokens a window; default: 2048, or what the model takes.")
+        Optional[int],
+        typer.Option(min=2, max=LARGEST, help="Tokens per window; default: 2048, or what the model takes."),
     ] = None,
     teacher: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")

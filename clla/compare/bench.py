@@ -57,7 +57,7 @@ class Bench:
         sequences: calibration text in sequences [1, T] of a length T.
         context: tokens at which budgets hold and quality is measured.
         long_context: tokens at which bytes are measured too.
-        chunk: tokens a forward pass.
+        chunk: tokens per forward pass.
         thorough: all variants of a method, not only its main ones.
     """
 

@@ -25,7 +25,7 @@ class Row:
         long_bytes_per_token: the same at the long context.
         share: of the source's bytes, at the context of the quality.
         perplexity: over the windows.
-        kl: to the source, nats a token.
+        kl: to the source, nats per token.
         retrieval_nll: of planted codes, None where it was left out.
         retrieval_exact: share of them.
         trained: the method needs training.
@@ -69,7 +69,7 @@ def recommend(rows: Sequence[Row], budget: float) -> Row | None:
 def comparison_table(rows: Sequence[Row], *, context: int, long_context: int) -> Table:
     """For the terminal; rows of the Pareto front are marked."""
     front = set(map(id, pareto(rows)))
-    table = Table(title=f"Quality at {context} tokens, measured bytes a token; ● no other is smaller and better")
+    table = Table(title=f"Quality at {context} tokens, measured bytes per token; ● no other is smaller and better")
     titles = ("", "method", "setting", f"bytes at {context}", f"at {long_context}", "of source", "perplexity", "KL")
     left = ("", "method", "setting", "training")
     for title in (*titles, "code NLL", "exact", "training"):
@@ -126,8 +126,8 @@ def draw_comparison(rows: Sequence[Row], path: Path, *, title: str) -> None:
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("KV cache, measured bytes a token")
-    axes.set_ylabel("KL to the source, nats a token")
+    axes.set_xlabel("KV cache, measured bytes per token")
+    axes.set_ylabel("KL to the source, nats per token")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=120)

@@ -105,7 +105,7 @@ def pyramidkv(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
 def less(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """Feature maps are trained on calibration text, in sequences as long as the context, anew for each budget."""
     model, kv = ObservedModel(bench.model), bench.source.kv
-    # The fp32 state takes R·(d + 1) values a head, as many bytes as so many tokens.
+    # The fp32 state takes R·(d + 1) values per head, as many bytes as so many tokens.
     state = -(-LESS_RANK * (kv.head_dim + 1) * 4 // (2 * kv.head_dim * bench.source.dtype.itemsize))
     beside = SINKS + PYRAMID_BLOCK + state
     try:
@@ -141,7 +141,7 @@ def palu_settings(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
 
 
 def xkv(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
-    """Four layers a group, blocks of an eighth of the context."""
+    """Four layers per group, blocks of an eighth of the context."""
     rope = rope_of(bench.model, bench.rope)
     kv, block, size = bench.source.kv, max(16, bench.context // 8), 4
     blocks = (bench.context - SINKS) // block

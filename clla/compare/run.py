@@ -48,7 +48,7 @@ class Options:
         windows: N, of `context` tokens each.
         context: tokens at which budgets hold and quality is measured; default 2048, or what the model takes.
         long_context: at which bytes are measured too; default 8192, or what the model takes.
-        chunk: tokens a forward pass.
+        chunk: tokens per forward pass.
         calibration_tokens: None for the recipe's default.
         retrieval_trials: number of planted codes; 0 leaves retrieval out.
         device: `auto`, `cpu`, `cuda`, …

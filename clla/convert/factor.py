@@ -151,7 +151,7 @@ def error_shares(tier_bits: tuple[int, ...], tier_size: int) -> Tensor:
 
 
 def predicted_kl(error: Tensor, fisher: Tensor) -> float:
-    """Second-order KL (nats a token) of errors: ½ Σ_l tr(F_l·Err_l), with both [G, n, n].
+    """Second-order KL (nats per token) of errors: ½ Σ_l tr(F_l·Err_l), with both [G, n, n].
 
     Errors of different layers and tokens are taken as uncorrelated, and every token as coded.
     """

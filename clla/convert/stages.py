@@ -177,8 +177,8 @@ class Run:
         stats = self._streamed_stats(options) if streams else self._stats_at_once(options)
         if (reduction := stats.reduction) is not None:
             console.say(
-                f"Moments are kept in {reduction['coordinates']} of {reduction['of']} coordinates a layer; what these "
-                f"lack costs {reduction['kl']:.2g} nats a token by second order"
+                f"Moments are kept in {reduction['coordinates']} of {reduction['of']} coordinates per layer; what "
+                f"these lack costs {reduction['kl']:.2g} nats per token by second order"
             )
         if PartialState().is_main_process:
             stats.save(path)
@@ -206,7 +206,7 @@ class Run:
         if folder is not None:
             check_disk(folder, wanted, instead="read fewer --calibration-tokens")
         collector = StreamedCollector(self.model(), basis=self.recipe.calibration.basis, folder=folder, **options)
-        with console.progress("Calibrating (tokens a layer)", tokens * 2 * layers) as advance:
+        with console.progress("Calibrating (tokens per layer)", tokens * 2 * layers) as advance:
             return collector.collect(batches, made_from=self.stats_key, on_tokens=advance)
 
     def batches(self, sequence_length: int | None = None) -> list[Tensor] | Iterator[Tensor]:
@@ -263,9 +263,9 @@ class Run:
         return plan
 
     def damage(self, stats: Stats, spectra: Spectra) -> Callable[[Plan], float]:
-        """A function that gives the KL to the source, nats a token, of the model running on a plan.
+        """A function that gives the KL to the source, nats per token, of the model running on a plan.
 
-        Measured on the first calibration sequences, streamed at most `DAMAGE_CHUNK` tokens a step.
+        Measured on the first calibration sequences, streamed at most `DAMAGE_CHUNK` tokens per step.
         """
         rows = torch.cat(list(islice(self.batches(), DAMAGE_SEQUENCES)))[:DAMAGE_SEQUENCES].to(self.device)
         source = Subject(self.model(), lambda: SourceCache(self.source.config, self.source.dtype))

@@ -61,7 +61,7 @@ def _cache(source: Source) -> list[Finding]:
             "cache",
             "ok",
             f"{kv.num_key_value_heads} key-value heads of {kv.head_dim}, {source.dtype}: "
-            f"{nbytes:,} bytes a token, {nbytes / 16:,.0f} at 6.25 %".replace("torch.", ""),
+            f"{nbytes:,} bytes per token, {nbytes / 16:,.0f} at 6.25 %".replace("torch.", ""),
         )
     )
     folder = Path(source.path)
@@ -160,7 +160,7 @@ def _converted(folder: Path) -> list[Finding]:
     share = 100 * plan.row_bytes / plan.source_bytes_per_token
     found = [
         Finding("checkpoint", "ok", f"converted: {plan.num_layers} layers in {len(plan.groups)} groups"),
-        Finding("cache", "ok", f"{plan.row_bytes:,} bytes of latents a token, {share:.2f} % of the source's"),
+        Finding("cache", "ok", f"{plan.row_bytes:,} bytes of latents per token, {share:.2f} % of the source's"),
         Finding("healing", "ok", "clla heal trains it against its source"),
     ]
     if plan.capacity is not None:

@@ -43,10 +43,10 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
 
 def draw_quality(points: dict[str, tuple[float, float]], path: Path, *, title: str, curve: str = "") -> None:
-    """Perplexity against cache bytes a token, on a logarithmic axis of bytes.
+    """Perplexity against cache bytes per token, on a logarithmic axis of bytes.
 
     Args:
-        points: (bytes a token, perplexity) by label; the first is the source.
+        points: (bytes per token, perplexity) by label; the first is the source.
         path: PNG to write.
         title: above the picture.
         curve: labels that start with this are joined by a line.
@@ -61,7 +61,7 @@ def draw_quality(points: dict[str, tuple[float, float]], path: Path, *, title: s
         axes.plot(*zip(*line, strict=True), color=OWN_COLOUR, linewidth=1)
     axes.axhline(next(iter(points.values()))[1], color=SOURCE_COLOUR, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    axes.set_xlabel("KV cache, bytes a token")
+    axes.set_xlabel("KV cache, bytes per token")
     axes.set_ylabel("perplexity")
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.2)
@@ -69,10 +69,10 @@ def draw_quality(points: dict[str, tuple[float, float]], path: Path, *, title: s
 
 
 def draw_frontier(points: list[tuple[str, float, float]], path: Path, *, title: str) -> None:
-    """Predicted loss against cache bytes a token, both logarithmic.
+    """Predicted loss against cache bytes per token, both logarithmic.
 
     Args:
-        points: label, bytes a token and loss.
+        points: label, bytes per token and loss.
         path: picture to write.
         title: above the picture.
     """
@@ -82,7 +82,7 @@ def draw_frontier(points: list[tuple[str, float, float]], path: Path, *, title: 
         axes.annotate(label, (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("KV cache, bytes a token")
+    axes.set_xlabel("KV cache, bytes per token")
     axes.set_ylabel("predicted loss")
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.15, y=0.15)
@@ -105,7 +105,7 @@ def draw_healing(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         seen = [(point["tokens"], point["kl"]) for point in points if point["tokens"]]
         axes.plot(*zip(*seen, strict=True) if seen else ([], []), ":", color=colour, label=name + "training")
     axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("KL to the source, nats a token")
+    axes.set_ylabel("KL to the source, nats per token")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
@@ -115,7 +115,7 @@ def draw_speed(lines: dict[str, dict[int, float]], path: Path, *, title: str) ->
     """Tokens decoded a second against the context.
 
     Args:
-        lines: tokens a second by context, by label; those of the source are grey.
+        lines: tokens per second by context, by label; those of the source are grey.
         path: PNG or SVG to write.
         title: above the picture.
     """

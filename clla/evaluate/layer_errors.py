@@ -4,7 +4,7 @@ The model runs on exact keys and values, which are also what the compressed cach
 What that cache then returns is compared with them, and so is the attention of the same queries over it: errors of
 earlier layers do not reach a layer through its input.
 
-Shape legend: N windows, T tokens a window, B sequences, H key-value heads, d head dim.
+Shape legend: N windows, T tokens per window, B sequences, H key-value heads, d head dim.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def layer_errors(
     Args:
         model: the converted model, which runs on its own weights.
         windows: [N, T] token ids.
-        chunk: tokens a forward pass.
+        chunk: tokens per forward pass.
         on_window: called with 1 after each window.
     """
     sums = {layer: _Sums() for group in model.config.spec.groups for layer in group.layers}

@@ -16,7 +16,7 @@ def measured_bytes(subject: Subject, contexts: list[int], *, chunk: int, device:
     Args:
         subject: model and cache.
         contexts: tokens, any order.
-        chunk: tokens a forward pass.
+        chunk: tokens per forward pass.
         device: of the model.
 
     Returns:

@@ -2,7 +2,7 @@
 
 Codes lie as in `clla.modeling.quantize_clla`; scale and minimum are fp16.
 
-Shape legend: … any leading dims, g components a group.
+Shape legend: … any leading dims, g components per group.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Perplexity and KL, streamed as at inference: chunk by chunk through a cache that is really kept.
 
-Shape legend: N windows, T tokens a window, V vocabulary.
+Shape legend: N windows, T tokens per window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Quality:
-    """Attributes: perplexity; kl: mean KL to the reference in nats a token; nbytes: of the last window's cache."""
+    """Attributes: perplexity; kl: mean KL to the reference in nats per token; nbytes: of the last window's cache."""
 
     perplexity: float
     kl: float
@@ -61,7 +61,7 @@ def compare(
     Args:
         subjects: by name; the first is the reference of the KL.
         windows: [N, T] token ids, each window from an empty cache.
-        chunk: tokens a forward pass.
+        chunk: tokens per forward pass.
         on_window: called with 1 after each window.
     """
     names = list(subjects)

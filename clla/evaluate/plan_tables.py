@@ -28,20 +28,20 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
     summary = Table(show_header=False, box=None)
     source = plan.source_bytes_per_token
     rows = [
-        ("source KV", f"{source:,} bytes a token"),
-        ("latents", f"{plan.row_bytes:,} bytes a token ({100 * plan.row_bytes / source:.2f} %)"),
+        ("source KV", f"{source:,} bytes per token"),
+        ("latents", f"{plan.row_bytes:,} bytes per token ({100 * plan.row_bytes / source:.2f} %)"),
         ("exact", f"window {plan.window} (+{plan.flush_block}), {plan.sinks} sinks: {plan.exact_bytes:,.0f} bytes"),
     ]
     if plan.decoupled:
         count = 2 * len(plan.groups[0].rope_pairs)
-        rows.append(("rotary keys", f"{count} components a group of {plan.rope_bits} bits, counted with the latents"))
+        rows.append(("rotary keys", f"{count} components per group of {plan.rope_bits} bits, counted with the latents"))
     if rows_kept is not None:
         rows.append(("eviction", f"a group keeps at most {rows_kept:,} latents, the most attended"))
     if at is not None:
         total_bytes = plan.bytes_at(at) / at
-        rows.append((f"in all at {at:,}", f"{total_bytes:,.0f} bytes a token ({100 * total_bytes / source:.2f} %)"))
+        rows.append((f"in all at {at:,}", f"{total_bytes:,.0f} bytes per token ({100 * total_bytes / source:.2f} %)"))
     if predicted_kl is not None:
-        rows.append(("predicted KL", f"{predicted_kl:.4f} nats a token if no token were exact"))
+        rows.append(("predicted KL", f"{predicted_kl:.4f} nats per token if no token were exact"))
     if plan.kept_layers:
         rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by {plan.bound}"))
     for row in rows:

@@ -39,11 +39,11 @@ class Report:
     """What was measured, side by side in one run.
 
     Attributes:
-        quality: perplexity, kl (nats a token, to the source) and bytes_per_token by name
+        quality: perplexity, kl (nats per token, to the source) and bytes_per_token by name
             (`source`, `int4`: the source with an int4 cache, `converted`).
-        context: tokens a window.
+        context: tokens per window.
         windows: number of windows.
-        chunk: tokens a forward pass.
+        chunk: tokens per forward pass.
         cache_bytes: measured and planned bytes of the converted cache by context length.
         source_bytes: measured bytes of the source's cache by context length.
         retrieval: nll and exact by name, where it was asked for.
@@ -165,7 +165,7 @@ def before_and_after(
         tokenizer: the source's.
         plan: for planned bytes.
         windows: [N, T] token ids.
-        chunk: tokens a forward pass; default: the exact window, so that a token sees between one and two
+        chunk: tokens per forward pass; default: the exact window, so that a token sees between one and two
             windows exactly, as in decoding.
         contexts: lengths at which caches are measured; T is always among them.
         retrieval_context: tokens around a planted code; 0 leaves retrieval out.
@@ -239,7 +239,7 @@ def write_report(
         plan: what it runs on.
         recipe: resolved.
         report: what was measured, if it was.
-        predicted_kl: nats a token, of the plan.
+        predicted_kl: nats per token, of the plan.
         reduction: `coordinates` of a layer's moments, `of` how many values, and the `kl` that this alone costs; None
             where the moments are whole.
         outlook: spectra and the loss at other budgets, for `clla report`.

@@ -1,7 +1,7 @@
 """The source model's own cache as it is served: in its checkpoint's dtype, in fp8, or in int4 a token.
 
 What is claimed is what is stored: tensors of the dtype, packed nibbles with fp16 scale and minimum per token
-and head (asymmetric min-max, 4.5 bits a component at head dim 64), or fp8 e4m3 codes with either one scale for
+and head (asymmetric min-max, 4.5 bits per component at head dim 64), or fp8 e4m3 codes with either one scale for
 the keys and one for the values of a layer, as engines serve it, or an fp16 scale per token and head.
 
 Shape legend: B sequences, H key-value heads, T tokens, d head dim.

@@ -24,7 +24,7 @@ from clla.storage.files import write_text
 from clla.storage.places import expanded, holding
 
 CHECK_TOKENS = 64
-WRONG = 0.05  # nats a token: 16-bit weights, rounded in another order, differ by far less
+WRONG = 0.05  # nats per token: 16-bit weights, rounded in another order, differ by far less
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _export(path: str, output: Path, device: torch.device, dtype: str) -> Export
     kl = difference(model, as_deepseek(model, torch.float32).to(device))  # type: ignore[arg-type]
     if not kl < WRONG:
         raise CllaError(
-            f"the exported model differs from the checkpoint by {kl:.3g} nats a token",
+            f"the exported model differs from the checkpoint by {kl:.3g} nats per token",
             expected="the same predictions but for rounding",
             remedy="open an issue naming the source model",
         )
@@ -85,7 +85,7 @@ def _export(path: str, output: Path, device: torch.device, dtype: str) -> Export
 
 @torch.no_grad()
 def difference(model: CllaForCausalLM, exported: PreTrainedModel) -> float:
-    """KL of an exported model to the converted one on latents as they are, nats a token, over random tokens."""
+    """KL of an exported model to the converted one on latents as they are, nats per token, over random tokens."""
     cache = model.new_cache()
     for group in cache.groups:
         group.layout = RawLayout(group.layout.rank)

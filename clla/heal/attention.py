@@ -45,7 +45,7 @@ def view_of(length: int, *, window: int, flush_block: int, sinks: int, chunk: in
         window: W; 0 for the strict form, in which even a token itself is read from its latent.
         flush_block: tokens that leave together.
         sinks: S.
-        chunk: tokens a forward pass.
+        chunk: tokens per forward pass.
     """
     if window == 0:
         return View(tuple(range(1, length + 1)), sinks)

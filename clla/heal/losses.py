@@ -22,7 +22,7 @@ def kl_of_logits(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def chunked_kl(student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, *, rows: int = ROWS) -> Tensor:
-    """Mean over positions of KL(teacher || student), nats a token (Hinton et al., arXiv 1503.02531, at temperature 1).
+    """Mean over positions of KL(teacher || student), nats per token (Hinton et al., arXiv 1503.02531, temperature 1).
 
     Logits are made a few rows at a time, and once more in the backward pass, so the memory for them does not grow
     with the number of positions.

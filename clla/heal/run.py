@@ -42,7 +42,7 @@ CODEC_LR = 1e-3  # for the GPU's batch
 
 HEAL_LENGTH = 2048  # of training sequences, where the model takes as many
 REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after, likewise
-WORTH = 0.1  # of the held-out KL, below which healing was not worth its while
+WORTH = 0.1  # of the held-out KL, below which healing was not worth its cost
 STATE_BYTES = 32  # a trained parameter: two states with Adam's moments in fp32, and twice the best state
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
@@ -242,7 +242,7 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
     installed = [str(kind) for kind in get_available_trackers()]
     if tracker and tracker not in installed:
         raise UsageError(
-            f"--tracker {tracker} is not to be had",
+            f"--tracker {tracker} is not installed",
             expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
             remedy="pip install 'clla[heal]' for tensorboard, or the tracker that you name",
         )

@@ -1,6 +1,6 @@
 """Steps of the codec relative to the sizes of its components.
 
-Shape legend: r rank of a group, m its inputs, G layers of a group, n values a layer.
+Shape legend: r rank of a group, m its inputs, G layers of a group, n values per layer.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ class Distiller(nn.Module):
         teacher_hidden: Tensor | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Mean KL to the teacher, nats a token.
+        """Mean KL to the teacher, nats per token.
 
         Args:
             input_ids: [B, T] whole sequences; with a cache the next tokens of them.

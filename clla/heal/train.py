@@ -3,7 +3,7 @@
 The order of the data and the choice of each step's chunk depend on the seed and the step alone, so a run that is
 taken up again does what an unbroken one would have done.
 
-Shape legend: N sequences, B sequences a step, T tokens.
+Shape legend: N sequences, B sequences per step, T tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from clla.storage.places import writing
 BEST, TRAINED = "best.safetensors", "trained.safetensors"
 STEP = "step-{:08d}"
 MICRO_TOKENS = 16_384  # a forward pass; longer batches take several
-CACHED_CHUNK = 64  # tokens a step on the own cache where there is no window
+CACHED_CHUNK = 64  # tokens per step on the own cache where there is no window
 DIVERGED = 10  # times the held-out KL of the start; less than that may come back while the learning rate is high
 
 

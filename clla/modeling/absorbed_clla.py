@@ -69,7 +69,7 @@ def split_query(
     rotary = rotary.flatten(-2).flatten(1, 2)
     if rotation is None:
         return query, rotary
-    # Turned back as far as forth. Where rotations change lengths (yarn), the square of it stays, as in any logit.
+    # Undo RoPE. YaRN also scales the rotated vectors; the squared scale remains, as in any logit.
     still = rotate(query.float(), rotation.cos.float(), -rotation.sin.float(), interleaved=rotation.interleaved)
     return still.to(query.dtype), rotary
 
@@ -134,7 +134,7 @@ class AbsorbedRows(PackedRows):
         return newest + (self.count if self.used is None else self.used)
 
     def _logits(self, query: Tensor, ends: Tensor) -> Tensor:
-        """Products [B, H_q·T, K] in fp32 of queries [B, H_q·T, r + p] and rows; -inf where a row may not be seen."""
+        """Products [B, H_q·T, K] in fp32 of queries [B, H_q·T, r + p] and rows; -inf where a row is masked."""
         logits = torch.empty(*query.shape[:2], self.count, dtype=torch.float32, device=query.device)
         for start, rows in self.blocks():
             products = rows @ query.mT  # CPUs take far longer over `query @ rows.mT`

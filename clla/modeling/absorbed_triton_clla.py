@@ -4,7 +4,7 @@ Every row stands for one key of r + p channels that all heads of a layer share, 
 columns of one product of the matrix units; nothing is decoded or rotated. The helpers are those of
 `attention_triton_clla.py`, whose `sums_kernel` adds up the latents afterwards.
 
-Shape legend: B sequences, M query rows (heads times new tokens), K rows, N bytes a row, r + p components.
+Shape legend: B sequences, M query rows (heads times new tokens), K rows, N bytes per row, r + p components.
 T tokens of a tile, R components of a block, QUERIES query rows of a program.
 """
 
@@ -41,7 +41,7 @@ except ImportError:  # no wheel for this platform: `absorbed_clla.py` is all the
 
 
 def absorbed_logits(rows: PackedRows, query: Tensor, scaling: float) -> Tensor:
-    """Logits [B, H_q, T, K] in fp32 of queries [B, H_q, T, r + p]; -inf where a row may not be seen."""
+    """Logits [B, H_q, T, K] in fp32 of queries [B, H_q, T, r + p]; -inf where a row is masked."""
     launch = _LOGITS if torch.compiler.is_compiling() else _launch
     tensors = (rows.data, query.flatten(1, 2).contiguous(), rows.hidden, rows.used)
     logits = launch(*tensors, flat_layout(rows.layout), rows.layout.row_bytes, query.shape[2], scaling)

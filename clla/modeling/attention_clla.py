@@ -5,8 +5,8 @@ are linear in the latents, so attention sums latents, Σ p·z, and decodes that 
 of their keys alone. What is small a token (logits and weights of a layer's heads) is kept, so that one softmax runs
 over old and exact tokens together and nothing has to be merged. `attention_triton_clla.py` has the same on a GPU.
 
-Shape legend: B sequences, H key-value heads, M query rows a key-value head (its query heads times queries),
-K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes a row.
+Shape legend: B sequences, H key-value heads, M query rows per key-value head (its query heads times queries),
+K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes per row.
 """
 
 from typing import Any, Optional
@@ -84,7 +84,7 @@ class LatentRows(PackedRows):
         Args:
             query: [B, H, M, d] after RoPE.
             layer: its number in the group.
-            out: [B, H, M, K] fp32 that is written, -inf where a row may not be seen.
+            out: [B, H, M, K] fp32 that is written, -inf where a row is masked.
             scaling: of the products.
             turned: whether this layer's keys are rotated.
             rank: the first components alone; None for all.
@@ -126,7 +126,7 @@ class LatentRows(PackedRows):
         """What queries give these rows and exact tokens in one softmax, [B, H, M, K + E].
 
         Args:
-            near: [B, H, M, E] fp32, logits of the exact tokens, -inf where they may not be seen.
+            near: [B, H, M, E] fp32, logits of the exact tokens, -inf where they are masked.
             query, layer, scaling, turned, rank: as of `logits`.
         """
         logits = near.new_empty(*near.shape[:3], self.count + near.shape[3])
@@ -190,7 +190,7 @@ class LatentRows(PackedRows):
         return self._paired
 
     def _unseen_rows(self, device: torch.device) -> Tensor:
-        """[B, …] rows that may not be seen, as many as there is need to look at."""
+        """[B, …] masked rows, as many as there is need to look at."""
         places = self.index
         if places is None:
             places = torch.arange(self.count if self.used is not None else min(self.reach, self.count), device=device)

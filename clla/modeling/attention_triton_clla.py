@@ -11,7 +11,7 @@ token; everything else is small beside it.
 Rows are read in blocks of components that share a class, so that width, first byte and scale are scalars: component j
 of a block lies at bit j·b, in at most two bytes.
 
-Shape legend: B sequences, H key-value heads, M query rows a head, K rows read, N bytes a row, d head dim, P rotary
+Shape legend: B sequences, H key-value heads, M query rows per head, K rows read, N bytes per row, d head dim, P rotary
 pairs of it, r rank, S splits of the rows. T tokens of a tile, R components of a block, HEADS heads of a program.
 """
 
@@ -73,7 +73,7 @@ def packed_logits(
         decoder: [2·H·d, r] of the layer, keys first.
         mean: [2·H·d], likewise.
         factors: [B or 1, K, p/2, 2], cosines and sines of the rows' positions; None where keys are not rotated.
-        out: [B, H, M, K] fp32 that is written, -inf where a row may not be seen.
+        out: [B, H, M, K] fp32 that is written, -inf where a row is masked.
         rank: the first components that count.
         interleaved: whether rotated pairs are neighbours.
         scaling: of the products.

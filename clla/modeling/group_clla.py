@@ -31,7 +31,8 @@ from .sizes_clla import exact_layout, exact_slots, leaving_slots
 from .spec_clla import CacheSpec, GroupSpec
 from .triton_clla import on_gpu
 
-# Of the components, so many and such a share judge which tokens are read in full (docs/lab-notes.md).
+# Token selection ranks tokens by partial logits of the first max(JUDGING_RANK, rank / JUDGING_SHARE) components
+# (docs/lab-notes.md).
 JUDGING_RANK, JUDGING_SHARE = 64, 8
 
 

@@ -7,7 +7,7 @@ cache but for the first, so that classes of any size take the same few registers
 Rows equal those of `RowLayout.pack` but where fp32 cannot tell two scales or two levels apart: sums are
 taken in another order, and the search multiplies by the reciprocal of the step. Codes are divided as there.
 
-Shape legend: B batch, T tokens, r components, K rows, N bytes a row, C classes, L tokens a program, R components at
+Shape legend: B batch, T tokens, r components, K rows, N bytes per row, C classes, L tokens a program, R components at
 a time, O scales tried at once, G = R/8.
 """
 
@@ -71,7 +71,7 @@ def pack_rows(latents: Tensor, layout: RowLayout, out: Tensor, first_row: Union[
 
     Args:
         latents: [B, T, r], fp32, bf16 or fp16, any strides.
-        layout: of rank r and N bytes a row.
+        layout: of rank r and N bytes per row.
         out: [B, K, N] uint8, any strides but for the bytes of a row, which are neighbours.
         first_row: where the first token goes; as a tensor of one int32 or int64 on the same device it is read by
             the kernel, so that a CUDA graph may be replayed for other rows; then the caller sees that they exist.

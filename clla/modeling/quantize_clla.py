@@ -1,4 +1,4 @@
-"""Quantize latents to a few bits a component and store them packed.
+"""Quantize latents to a few bits per component and store them packed.
 
 A latent of r components is cut into tiers of `tier_size` neighbours, each with one bit width, never
 increasing; the tiers of one width form a class, those of 8 bits several (`begins_scale`). One token's latent is
@@ -11,7 +11,7 @@ Latents have unit variance by construction and are nearly Gaussian. A scale for 
 the bits it takes; one scale for the whole row ruins frequent tokens whose size differs between the first
 components and the rest, and so does one for a long class of 8 bits (docs/lab-notes.md).
 
-Shape legend: … any leading dims (batch, tokens), r components, N bytes a row.
+Shape legend: … any leading dims (batch, tokens), r components, N bytes per row.
 """
 
 import hashlib
@@ -50,8 +50,8 @@ class RowLayout:
     """Where each tier's codes lie in a row of bytes.
 
     Args:
-        tier_bits: bits a component, one entry a coded tier, never increasing.
-        tier_size: components a tier, a multiple of 8.
+        tier_bits: bits per component, one entry a coded tier, never increasing.
+        tier_size: components per tier, a multiple of 8.
 
     Raises:
         ValueError: widths or sizes that cannot be packed.

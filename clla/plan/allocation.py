@@ -5,7 +5,7 @@ the width that minimises ε(b)·Σλ + μ·bits(b), and every scale that begins 
 programming over cut points finds the partition into groups of least total cost; bisection on μ meets the
 budget; what is left over buys the best remaining upgrades.
 
-Shape legend: L layers, n values a token and layer.
+Shape legend: L layers, n values per token and layer.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def solve(
         candidates: every admissible layer group.
         num_layers: L.
         budget_bits: for all latents of one token, scales included.
-        widths: admissible bits a component.
-        tier_size: components a tier.
+        widths: admissible bits per component.
+        tier_size: components per tier.
         group_bits: what every group takes beside its latent.
 
     Returns:

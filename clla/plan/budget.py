@@ -44,8 +44,8 @@ def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, conte
 
     Args:
         config: for the flush block and the latent source.
-        budget: bytes a token.
-        source_bytes: the source's KV bytes a token.
+        budget: bytes per token.
+        source_bytes: the source's KV bytes per token.
         context: at which the budget holds; None counts latents only.
         sinks: S.
     """
@@ -95,7 +95,7 @@ def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int
     if bits < smallest:
         share = (fixed + (encoded + carried) * smallest / 8) / context
         raise UsageError(
-            f"the budget of {budget.bytes:.0f} bytes a token at {context} tokens leaves nothing for latents: "
+            f"the budget of {budget.bytes:.0f} bytes per token at {context} tokens leaves nothing for latents: "
             f"the exact window ({window} + {config.flush_block}) and {sinks} sinks take {fixed / context:.0f}",
             expected=f"more than {share:.0f} bytes ({100 * share / source_bytes:.2f} % of the source)",
             remedy="raise --kv-budget or --at-context, lower --window, or lower plan.flush_block in a recipe",
@@ -113,7 +113,7 @@ def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: in
 
     Args:
         recipe: what was asked for.
-        source_bytes: the source's KV bytes a token.
+        source_bytes: the source's KV bytes per token.
         context: at which a budget holds that names none; 0 counts latents only.
         layers: convertible ones, L.
 

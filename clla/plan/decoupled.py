@@ -159,7 +159,7 @@ class DecoupledSpectra(Spectra):
         stats = self.stats
         if stats.reading is not None:
             raise UsageError(
-                f"decoupled keys with moments reduced to {stats.width} coordinates a layer",
+                f"decoupled keys with moments reduced to {stats.width} coordinates per layer",
                 expected="moments of all keys and values",
                 remedy=f"raise calibration.basis to {stats.kv.values}",
             )

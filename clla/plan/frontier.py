@@ -24,7 +24,7 @@ SMALLEST, LARGEST = 1 / 8, 8  # bytes of the frontier, as a share of the plan's
 
 
 def make_outlook(spectra: Spectra, plan: Plan, widths: Sequence[int]) -> dict[str, Any]:
-    """Spectra and frontier, a few kB a group.
+    """Spectra and frontier, a few kB per group.
 
     Args:
         spectra: weighted moments that the plan was made from.
@@ -58,7 +58,7 @@ def make_outlook(spectra: Spectra, plan: Plan, widths: Sequence[int]) -> dict[st
 def _frontier(
     options: list[Candidate], whole: list[bool], plan: Plan, widths: Sequence[int]
 ) -> tuple[list[float], list[float]]:
-    """Bytes a token and loss as a share of the plan's, at falling prices.
+    """Bytes per token and loss as a share of the plan's, at falling prices.
 
     It ends where a group would code every component that is known of it, though it has more.
     """

@@ -27,7 +27,7 @@ from clla.recipe import PlanConfig
 from clla.storage.files import digest, load_tensors, read_header, save_tensors
 
 KIND = "spectra"
-SHARES = (0.0025, 0.5)  # of 16 bits a value: budgets between these find all they need
+SHARES = (0.0025, 0.5)  # of 16 bits per value: budgets between these find all they need
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def prepare(spectra: Spectra, widths: tuple[int, ...], on_step: Callable[[int], 
 
     Args:
         spectra: to fill.
-        widths: admissible bits a component.
+        widths: admissible bits per component.
         on_step: called after each group, for progress.
     """
     layers, band = spectra.stats.covariance.shape[:2]

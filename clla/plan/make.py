@@ -111,7 +111,7 @@ def rotary_bits(config: PlanConfig, spectra: DecoupledSpectra, bits: int) -> int
     least = groups * (own + min(config.bits) * config.tier_size + SCALE_BITS)
     if bits < least:
         raise UsageError(
-            f"{bits // 8} bytes a token do not hold {groups} rotary keys of {own // 8} bytes and their latents",
+            f"{bits // 8} bytes per token do not hold {groups} rotary keys of {own // 8} bytes and their latents",
             expected=f"at least {-(-least // 8)} bytes",
             remedy="raise --kv-budget or plan.max_group_size, or lower plan.rope_components or plan.rope_bits",
         )

@@ -62,7 +62,7 @@ def surrogate_stats(stats: Stats, metric: str) -> Stats:
 def _check_whole(stats: Stats) -> None:
     if stats.reading is not None:
         raise UsageError(
-            f"a baseline's metric with moments reduced to {stats.width} coordinates a layer",
+            f"a baseline's metric with moments reduced to {stats.width} coordinates per layer",
             expected="moments of all keys and values",
             remedy=f"raise calibration.basis to {stats.kv.values}",
         )

@@ -31,7 +31,7 @@ class Outline:
 
     Args:
         spectra: weighted moments.
-        widths: admissible bits a component.
+        widths: admissible bits per component.
     """
 
     def __init__(self, spectra: Spectra, widths: Sequence[int]) -> None:
@@ -119,7 +119,7 @@ def outlined_partition(
         max_group_size: most layers of a group.
         bits: a token, for all latents.
         group_bits: of them, what every group takes beside its latent.
-        widths: admissible bits a component.
+        widths: admissible bits per component.
         on_step: called after each candidate, for progress.
     """
     layers = len(spectra.stats.layers)

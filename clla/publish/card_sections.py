@@ -41,8 +41,8 @@ def usage(facts: Facts) -> str:
     shared = f"{groups} layer groups share a quantized latent each" if groups > 1 else "All layers share one latent"
     parts = [
         f"{facts.source} with its key-value cache compressed by `clla`: Cross-Layer Latent Attention "
-        f"([arXiv 2410.15252](https://arxiv.org/abs/2410.15252)). {shared}, {plan.row_bytes:,} bytes a token where the "
-        f"source keeps {plan.source_bytes_per_token:,}; {_exact(plan)}. {_weights(facts)}",
+        f"([arXiv 2410.15252](https://arxiv.org/abs/2410.15252)). {shared}, {plan.row_bytes:,} bytes per token where "
+        f"the source keeps {plan.source_bytes_per_token:,}; {_exact(plan)}. {_weights(facts)}",
         "## Use",
         CODE.format(name=facts.name, prompt=CHAT if facts.chat else PLAIN),
         "`generate()` uses the compressed cache by itself: greedy, sampling, beams, padded batches, several turns. The "
@@ -55,7 +55,7 @@ def usage(facts: Facts) -> str:
 
 
 def memory(facts: Facts) -> str:
-    """Bytes a token by context, planned and measured, and from where on anything is gained."""
+    """Bytes per token by context, planned and measured, and from where on anything is gained."""
     plan, longest = facts.plan, facts.origin.longest_context
     found = (facts.measured or {}).get("cache", {}).get("by_context", {})
     measured = {int(context): row["bytes_per_token"] for context, row in found.items()}
@@ -70,7 +70,7 @@ def memory(facts: Facts) -> str:
         rows.append([f"{context:,}", f"{source:,.0f}", f"{planned:,.0f}", share, _or_empty(measured.get(context))])
     parts = [
         "## Cache",
-        "Bytes a token of one sequence, exact tokens and scales included:",
+        "Bytes per token of one sequence, exact tokens and scales included:",
         _table(["context", "source", "planned", "of the source", "measured"], rows),
         _gain(plan),
     ]
@@ -107,10 +107,10 @@ def quality(facts: Facts) -> str:
     chunk = measured["chunk"]
     parts = [
         "## Quality",
-        _table(["", "perplexity", "ratio", "KL (nats a token)", "cache bytes a token"], rows),
+        _table(["", "perplexity", "ratio", "KL (nats per token)", "cache bytes per token"], rows),
         f"{measured['windows']} windows of {measured['context']:,} tokens of {text_of(measured.get('text'))}, {seen}; "
-        f"each from an empty cache, {chunk:,} tokens a forward pass, read through the cache as in generation. All rows "
-        "come from one run. KL is that from the source's predictions to the row's, mean over all tokens.",
+        f"each from an empty cache, {chunk:,} tokens per forward pass, read through the cache as in generation. All "
+        "rows come from one run. KL is that from the source's predictions to the row's, mean over all tokens.",
     ]
     if measured["retrieval"]:
         codes = [
@@ -141,7 +141,7 @@ def how(facts: Facts) -> str:
         ["calibration", f"{tokens:,} tokens of {text_of(recipe.calibration.dataset)}, seed {recipe.calibration.seed}"],
     ]
     if plan.capacity is not None:
-        settings.append(["eviction", f"at most {plan.capacity:,} latents a group; the least attended leave"])
+        settings.append(["eviction", f"at most {plan.capacity:,} latents per group; the least attended leave"])
     if recipe.provenance:
         settings.append(["versions", ", ".join(f"{k} {v}" for k, v in recipe.provenance.versions.items())])
     parts = [
@@ -150,7 +150,7 @@ def how(facts: Facts) -> str:
         "decide which layers share a latent, how long it is and how many bits each component gets. "
         "`clla_recipe.yaml` repeats the conversion, `clla_report.json` holds every figure.",
         _table(["", ""], settings),
-        _table(["layers", "latent components", "bits:components", "bytes a token"], groups),
+        _table(["layers", "latent components", "bits:components", "bytes per token"], groups),
     ]
     if facts.healing:
         parts += [_healing(facts.healing), *_picture(facts, HEALING_PICTURE, "Held-out KL while healing")]

@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Measured:
-    """Attributes: kind: `other`, `own` or `before`; label; bytes a token; kl: nats a token, above zero."""
+    """Attributes: kind: `other`, `own` or `before`; label; bytes per token; kl: nats per token, above zero."""
 
     kind: str
     label: str
@@ -42,7 +42,7 @@ def draw_quality(points: Sequence[Measured], frontier: Sequence[Point], source_b
 
     Args:
         points: measured.
-        frontier: (bytes a token, expected KL), ascending in bytes.
+        frontier: (bytes per token, expected KL), ascending in bytes.
         source_bytes: a token.
         width: px.
     """
@@ -51,11 +51,11 @@ def draw_quality(points: Sequence[Measured], frontier: Sequence[Point], source_b
     kls = [p.kl for p in points] + [kl for _, kl in frontier]
     x = Scale(least, source_bytes * 1.25, LEFT, width - 12, log=True)
     y = Scale(max(min(kls), 1e-3 * max(p.kl for p in points)) / 2, max(kls) * 2, TALL - 48, 30, log=True)
-    drawing = Drawing(width, TALL, "KL to the source against cache bytes a token")
+    drawing = Drawing(width, TALL, "KL to the source against cache bytes per token")
     drawing.axes(
         x, y,
-        x_title="cache, bytes a token",
-        y_title="KL to the source, nats a token",
+        x_title="cache, bytes per token",
+        y_title="KL to the source, nats per token",
         x_format=words.short,
         y_format=words.short,
         most=(8 if width > 500 else 5, 6),
@@ -66,7 +66,7 @@ def draw_quality(points: Sequence[Measured], frontier: Sequence[Point], source_b
     places = [(x(point.nbytes), y(point.kl)) for point in points]
     taken = [(a - 7, b - 7, a + 7, b + 7) for a, b in places]
     for point, at in zip(points, places, strict=True):
-        tip = f"{point.label}: {point.nbytes:,.0f} bytes a token, KL {point.kl:.4f}"
+        tip = f"{point.label}: {point.nbytes:,.0f} bytes per token, KL {point.kl:.4f}"
         drawing.mark(SHAPES[point.kind], f"mark {point.kind}", at, tip, 5.5)
         anchor, where, box = _free_place(at, LETTER * len(point.label), taken, (LEFT, y.stop - 8, x.stop, y.start))
         taken.append(box)
@@ -173,7 +173,7 @@ def draw_healing(history: Sequence[dict[str, Any]], width: int) -> Drawing:
     drawing.axes(
         x, y,
         x_title="tokens trained on",
-        y_title="KL to the source, nats a token",
+        y_title="KL to the source, nats per token",
         x_format=words.short,
         y_format=words.short,
         most=(6 if width > 500 else 4, 6),

@@ -42,7 +42,7 @@ class PageData:
         recipe_text: the same as YAML.
         healed: what was trained: empty, `codec`, `attention` or `all`.
         report: source, int4 and converted side by side; None if not measured.
-        predicted_kl: nats a token if every token were coded; None if not known.
+        predicted_kl: nats per token if every token were coded; None if not known.
         reduction: as in `Stats`.
         outlook: from `clla.plan.frontier`; empty for older checkpoints.
         healing: from `Healing.to_json`; None if not healed.

@@ -31,7 +31,7 @@ def draw_plan(plan: Plan, width: int) -> Drawing:
     shown = f"{words.count(len(plan.groups), 'group')} of layers, components of each by their bits"
     drawing = Drawing(width, bottom + 38, f"The plan: {shown}")
     drawing.text("title", 2, 12, "layers")
-    drawing.text("title", width - 2, 12, "rank, bytes a token" if wide else "bytes", "end")
+    drawing.text("title", width - 2, 12, "rank, bytes per token" if wide else "bytes", "end")
     y, middles = float(top), dict[int, list[float]]()
     for group, layers in blocks:
         tall = height * len(layers)
@@ -74,7 +74,7 @@ def _bar(drawing: Drawing, x: Scale, y: float, rows: tuple[int, float], plan: Pl
     for bits, first, stop in runs:
         tip = (
             f"{where}: components {first:,} to {stop - 1:,} in {words.count(bits, 'bit')} each, "
-            f"{(stop - first) * bits // 8:,} bytes a token; the group has {share} of the predicted loss"
+            f"{(stop - first) * bits // 8:,} bytes per token; the group has {share} of the predicted loss"
         )
         drawing.rect(f"b{bits}", x(first), y, x(stop) - x(first), tall, tip)
     for number in range(1, rows[0]):

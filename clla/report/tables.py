@@ -40,7 +40,7 @@ def headline(data: PageData) -> str:
     own, source = plan.bytes_at(context) / context, plan.source_bytes_per_token
     what = f"the cache of the {words.count(plan.num_layers, 'converted layer')}" if plan.kept_layers else "the cache"
     text = (
-        f"At {context:,} tokens {what} takes {own:,.0f} bytes a token instead of {source:,} "
+        f"At {context:,} tokens {what} takes {own:,.0f} bytes per token instead of {source:,} "
         f"({words.percent(own / source)}, {source / own:.3g} times less)"
     )
     if data.report is None:
@@ -49,7 +49,7 @@ def headline(data: PageData) -> str:
     before, after = quality["source"]["perplexity"], quality["converted"]["perplexity"]
     return (
         f"{text}; perplexity goes from {before:.3f} to {after:.3f} ({100 * (after / before - 1):+.2f} %), "
-        f"with a KL of {quality['converted']['kl']:.4f} nats a token to the source."
+        f"with a KL of {quality['converted']['kl']:.4f} nats per token to the source."
     )
 
 
@@ -66,7 +66,7 @@ def tiles(data: PageData) -> list[Tile]:
         quality = data.report.quality
         before, after = quality["source"]["perplexity"], quality["converted"]["perplexity"]
         found.append(Tile(f"{100 * (after / before - 1):+.2f} %", "perplexity", f"{before:.3f} → {after:.3f}"))
-        found.append(Tile(f"{quality['converted']['kl']:.4f}", "KL, nats a token", "to the source"))
+        found.append(Tile(f"{quality['converted']['kl']:.4f}", "KL, nats per token", "to the source"))
     if plan.break_even is not None and plan.break_even > 1:
         found.append(Tile(f"{plan.break_even:,}", "tokens until it is smaller", "than the source's cache"))
     return found
@@ -86,7 +86,7 @@ def quality_table(report: Report) -> TableRows:
         )
         for name, row in report.quality.items()
     ]
-    return TableRows(("", "perplexity", "ratio", "KL", "bytes a token", "of source"), tuple(rows))
+    return TableRows(("", "perplexity", "ratio", "KL", "bytes per token", "of source"), tuple(rows))
 
 
 def retrieval_table(report: Report) -> TableRows:
@@ -127,7 +127,7 @@ def measured_points(data: PageData) -> list[Measured]:
 
 
 def frontier(data: PageData) -> list[tuple[float, float]]:
-    """(bytes a token, KL) that the plan expects of other budgets, scaled to what was measured of this one."""
+    """(bytes per token, KL) that the plan expects of other budgets, scaled to what was measured of this one."""
     report, expected = data.report, data.outlook.get("frontier") or {}
     if report is None or not expected.get("row_bytes"):
         return []
@@ -162,7 +162,7 @@ def fits_table(plan: Plan) -> TableRows:
 
 
 def parts_table(data: PageData) -> TableRows:
-    """What the bytes a token consist of."""
+    """What the bytes per token consist of."""
     plan, context = data.plan, data.context
     whole = plan.bytes_at(context) + plan.kept_bytes_at(context)
     exact_bytes = plan.exact_bytes_at(context)
@@ -172,7 +172,7 @@ def parts_table(data: PageData) -> TableRows:
     if plan.kept_bytes_at(context):
         parts.append((f"{words.count(len(plan.kept_layers), 'layer')} kept as they are", plan.kept_bytes_at(context)))
     rows = [(name, f"{nbytes / context:,.0f}", words.percent(nbytes / whole)) for name, nbytes in parts]
-    return TableRows((f"at {context:,} tokens", "bytes a token", "share"), tuple(rows))
+    return TableRows((f"at {context:,} tokens", "bytes per token", "share"), tuple(rows))
 
 
 def plan_table(plan: Plan) -> TableRows:
@@ -188,7 +188,7 @@ def plan_table(plan: Plan) -> TableRows:
                 words.percent(group.predicted_loss / total),
             )
         )
-    return TableRows(("layers", "rank", "bits:components", "bytes a token", "of loss"), tuple(rows))
+    return TableRows(("layers", "rank", "bits:components", "bytes per token", "of loss"), tuple(rows))
 
 
 def layer_table(data: PageData) -> TableRows:
@@ -213,7 +213,7 @@ def healing_table(data: PageData) -> TableRows | None:
     own = data.report.quality
     rows = (
         ("perplexity", *(f"{row['perplexity']:.3f}" for row in (own["source"], before["converted"], own["converted"]))),
-        ("KL, nats a token", "", f"{before['converted']['kl']:.4f}", f"{own['converted']['kl']:.4f}"),
+        ("KL, nats per token", "", f"{before['converted']['kl']:.4f}", f"{own['converted']['kl']:.4f}"),
     )
     return TableRows(("", "source", "before", "after"), rows)
 
@@ -234,9 +234,9 @@ def settings(data: PageData) -> list[tuple[str, str]]:
         found.append(("planner", f"{recipe.plan.planner}, groups of up to {recipe.plan.max_group_size} layers"))
     found.append(("latent source", plan.source))
     if plan.capacity is not None:
-        found.append(("eviction", f"at most {plan.capacity:,} latents a group"))
+        found.append(("eviction", f"at most {plan.capacity:,} latents per group"))
     if data.predicted_kl is not None:
-        found.append(("predicted KL", f"{data.predicted_kl:.4f} nats a token if no token were exact"))
+        found.append(("predicted KL", f"{data.predicted_kl:.4f} nats per token if no token were exact"))
     if data.reduction is not None:
         found.append(("moments", f"in {data.reduction['coordinates']:,.0f} of {data.reduction['of']:,.0f} coordinates"))
     found.append(("trained", data.healed or "nothing; the weights are the source's"))

@@ -106,7 +106,7 @@ class LatentStore(nn.Module, AttentionLayerBase):
         name: in the engine's table of layers.
         groups: layer groups of this pipeline rank.
         row_bytes: of a token, all these groups together, or those of a rank that has more.
-        block: tokens a page.
+        block: tokens per page.
         alone: blocks that the longest request may need while it is the only one.
         vllm_config: of the engine.
     """

@@ -91,7 +91,7 @@ class Side:
         Args:
             batch: of the exact pages; its block table differs from that of the latents.
             sinks: first tokens that are exact.
-            size: tokens a page.
+            size: tokens per page.
             window: of the others a new token sees so many, itself among them; None for all.
         """
         device = batch.table.device

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
-EXACT_BLOCK = 16  # tokens a page of exact keys and values
-LARGEST_BLOCK = 512  # tokens a page of latents, unless one exact page is larger
+EXACT_BLOCK = 16  # tokens per page of exact keys and values
+LARGEST_BLOCK = 512  # tokens per page of latents, unless one exact page is larger
 
 
 class Window(NamedTuple):
@@ -37,7 +37,7 @@ class Window(NamedTuple):
 
 
 def latent_block(row_bytes: int, windows: Sequence[Window]) -> tuple[int, list[int]]:
-    """Tokens a block of latents, and in how many groups the layers of each window share such blocks.
+    """Tokens per block of latents, and in how many groups the layers of each window share such blocks.
 
     The engine's blocks all have the bytes of a latents' block; pages of exact tokens share a block by as many layers as
     fit. Larger blocks fit them better but leave more of a sequence's last block empty: the sum is made small.
@@ -77,7 +77,7 @@ def blocks_alone(windows: Sequence[Window], shares: Sequence[int], block: int, l
     Args:
         windows: of the model.
         shares: groups of each, from `latent_block`.
-        block: tokens a block of latents.
+        block: tokens per block of latents.
         longest: tokens of a request.
         in_flight: most tokens that are computed at once.
     """

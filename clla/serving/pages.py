@@ -1,6 +1,6 @@
 """Read and write the engine's pages: rows of tokens that lie wherever the block table says.
 
-Shape legend: T tokens, S sequences, H key-value heads, d head dim, b tokens a block, P blocks of the pool, N bytes a
+Shape legend: T tokens, S sequences, H key-value heads, d head dim, b tokens per block, P blocks of the pool, N bytes a
 latent row.
 """
 

@@ -37,7 +37,7 @@ def check_one_layer(group: GroupReader, spec: GroupSpec, cache: CacheSpec, rotar
         spec: of the group.
         cache: of the whole cache.
         rotary: the engine's module that rotates keys; None where keys are not rotated, or by a module of transformers.
-        block: tokens a page.
+        block: tokens per page.
 
     Raises:
         CllaError: they differ.

@@ -1,4 +1,4 @@
-"""A cache that keeps nothing: for whole sequences in one forward pass, when keys and values are wanted in passing."""
+"""A no-op cache that records the keys and values of one full-sequence forward pass."""
 
 from __future__ import annotations
 

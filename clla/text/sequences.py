@@ -42,7 +42,7 @@ def token_batches(
         tokenizer: the model's; what it puts before a text stands before every sequence.
         tokens: wanted in all, rounded up to whole sequences.
         sequence_length: T.
-        batch_size: sequences a batch.
+        batch_size: sequences per batch.
         seed: of the shuffling.
 
     Raises:

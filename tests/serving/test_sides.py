@@ -17,7 +17,7 @@ from clla.serving.pages import Batch
 
 from .conftest import FORMS
 
-SIZE = 16  # tokens a page
+SIZE = 16  # tokens per page
 TOTALS = (23, 70, 66, 2, 131, 133, 18, 129, 40)
 COUNTS = (1, 1, 1, 1, 1, 2, 18, 2, 1)  # the seventh is a prompt
 
