@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.inference_mode(), _kernels(kernels):
         ceilings = measure_ceilings(device, small=args.dry_run)
         for name in args.shapes:
-            shape = make_shape(name, args.kv_budget, args.max_group_size, device)
+            shape = make_shape(name, args.kv_budget, args.max_layers_per_group, device)
             errors[name] = {str(dtype).removeprefix("torch."): check(shape, dtype, device) for dtype in TOLERANCE}
             for context, batch in product(args.contexts, args.batch_sizes):
                 batch = batch or largest_batch(shape, context, device)
@@ -119,10 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
 # What is measured
 
 
-def make_shape(name: str, kv_budget: str, max_group_size: int, device: torch.device) -> Shape:
+def make_shape(name: str, kv_budget: str, max_layers_per_group: int, device: torch.device) -> Shape:
     """A layer of the first group of a plan with the widths of real ones, with a random codec."""
     config = shape_config(name)
-    plan = random_plan(config, kv_budget=kv_budget, max_group_size=max_group_size)
+    plan = random_plan(config, kv_budget=kv_budget, max_layers_per_group=max_layers_per_group)
     codec = random_codec(_first_group(plan), dtype=STORED, device=device).groups[0]
     heads, rope = plan.kv.num_key_value_heads, getattr(config, "rope_parameters", None) or {}
     layout = RowLayout(plan.groups[0].tier_bits, plan.tier_size)
@@ -431,7 +431,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", default="1,16,largest", help="sequences, comma-separated")
     parser.add_argument("--select", type=int, default=2048, help="tokens read in full, where so many are chosen")
     parser.add_argument("--kv-budget", default="6.25%", help="the latents' share of the source cache")
-    parser.add_argument("--max-group-size", type=int, default=6, help="layers that share a latent")
+    parser.add_argument("--max-layers-per-group", type=int, default=6, help="layers that share a latent")
     parser.add_argument("--sweep", action="store_true", help="also try other tiles and blocks; the best are printed")
     parser.add_argument("--json", action="store_true", help="everything as JSON, times in seconds")
     parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # tiny, on a CPU: no figure is real

@@ -39,7 +39,10 @@ from clla.source.device import pick_device
 from clla.source.model import open_source
 from clla.text.sequences import load_documents, whole_windows
 
-STRICT: dict[str, dict[str, Any]] = {"plan": {"source": "first", "bits": (16,)}, "budget": {"window": 0, "sinks": 0}}
+STRICT: dict[str, dict[str, Any]] = {
+    "plan": {"latent_input": "first_layer", "bits": (16,)},
+    "budget": {"exact_window": 0, "num_sinks": 0},
+}
 
 
 def main() -> None:
@@ -48,7 +51,7 @@ def main() -> None:
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
     changes: dict[str, dict[str, Any]] = {"calibration": {"dataset": args.dataset, "tokens": args.tokens}, "heal": {}}
-    changes["budget"] = {"at_context": 0, "window": args.window}
+    changes["budget"] = {"budget_context": 0, "exact_window": args.window}
     recipe = Recipe().override(changes)
     recipe = resolve(recipe.override(STRICT) if args.strict else recipe, source, device)
     args.work_dir.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     layers, kv = SHAPES[args.shape]
-    stats = random_stats(args.layers or layers, kv, PlanConfig().max_group_size)
+    stats = random_stats(args.layers or layers, kv, PlanConfig().max_layers_per_group)
     print(f"moments of {len(stats.layers)} layers of {kv.values} values", file=sys.stderr)
     found = measured(stats, args.budget, pick_device(args.device))
     if args.json:

@@ -36,10 +36,10 @@ from clla.text.sequences import load_documents, whole_windows
 
 EQUAL: dict[str, dict[str, Any]] = {
     "uniform, 6": {"planner": "uniform"},
-    "uniform, 3": {"planner": "uniform", "max_group_size": 3},
+    "uniform, 3": {"planner": "uniform", "max_layers_per_group": 3},
     "pyramid, 6": {"planner": "pyramid"},
-    "dynamic, 3": {"max_group_size": 3},
-    "dynamic, 1": {"max_group_size": 1},
+    "dynamic, 3": {"max_layers_per_group": 3},
+    "dynamic, 1": {"max_layers_per_group": 1},
 }
 
 
@@ -65,8 +65,8 @@ def measure(run: Run, texts: dict[str, Tensor], cases: list[tuple[str, float, di
     """
     stats, model, points = run.stats(), run.model(), []
     spectra = weigh(stats, run.recipe, run.device)
-    assert run.recipe.budget.window is not None
-    window = run.recipe.budget.window
+    assert run.recipe.budget.exact_window is not None
+    window = run.recipe.budget.exact_window
     base: dict[str, float] = {}
     for name, budget, changes in cases:
         settings = run.recipe.override({"plan": changes}).plan
@@ -132,7 +132,7 @@ def main() -> None:
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
     recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.tokens}})
-    recipe = resolve(recipe.override({"budget": {"at_context": 0, "window": args.window}}), source, device)
+    recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": args.window}}), source, device)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir)
     count, length = args.windows, args.window_length

@@ -48,10 +48,10 @@ def main() -> None:
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
     recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.tokens}})
-    recipe = resolve(recipe.override({"budget": {"at_context": 0, "window": 128}}), source, device)
+    recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": 128}}), source, device)
     names = [name for name in VARIANTS if name in args.variants.split(",")] if args.variants else list(VARIANTS)
     if any(VARIANTS[name][0] == "first" for name in names):
-        recipe = recipe.override({"plan": {"source": "first"}})  # so that the inputs' moments are collected
+        recipe = recipe.override({"plan": {"latent_input": "first_layer"}})  # so that the inputs' moments are collected
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir, hold_out=False)  # another text is measured on
     stats = run.stats()
@@ -86,7 +86,14 @@ def _variant(
 ) -> dict[str, dict[str, float]]:
     """All budgets of one variant, beside the source, over the same windows."""
     latent_source, window, group_size = VARIANTS[name]
-    recipe = recipe.override({"plan": {"source": latent_source, "max_group_size": group_size}})
+    recipe = recipe.override(
+        {
+            "plan": {
+                "latent_input": "all_layers" if latent_source == "group" else "first_layer",
+                "max_layers_per_group": group_size,
+            }
+        }
+    )
     spectra, model = weigh(stats, recipe), run.model()
     models: dict[str, Subject] = {}
     planned: dict[str, float] = {}

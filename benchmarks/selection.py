@@ -64,7 +64,7 @@ def main(
 
 def read(model: Any, ids: Tensor, tokens: int, select: int | None) -> list[Tensor]:
     """Log-probabilities [tokens, V] of each text's last tokens, which come one at a time."""
-    model.select_tokens = select
+    model.attend_top_k = select
     found = []
     for row in ids:
         cache, logits = model.new_cache(), []

@@ -52,13 +52,13 @@ class RecipeChanges(TypedDict, total=False):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     kv_budget: str | float | None
-    at_context: int | None
-    window: int | None
-    sinks: int | None
-    evict: float | None
-    max_group_size: int | None
+    budget_context: int | None
+    exact_window: int | None
+    num_sinks: int | None
+    eviction_ratio: float | None
+    max_layers_per_group: int | None
     bits: str | Sequence[int] | None
-    source: str | None
+    latent_input: str | None
     planner: str | None
     dataset: Name | None
     calibration_tokens: int | None
@@ -67,7 +67,7 @@ class RecipeChanges(TypedDict, total=False):
     heal: bool
     heal_tokens: int | None
     heal_train: str | None
-    tracker: Word | None
+    report_to: Word | None
     dtype: str | None
     placement: str | None
 
@@ -110,9 +110,9 @@ def convert_model(
     dry_run: bool = False,
     resume: bool = False,
     work_dir: Place | None = None,
-    report: bool = True,
+    evaluate: bool = True,
     max_shard_size: str | None = None,
-    adapter_only: bool = False,
+    codec_only: bool = False,
     overwrite: bool = False,
     **changes: Unpack[RecipeChanges],
 ) -> Conversion:
@@ -126,15 +126,15 @@ def convert_model(
         dry_run: stop after the plan; nothing is written.
         resume: take up the finished stages of an interrupted run.
         work_dir: keep stats and plans here: another budget then takes seconds.
-        report: measure before and after.
+        evaluate: measure before and after.
         max_shard_size: of the weight files, e.g. '5GB' or '2GiB'.
-        adapter_only: save the codec without the source's weights.
+        codec_only: save the codec without the source's weights.
         overwrite: replace an earlier conversion in `output`.
         **changes: what replaces fields of the recipe (`RecipeChanges`): `kv_budget` ('6.25%', 0.0625 or '1440B' per
-            token), `at_context`, `window`, `sinks`, `evict`, `max_group_size`, `bits` ('2,4,8' or (2, 4, 8)), `source`,
-            `planner`, `dataset`, `calibration_tokens`, `sequence_length`, `seed`, `dtype` to compute in, `placement`;
-            `heal=True` trains briefly against the source afterwards, with `heal_tokens`, `heal_train`, and a `tracker`
-            of accelerate.
+            token), `budget_context`, `exact_window`, `num_sinks`, `eviction_ratio`, `max_layers_per_group`, `bits`
+            ('2,4,8' or (2, 4, 8)), `latent_input`, `planner`, `dataset`, `calibration_tokens`, `sequence_length`,
+            `seed`, `dtype` to compute in, `placement`. `heal=True` trains briefly against the source afterwards, with
+            `heal_tokens`, `heal_train`, and trackers of accelerate to `report_to`.
 
     Returns:
         Plan, resolved recipe, what was measured, and the converted model, which generates, in the dtype that was
@@ -149,16 +149,16 @@ def convert_model(
     """
     base = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     options = dict(changes)
-    heal, tracker = options.pop("heal", False), changes.get("tracker")
-    options.pop("tracker", None)
+    heal, tracker = options.pop("heal", False), changes.get("report_to")
+    options.pop("report_to", None)
     wanted = changes_of(options)
     trained = wanted.pop("heal", {})
     chosen = base.override({**wanted, **({"heal": trained} if heal or base.heal is not None else {})})
     if chosen.heal is None and (trained or tracker is not None):
-        raise UsageError("--heal-tokens, --heal-train or --tracker without healing", remedy="add --heal")
-    if max_shard_size is not None and adapter_only:
+        raise UsageError("--heal-tokens, --heal-train or --report-to without healing", remedy="add --heal")
+    if max_shard_size is not None and codec_only:
         raise UsageError(
-            "--max-shard-size with --adapter-only", expected="one of them: no weights are saved", remedy="leave one out"
+            "--max-shard-size with --codec-only", expected="one of them: no weights are saved", remedy="leave one out"
         )
     folder = expanded(output or f"{plain_name(str(model))}-clla").resolve()
     run = Options(
@@ -167,9 +167,9 @@ def convert_model(
         overwrite=overwrite,
         resume=resume,
         work_dir=_path(work_dir),
-        adapter_only=adapter_only,
+        codec_only=codec_only,
         dry_run=dry_run,
-        report=report,
+        report=evaluate,
         tracker=tracker,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
     )
@@ -181,13 +181,13 @@ def heal_model(
     checkpoint: Place,
     *,
     output: Place | None = None,
-    teacher: Name | None = None,
-    tracker: Word | None = None,
+    source_model: Name | None = None,
+    report_to: Word | None = None,
     device: Word = "auto",
     dtype: Dtype = "auto",
     resume: bool = False,
     work_dir: Place | None = None,
-    report: bool = True,
+    evaluate: bool = True,
     overwrite: bool = False,
     **changes: Unpack[HealChanges],
 ) -> Healed:
@@ -196,13 +196,13 @@ def heal_model(
     Args:
         checkpoint: directory or Hub id.
         output: directory of the healed checkpoint; default `CHECKPOINT-healed`.
-        teacher: the source model; default: the checkpoint's own weights, or where they came from.
-        tracker: of accelerate.
+        source_model: what it was converted from; default: the checkpoint's own weights, or where they came from.
+        report_to: a tracker of accelerate: tensorboard, wandb, …
         device: auto, cpu, cuda, …
         dtype: of all that is not trained: auto, float32, bfloat16.
         resume: go on from the last saved step.
         work_dir: keep text and states here.
-        report: measure before and after.
+        evaluate: measure before and after.
         overwrite: replace an earlier checkpoint in `output`.
         **changes: fields of the recipe's `heal` section (`HealChanges`): `tokens` to train on, what to `train`,
             `codec_lr`, `weight_lr`, `sequence_length`, `batch_tokens`, `codec_share`, `cache_share`, `evaluations`,
@@ -222,12 +222,12 @@ def heal_model(
         output=folder,
         device=device,
         dtype=dtype,
-        teacher=teacher,
+        teacher=source_model,
         overwrite=overwrite,
         resume=resume,
         work_dir=_path(work_dir),
-        report=report,
-        tracker=tracker,
+        report=evaluate,
+        tracker=report_to,
     )
     _, after, healing = heal_checkpoint(str(checkpoint), dict(changes), options)
     return Healed(folder, after, healing)
@@ -238,13 +238,13 @@ def evaluate_model(
     checkpoint: Place,
     *,
     text: Name = "bundled",
-    windows: Count = 4,
-    window_length: Annotated[Count, Field(ge=2)] | None = None,
+    num_samples: Count = 4,
+    sequence_length: Annotated[Count, Field(ge=2)] | None = None,
     chunk: Count | None = None,
-    select_tokens: Count | None = None,
+    attend_top_k: Count | None = None,
     contexts: Annotated[Sequence[Count], Field(min_length=1)] | None = None,
     retrieval: bool = True,
-    teacher: Name | None = None,
+    source_model: Name | None = None,
     device: Word = "auto",
     dtype: Dtype = "auto",
     **planted: Unpack[RetrievalOptions],
@@ -255,13 +255,13 @@ def evaluate_model(
         checkpoint: directory or Hub id.
         text: to measure on: a file, a Hub data set, or `bundled`, of which that part is taken that calibration
             leaves out. The report's `unseen` says what the checkpoint's record tells of it.
-        windows: of text.
-        window_length: tokens per window; default 2048, or what the model takes.
+        num_samples: samples of text.
+        sequence_length: tokens per sample; default 2048, or what the model takes.
         chunk: tokens per forward pass; default: the exact window.
-        select_tokens: old tokens read in full; a forward pass then takes as few tokens as that needs.
+        attend_top_k: old tokens read in full; a forward pass then takes as few tokens as that needs.
         contexts: lengths in tokens at which caches are measured; default 512, 2048 and 8192, as far as the model goes.
         retrieval: also plant codes and ask for them.
-        teacher: source model, where the weights were trained; default: from the recipe.
+        source_model: what it was converted from, where the weights were trained; default: from the recipe.
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16.
         **planted: `retrieval_context`, tokens in which a code is planted (default 4096, or what the model takes), and
@@ -282,22 +282,22 @@ def evaluate_model(
     check_text(text)
     folder = checkpoint_folder(str(checkpoint))
     reach = checkpoint_reach(folder)
-    reach.check_option("--window-length", window_length)
+    reach.check_option("--sequence-length", sequence_length)
     reach.check_option("--contexts", max(contexts) if contexts else None)
     reach.check_option("--retrieval-context", retrieval_context if retrieval else None)
     loaded = load_checkpoint(str(folder), device=where, dtype=dtype)
-    if select_tokens is not None:
-        chunk = _select(loaded.model, select_tokens, chunk)
-    trained = teacher is not None or loaded.model.config.spec.healed is not None
-    source = teacher_of(loaded, recipe_of(loaded.folder), teacher, where) if trained else None
-    length = window_length or reach.fit(EVAL_LENGTH)
+    if attend_top_k is not None:
+        chunk = _select(loaded.model, attend_top_k, chunk)
+    trained = source_model is not None or loaded.model.config.spec.healed is not None
+    source = teacher_of(loaded, recipe_of(loaded.folder), source_model, where) if trained else None
+    length = sequence_length or reach.fit(EVAL_LENGTH)
     around = 0  # tokens around a planted code
     if retrieval and retrieval_context is not None:
         check_room(loaded.tokenizer, around := retrieval_context)
     elif retrieval:
         around = plantable(loaded.tokenizer, reach.fit(RETRIEVAL_LENGTH))
-    ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=length)
-    with console.progress("Measuring (windows)", len(ids)) as advance:
+    ids = evaluation_windows(text, loaded.tokenizer, count=num_samples, length=length)
+    with console.progress("Measuring (samples)", len(ids)) as advance:
         return before_and_after(
             loaded.model,
             loaded.tokenizer,
@@ -331,7 +331,7 @@ def load_model(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto
 
 def _select(model: CllaForCausalLM, tokens: int, chunk: int | None) -> int:
     """Have a model select tokens; tokens per step at which it does so."""
-    model.select_tokens = tokens
+    model.attend_top_k = tokens
     most = model.reading_tokens
     if chunk is not None and chunk > most:
         raise UsageError(

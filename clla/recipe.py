@@ -69,19 +69,21 @@ class BudgetConfig(_Section):
     """The one dial, and at which context length it is read."""
 
     kv_budget: str = Field("6.25%", description="share of the source's KV bytes ('6.25%', '0.0625') or bytes ('1440B')")
-    at_context: int | None = Field(
+    budget_context: int | None = Field(
         None,
         ge=0,
         description="context at which the budget holds (0: latents only); default: the model's, at most 32768",
     )
-    window: int | None = Field(None, ge=0, description="newest tokens kept exact; default: derived from the budget")
-    sinks: int = Field(4, ge=0, description="first tokens kept exact")
-    evict: float | None = Field(
+    exact_window: int | None = Field(
+        None, ge=0, description="newest tokens kept exact; default: derived from the budget"
+    )
+    num_sinks: int = Field(4, ge=0, description="first tokens kept exact")
+    eviction_ratio: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="fraction of the cached latents to evict at `at_context`, least attended first; for budgets below "
-        "what latents alone reach",
+        description="fraction of the cached latents to evict at `budget_context`, least attended first; for budgets "
+        "below what latents alone reach",
     )
 
     @field_validator("kv_budget", mode="before")
@@ -108,22 +110,24 @@ class PlanConfig(_Section):
     sharing_order: Literal["similar", "dissimilar"] = Field(
         "similar", description="which neighbours 'kvsharer' tries to merge first; its paper's order is 'dissimilar'"
     )
-    source: Literal["group", "first"] = Field(
-        "group", description="latent from all layers of the group, or from the first layer's input (CLLA as published)"
+    latent_input: Literal["all_layers", "first_layer"] = Field(
+        "all_layers",
+        description="what a latent is made from: keys and values of all layers of its group, or the attention input of "
+        "the first one (CLLA as published)",
     )
     key: Literal["reconstruct", "decoupled"] = Field(
         "reconstruct",
         description="keys decoded whole and then rotated, or in two parts: a short rotary key cached beside the "
-        "latent, and a position-free rest (needs source 'first', no window, no sinks, and healing)",
+        "latent, and a position-free rest (needs latent_input 'first_layer', no window, no sinks, and healing)",
     )
-    rope_components: int | None = Field(
+    qk_rope_head_dim: int | None = Field(
         None, ge=8, description="values of a layer group's rotary key, a multiple of 8; default: the head dim"
     )
     rope_bits: int = Field(6, description="bit width of the rotary key's components")
     layout: Literal["free", "deepseek"] = Field(
         "free", description="'deepseek' keeps decoupled keys within what DeepseekV3 can express (clla export)"
     )
-    max_group_size: int = Field(6, ge=1, le=64, description="most layers that share a latent")
+    max_layers_per_group: int = Field(6, ge=1, le=64, description="most layers that share a latent")
     bits: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6, 8), description="bit widths a component may take")
     tier_size: int = Field(8, description="neighbouring components that share a bit width")
     metric: Literal["fisher", "pca", "weights", "asvd"] = Field(
@@ -131,6 +135,11 @@ class PlanConfig(_Section):
     )
     metric_power: float = Field(0.75, ge=0, le=1, description="exponent of the Fisher metric")
     flush_block: int = Field(16, ge=1, description="tokens that leave the exact window at once")
+
+    @property
+    def source(self) -> Literal["group", "first"]:
+        """`latent_input` as plans and configs of checkpoints write it."""
+        return "group" if self.latent_input == "all_layers" else "first"
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -151,7 +160,7 @@ class PlanConfig(_Section):
             raise ValueError(f"expected one of {sorted(WORD_BITS)}")
         return value
 
-    @field_validator("tier_size", "rope_components")
+    @field_validator("tier_size", "qk_rope_head_dim")
     @classmethod
     def _packable(cls, value: int | None) -> int | None:
         if value is not None and (value <= 0 or value % 8):
@@ -256,8 +265,11 @@ class Recipe(_Section):
 
 # Options of functions and commands: the section and the field of a recipe that each stands for.
 OPTIONS = {
-    **{name: ("budget", name) for name in ("kv_budget", "at_context", "window", "sinks", "evict")},
-    **{name: ("plan", name) for name in ("max_group_size", "bits", "source", "planner")},
+    **{
+        name: ("budget", name)
+        for name in ("kv_budget", "budget_context", "exact_window", "num_sinks", "eviction_ratio")
+    },
+    **{name: ("plan", name) for name in ("max_layers_per_group", "bits", "latent_input", "planner")},
     "dataset": ("calibration", "dataset"),
     "calibration_tokens": ("calibration", "tokens"),
     "sequence_length": ("calibration", "sequence_length"),

@@ -37,7 +37,8 @@ config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, 
 LlamaForCausalLM(config).save_pretrained(sys.argv[1])
 """
 CONVERT = (
-    "clla convert pico --calibration-tokens 2048 --sequence-length 256 --at-context 512 --window 16 --kv-budget 25%"
+    "clla convert pico --calibration-tokens 2048 --sequence-length 256 --budget-context 512 --exact-window 16 "
+    "--kv-budget 25%"
 )
 USE = (
     ("clla --version", 0),
@@ -45,7 +46,7 @@ USE = (
     ("clla convert", 2),
     ("clla convert nowhere", 1),
     (f"{CONVERT} --dry-run", 0),
-    (f"{CONVERT} --no-report", 0),
+    (f"{CONVERT} --no-eval", 0),
     ("clla generate pico-clla --max-new-tokens 24 --prompt 'The cache is what grows.'", 0),
 )
 

@@ -30,8 +30,8 @@ This page is written from the schema by `python docs/recipes.py`; `clla recipes 
 # Values for the examples; each section's is a whole recipe that is read by the tests.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "calibration": {"dataset": "mine.jsonl", "tokens": 65536, "sequence_length": 2048},
-    "budget": {"kv_budget": "3%", "at_context": 32768, "window": 64},
-    "plan": {"max_group_size": 4, "bits": [2, 4, 8]},
+    "budget": {"kv_budget": "3%", "budget_context": 32768, "exact_window": 64},
+    "plan": {"max_layers_per_group": 4, "bits": [2, 4, 8]},
     "runtime": {"compute_dtype": "bfloat16", "placement": "stream"},
     "heal": {"tokens": 4000000, "train": "codec"},
 }

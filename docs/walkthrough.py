@@ -82,19 +82,19 @@ STEPS = (
     Step("echo 'Name three colours.' | clla generate demo-clla --max-new-tokens 20 --prompt -"),
     Step(PYTHON_API, why="In Python, with the package:"),
     Step(WITHOUT_CLLA, why="With transformers alone (the code lies in the checkpoint):"),
-    Step("clla eval demo-clla --windows 2 --retrieval-trials 2 --retrieval-context 2048", title="Measure"),
+    Step("clla eval demo-clla --num-samples 2 --retrieval-trials 2 --retrieval-context 2048", title="Measure"),
     Step(
-        "clla report demo-clla --html report.html --samples 1 --max-new-tokens 40 --windows 1",
+        "clla report demo-clla --html report.html --samples 1 --max-new-tokens 40 --num-samples 1",
         why="The same, and more, as a page to look at:",
     ),
     Step("clla bench demo-clla --contexts 256,512 --new-tokens 8 --repeats 1"),
     Step(
-        "clla compare demo --quick --methods stored,clla --budget 6.25% --windows 1 --context 512 --long-context 1024 "
-        "--retrieval-trials 0 --calibration-tokens 4096",
+        "clla compare demo --quick --methods stored,clla --budget 6.25% --num-samples 1 --context 512 "
+        "--long-context 1024 --retrieval-trials 0 --calibration-tokens 4096",
         why="Beside caches in int4 and fp8, in a minute (one short window ranks nothing):",
     ),
     Step(
-        "clla heal demo-clla --tokens 4096 --sequence-length 512 --batch-tokens 1024 --evaluations 2 --no-report",
+        "clla heal demo-clla --tokens 4096 --sequence-length 512 --batch-tokens 1024 --evaluations 2 --no-eval",
         title="Heal",
         why="Far too few tokens to help; it shows what a run looks like.",
     ),
@@ -103,7 +103,7 @@ STEPS = (
     Step("clla generate nowhere --prompt hello", 1, title="Mistakes"),
     Step("clla convert nowhere", 1),
     Step("clla convert demo --kv-budget 6.25 -o elsewhere", 2),
-    Step("clla convert demo --bits 2,7 --window -1 -o elsewhere", 2),
+    Step("clla convert demo --bits 2,7 --exact-window -1 -o elsewhere", 2),
     Step("clla convert demo --dataset missing.txt -o elsewhere --calibration-tokens 2048", 1),
     Step("clla convert demo --heal-tokens 4096 -o elsewhere", 2),
     Step("clla export demo-clla -o elsewhere", 1),

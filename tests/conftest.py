@@ -225,7 +225,7 @@ def checkpoint(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     from helpers import clla
 
     folder = tmp_path_factory.mktemp("checkpoint") / "converted"
-    options = ["--dataset", text_file, "--calibration-tokens", 2048, "--sequence-length", 128, "--window", 8]
-    done = clla("convert", pico_dir, "-o", folder, *options, "--kv-budget", "1.5%", "--at-context", 0, "--no-report")
+    options = ["--dataset", text_file, "--calibration-tokens", 2048, "--sequence-length", 128, "--exact-window", 8]
+    done = clla("convert", pico_dir, "-o", folder, *options, "--kv-budget", "1.5%", "--budget-context", 0, "--no-eval")
     assert done.exit_code == 0, done.output + done.stderr
     return folder

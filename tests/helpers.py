@@ -91,7 +91,7 @@ def plan_of(
 
 def converted_of(model: PreTrainedModel, plan: Plan, stats: Stats, *, prefill_chunk: int = 24) -> CllaForCausalLM:
     """The pico model running on the plan's cache."""
-    recipe = Recipe().override({"plan": {"source": plan.source}})
+    recipe = Recipe().override({"plan": {"latent_input": "all_layers" if plan.source == "group" else "first_layer"}})
     codec: Codec = make_codec(weigh(stats, recipe), plan, stats)
     block = clla_block(
         plan,

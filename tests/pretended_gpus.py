@@ -204,7 +204,7 @@ def run(name: str, dtype: str, homes: str, gpus: Gpus) -> list[dict[str, Any]]:
     like = form("group" if name in ("static", "selected") else name)
     with torch.no_grad(), gpus:
         model = pretended(like, getattr(torch, dtype), homes)
-        model.select_tokens = 8 if name == "selected" else None
+        model.attend_top_k = 8 if name == "selected" else None
         cache = model.new_cache(CUTS[-1] if name == "static" else None)
         mask = torch.ones(B, CUTS[-1], dtype=torch.long)
         mask[1, :PADDING] = 0

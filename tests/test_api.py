@@ -31,7 +31,7 @@ from clla.convert.pipeline import Conversion, Options
 from clla.checkpoint.load import Checkpoint
 
 done: Conversion = clla.convert_model("x", kv_budget=0.03, bits=(2, 4))
-share: float = clla.evaluate_model(done.output, windows=1).quality["converted"]["perplexity"]
+share: float = clla.evaluate_model(done.output, num_samples=1).quality["converted"]["perplexity"]
 model, tokenizer = clla.load_model(done.output)
 chunk: int = clla.heal_model("x", train="codec").healing.history[0].tokens
 options: Options = Options(done.output)
@@ -91,18 +91,18 @@ def test_commands_and_functions_have_the_same_options(name: str) -> None:
 
 
 def test_the_function_does_what_the_command_does(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    options = {"calibration_tokens": 2048, "sequence_length": 128, "window": 8, "at_context": 0}
+    options = {"calibration_tokens": 2048, "sequence_length": 128, "exact_window": 8, "budget_context": 0}
     done = clla.convert_model(
         str(pico_dir),
         output=tmp_path / "a",
         dataset=str(text_file),
         kv_budget=0.1,
         bits=(2, 4),
-        report=False,
+        evaluate=False,
         **options,
     )
     flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
-    flags += ["--dataset", text_file, "--kv-budget", "0.1", "--bits", "2,4", "--no-report"]
+    flags += ["--dataset", text_file, "--kv-budget", "0.1", "--bits", "2,4", "--no-eval"]
     assert command("convert", pico_dir, "-o", tmp_path / "b", *flags).exit_code == 0
     for name in ("clla_recipe.yaml", "config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -114,9 +114,20 @@ def test_the_function_does_what_the_command_does(pico_dir: Path, text_file: Path
     with torch.no_grad():
         torch.testing.assert_close(model(tokens(1, 60)).logits, done.model(tokens(1, 60)).logits)
     assert tokenizer("a")["input_ids"]
-    options = {"text": str(text_file), "windows": 1, "window_length": 128, "contexts": "64", "retrieval": False}
+    options = {"text": str(text_file), "num_samples": 1, "sequence_length": 128, "contexts": "64", "retrieval": False}
     report = clla.evaluate_model(tmp_path / "a", **{**options, "contexts": [64]})
-    flags = ["--text", text_file, "--windows", 1, "--window-length", 128, "--contexts", 64, "--no-retrieval", "--json"]
+    flags = [
+        "--text",
+        text_file,
+        "--num-samples",
+        1,
+        "--sequence-length",
+        128,
+        "--contexts",
+        64,
+        "--no-retrieval",
+        "--json",
+    ]
     assert json.loads(command("eval", tmp_path / "b", *flags).stdout) == report.to_json()
 
 
@@ -139,7 +150,7 @@ def test_the_returned_model_is_not_changed_by_saving(text_file: Path, tmp_path: 
     pico().to(torch.bfloat16).save_pretrained(tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
     quick: dict[str, Any] = {"dataset": str(text_file), "calibration_tokens": 1024, "sequence_length": 128}
-    quick |= {"window": 8, "at_context": 0, "kv_budget": "20%", "report": False, "dtype": "float32"}
+    quick |= {"exact_window": 8, "budget_context": 0, "kv_budget": "20%", "evaluate": False, "dtype": "float32"}
     made = clla.convert_model(tmp_path / "source", output=tmp_path / "out", **quick).model
     assert made is not None and {p.dtype for p in made.parameters()} == {torch.float32}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -28,13 +28,13 @@ from clla.publish.origin import origin_of
 from clla.source.model import open_source
 from clla.storage.files import read_json
 
-SMALL = ["--calibration-tokens", 2048, "--sequence-length", 128, "--window", 8, "--kv-budget", "25%"]
+SMALL = ["--calibration-tokens", 2048, "--sequence-length", 128, "--exact-window", 8, "--kv-budget", "25%"]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 FRONT = {"license": "other", "license_name": "pico-licence", "license_link": "LICENSE", "language": ["en", False]}
 
 
 def convert(model: object, folder: Path, text: Path, *options: object) -> Path:
-    done = clla("convert", model, "-o", folder, "--dataset", text, *SMALL, "--at-context", 512, *options)
+    done = clla("convert", model, "-o", folder, "--dataset", text, *SMALL, "--budget-context", 512, *options)
     assert done.exit_code == 0, done.output + done.stderr
     return folder
 
@@ -167,8 +167,8 @@ def test_the_code_of_the_card_runs_without_clla(
     measured: Path, source: Path, pico_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Of a chat model, of one without a template, and of a codec alone: in one process, from the folder above."""
-    plain = convert(pico_dir, tmp_path / "plain", text_file, "--no-report")
-    adapter = convert(source, tmp_path / "adapter", text_file, "--no-report", "--adapter-only")
+    plain = convert(pico_dir, tmp_path / "plain", text_file, "--no-eval")
+    adapter = convert(source, tmp_path / "adapter", text_file, "--no-eval", "--codec-only")
     script = "import os, sys\nsys.modules['clla'] = None  # any import of it fails\n"
     for folder in (measured, plain, adapter):
         text = card_of(folder).text
@@ -187,7 +187,7 @@ def test_the_code_of_the_card_runs_without_clla(
 
 
 def test_without_a_report_nothing_is_claimed(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    folder = convert(pico_dir, tmp_path / "bare", text_file, "--no-report")
+    folder = convert(pico_dir, tmp_path / "bare", text_file, "--no-eval")
     card = card_of(folder)
     assert "clla eval bare" in card.text and "perplexity" not in card.text.lower()
     assert "No licence was found" in card.text and card.data.license is None and card.data.language is None
@@ -199,7 +199,7 @@ def test_without_a_report_nothing_is_claimed(pico_dir: Path, text_file: Path, tm
     [
         ("qwen2-sliding", [], "bounded by a window of 24 tokens"),
         ("bamba", [], "bounded by a state of {state:,} bytes; it is counted"),
-        ("llama", ["--evict", 0.5], "cannot be retrieved later"),
+        ("llama", ["--eviction-ratio", 0.5], "cannot be retrieved later"),
     ],
 )
 def test_kept_layers_and_eviction_are_told(
@@ -234,7 +234,7 @@ def test_a_source_from_the_hub_is_named_and_its_licence_carried_over(
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(REVISION)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    folder = convert("maker/pico-1b", tmp_path / "out", text_file, "--no-report", "--adapter-only")
+    folder = convert("maker/pico-1b", tmp_path / "out", text_file, "--no-eval", "--codec-only")
     card = card_of(folder)
     assert card.data.base_model == "maker/pico-1b" and card.data.base_model_relation == "quantized"
     assert card.data.license_link == "https://huggingface.co/maker/pico-1b/blob/main/LICENSE"

@@ -26,7 +26,7 @@ from clla.storage.filenames import CHECKSUMS
 from clla.storage.files import read_json
 
 CALIBRATION = ["--calibration-tokens", "2048", "--sequence-length", "256"]
-SMALL = [*CALIBRATION, "--at-context", "512", "--window", "16", "--kv-budget", "25%"]
+SMALL = [*CALIBRATION, "--budget-context", "512", "--exact-window", "16", "--kv-budget", "25%"]
 
 
 def ok(*arguments: str | Path) -> Result:
@@ -59,7 +59,7 @@ def test_help_answers_without_torch() -> None:
 def test_eviction_goes_below_the_latents(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     """A budget with eviction: the saved model keeps to it, measured, and a context is asked for."""
     folder = tmp_path / "evicting"
-    ok("convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--evict", "0.75", "--json")
+    ok("convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--eviction-ratio", "0.75", "--json")
     report = json.loads((folder / "clla_report.json").read_text())
     plan = report["plan"]
     assert plan["capacity"] == round((512 - 16) * 0.25)
@@ -70,7 +70,9 @@ def test_eviction_goes_below_the_latents(pico_dir: Path, text_file: Path, tmp_pa
     cache = model.new_cache()
     model(tokens(1, 512), past_key_values=cache)
     assert cache.nbytes <= 1.01 * 0.25 * 512 * plan_source_bytes(plan)
-    refused = clla("convert", pico_dir, "-o", tmp_path / "no", *SMALL, "--evict", "0.5", "--at-context", "0")
+    refused = clla(
+        "convert", pico_dir, "-o", tmp_path / "no", *SMALL, "--eviction-ratio", "0.5", "--budget-context", "0"
+    )
     assert refused.exit_code == 2 and "context" in refused.stderr
 
 
@@ -139,7 +141,7 @@ def test_codec_only_checkpoint_equals_the_whole_one(
     converted: Path, pico_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "adapter"
-    ok("convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--adapter-only", "--no-report")
+    ok("convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--codec-only", "--no-eval")
     assert not list(folder.glob("model*.safetensors"))
     whole, alone = AutoModelForCausalLM.from_pretrained(converted), AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -174,17 +176,17 @@ def test_another_budget_replans_without_the_model(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--source", "first"],
+        ["--latent-input", "first_layer"],
         ["--planner", "uniform"],
         ["--planner", "cluster"],
         ["--planner", "pyramid"],
         ["--planner", "kvsharer"],
-        ["--planner", "kvsharer", "--source", "first"],
-        ["--bits", "2,4,8", "--max-group-size", "2"],
+        ["--planner", "kvsharer", "--latent-input", "first_layer"],
+        ["--bits", "2,4,8", "--max-layers-per-group", "2"],
     ],
 )
 def test_planners_and_sources(pico_dir: Path, text_file: Path, tmp_path: Path, options: list[str]) -> None:
-    common = ["convert", pico_dir, "-o", tmp_path / "out", "--dataset", text_file, *SMALL, "--no-report", "--json"]
+    common = ["convert", pico_dir, "-o", tmp_path / "out", "--dataset", text_file, *SMALL, "--no-eval", "--json"]
     done = json.loads(ok(*common, *options).stdout)
     budget = 0.25 * 2 * 2 * 16 * 4 * 4  # 25 % of keys and values, 2 heads of 16, 4 layers, fp32
     assert 0.8 * budget < done["planned_bytes_per_token"] <= budget
@@ -204,24 +206,24 @@ def test_sliding_layers_are_left_alone(text_file: Path, tmp_path: Path) -> None:
     model = tmp_path / "sliding"
     pico("qwen2-sliding").save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
-    common = ["--dataset", text_file, *SMALL, "--no-report", "--json", "-o", tmp_path / "out"]
+    common = ["--dataset", text_file, *SMALL, "--no-eval", "--json", "-o", tmp_path / "out"]
     done = json.loads(ok("convert", model, *common).stdout)
     assert done["plan"]["kept_layers"] == [2, 3]
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(tokens(1, 60), max_new_tokens=20)
     assert out.shape[1] > 60
-    measure = ["--text", text_file, "--windows", "1", "--window-length", "300", "--no-retrieval", "--json"]
+    measure = ["--text", text_file, "--num-samples", "1", "--sequence-length", "300", "--no-retrieval", "--json"]
     cache = json.loads(ok("eval", tmp_path / "out", *measure).stdout)["cache"]
     assert cache["bytes_per_token"] == pytest.approx(cache["planned_bytes_per_token"], rel=0.01)
 
 
 def test_the_model_can_write_its_own_calibration_text(pico_dir: Path, tmp_path: Path) -> None:
     ok("convert", pico_dir, "-o", tmp_path / "out", "--dataset", "self", "--calibration-tokens", "256",
-       "--sequence-length", "64", "--at-context", "512", "--kv-budget", "30%", "--dry-run")  # fmt: skip
+       "--sequence-length", "64", "--budget-context", "512", "--kv-budget", "30%", "--dry-run")  # fmt: skip
 
 
 @pytest.mark.slow
 def test_eval_reports_what_was_measured(converted: Path, text_file: Path) -> None:
-    result = ok("eval", converted, "--text", text_file, "--windows", "2", "--window-length", "512", "--contexts",
+    result = ok("eval", converted, "--text", text_file, "--num-samples", "2", "--sequence-length", "512", "--contexts",
                 "128,512,900", "--retrieval-context", "400", "--retrieval-trials", "2", "--json")  # fmt: skip
     found: dict[str, Any] = json.loads(result.stdout)
     assert found["source"]["perplexity"] > 1 and found["converted"]["perplexity"] > 1
@@ -231,7 +233,9 @@ def test_eval_reports_what_was_measured(converted: Path, text_file: Path) -> Non
         assert row["bytes_per_token"] == pytest.approx(row["planned_bytes_per_token"], rel=0.01)
     assert found["cache"]["bytes_per_token"] == found["cache"]["by_context"]["900"]["bytes_per_token"]
     assert set(found["retrieval"]) == {"source", "int4", "converted"}
-    tables = ok("eval", converted, "--text", text_file, "--windows", "1", "--window-length", "256", "--no-retrieval")
+    tables = ok(
+        "eval", converted, "--text", text_file, "--num-samples", "1", "--sequence-length", "256", "--no-retrieval"
+    )
     assert "perplexity" in tables.stdout
 
 
@@ -264,7 +268,7 @@ def test_resume_after_an_interruption(
 ) -> None:
     """A run that dies leaves nothing that looks finished; --resume goes on from there to the same bytes."""
     folder = tmp_path / "out"
-    command = ["convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--no-report"]
+    command = ["convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--no-eval"]
     with monkeypatch.context() as patch:
         patch.setattr(f"clla.convert.{stage}", _refuse)
         stopped = clla(*command)
@@ -355,14 +359,14 @@ def test_datasets_that_do_not_serve(pico_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", ["0.1%", "150%", "7", "lots", "0"])
 def test_budgets_that_do_not_fit(pico_dir: Path, tmp_path: Path, budget: str) -> None:
     out = tmp_path / "out"
-    text = mistake(2, "convert", pico_dir, "-o", out, "--kv-budget", budget, "--at-context", "512", output=out)
+    text = mistake(2, "convert", pico_dir, "-o", out, "--kv-budget", budget, "--budget-context", "512", output=out)
     assert "budget" in text
 
 
 def test_budget_below_the_window_names_the_least_budget(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     """The budget that the error names does work."""
     out = tmp_path / "out"
-    common = ["convert", pico_dir, "-o", out, "--at-context", "256", "--window", "64", "--dataset", text_file]
+    common = ["convert", pico_dir, "-o", out, "--budget-context", "256", "--exact-window", "64", "--dataset", text_file]
     text = mistake(2, *common, *CALIBRATION, "--kv-budget", "20%", output=out)
     named = float(text.split("more than ")[1].split(" ")[0])
     ok(*common, *CALIBRATION, "--kv-budget", f"{named + 1:.0f}B", "--dry-run")
@@ -381,7 +385,7 @@ def test_output_that_holds_something_is_kept(pico_dir: Path, text_file: Path, co
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    command = ["convert", pico_dir, "-o", out, "--dataset", text_file, *SMALL, "--no-report"]
+    command = ["convert", pico_dir, "-o", out, "--dataset", text_file, *SMALL, "--no-eval"]
     assert "--overwrite" in mistake(2, *command)
     assert "did not write" in mistake(2, *command, "--overwrite")
     assert (out / "precious").read_text() == "x"
@@ -410,7 +414,9 @@ def test_missing_weights_are_noticed(pico_dir: Path, converted: Path, text_file:
         name = next(name for name in tensors if "down_proj" in name)
         save_file({k: v for k, v in tensors.items() if k != name}, copy / "model.safetensors", {"format": "pt"})
         (copy / CHECKSUMS).unlink(missing_ok=True)
-        options = ["-o", tmp_path / "out", "--dataset", text_file, *SMALL] if run == "convert" else ["--windows", "1"]
+        options = (
+            ["-o", tmp_path / "out", "--dataset", text_file, *SMALL] if run == "convert" else ["--num-samples", "1"]
+        )
         assert "lacks 1 weights" in mistake(1, run, copy, *options)
 
 
@@ -419,7 +425,7 @@ def test_models_too_wide_for_memory_are_refused(
 ) -> None:
     memory = namedtuple("memory", "available")
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory(1000))
-    assert "--max-group-size" in mistake(1, "convert", pico_dir, "-o", tmp_path / "out", output=tmp_path / "out")
+    assert "--max-layers-per-group" in mistake(1, "convert", pico_dir, "-o", tmp_path / "out", output=tmp_path / "out")
 
 
 def test_changed_text_is_calibrated_on_again(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
@@ -444,7 +450,7 @@ def test_saving_a_loaded_model_again(converted: Path, tmp_path: Path) -> None:
 def test_codec_for_another_base_model_is_refused(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(pico_dir, tmp_path / "base"))
     folder = tmp_path / "adapter"
-    ok("convert", base, "-o", folder, "--dataset", text_file, *SMALL, "--adapter-only", "--no-report")
+    ok("convert", base, "-o", folder, "--dataset", text_file, *SMALL, "--codec-only", "--no-eval")
     again = AutoModelForCausalLM.from_pretrained(folder)
     again.save_pretrained(tmp_path / "whole")
     with torch.no_grad():
@@ -466,7 +472,7 @@ def test_damaged_checkpoints_are_refused(converted: Path, pico_dir: Path, tmp_pa
     def copy(name: str) -> Path:
         return Path(shutil.copytree(converted, tmp_path / name))
 
-    evaluate = ["--windows", "1", "--window-length", "64"]
+    evaluate = ["--num-samples", "1", "--sequence-length", "64"]
     cut = copy("cut")
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -494,7 +500,7 @@ def test_damaged_checkpoints_are_refused(converted: Path, pico_dir: Path, tmp_pa
 
 def test_damaged_codec_file_is_refused(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    ok("convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--adapter-only", "--no-report")
+    ok("convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--codec-only", "--no-eval")
     data = bytearray((folder / "clla_codec.safetensors").read_bytes())
     data[-3] ^= 0xFF
     (folder / "clla_codec.safetensors").write_bytes(data)

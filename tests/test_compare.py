@@ -15,7 +15,18 @@ from clla.cli import app
 from clla.compare import METHODS
 from clla.compare.comparison import Row, pareto, recommend
 
-SMALL = ["--context", "256", "--long-context", "512", "--chunk", "32", "--calibration-tokens", "2048", "--windows", "1"]
+SMALL = [
+    "--context",
+    "256",
+    "--long-context",
+    "512",
+    "--chunk",
+    "32",
+    "--calibration-tokens",
+    "2048",
+    "--num-samples",
+    "1",
+]
 
 
 def row(share: float, kl: float) -> Row:

@@ -25,8 +25,8 @@ from clla.recipes import builtin_recipes
 from clla.storage.filenames import CHECKSUMS
 from clla.storage.files import read_json
 
-SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "512", "--window", "16",
-         "--kv-budget", "25%", "--no-report"]  # fmt: skip
+SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--budget-context", "512", "--exact-window", "16",
+         "--kv-budget", "25%", "--no-eval"]  # fmt: skip
 CPU = torch.device("cpu")
 ORIGINALS = ("whole", "sharded", "adapter", "base")
 UNCOVERED = ("README.md", "clla_plan.png")  # edited by people; read by nobody
@@ -38,7 +38,7 @@ def made(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     pico().save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
-    for name, options in (("whole", []), ("adapter", ["--adapter-only"])):
+    for name, options in (("whole", []), ("adapter", ["--codec-only"])):
         done = clla("convert", folder / "base", "-o", folder / name, "--dataset", text_file, *SMALL, *options)
         assert done.exit_code == 0, done.stderr
     loaded = load_checkpoint(str(folder / "whole"), device=CPU)
@@ -229,7 +229,7 @@ def test_configs_of_checkpoints_without_checksums_never_escape_as_another_error(
 def test_the_command_line_says_what_to_do(name: str, damage: str, copies: Path) -> None:
     path = copies / "whole" / name
     path.write_bytes(DAMAGES[damage](path.read_bytes(), random.Random(3)))
-    for command in (["generate", copies / "whole", "--prompt", "x"], ["eval", copies / "whole", "--windows", "1"],
+    for command in (["generate", copies / "whole", "--prompt", "x"], ["eval", copies / "whole", "--num-samples", "1"],
                     ["heal", copies / "whole"]):  # fmt: skip
         result = clla(*command)
         assert result.exit_code == 1 and isinstance(result.exception, SystemExit)

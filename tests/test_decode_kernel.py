@@ -430,7 +430,7 @@ def test_models_read_latents_by_kernels(
 def case_of(shape: str, kernel: str, tile: tuple[int, int], **changed: Any) -> Case:
     """One layer's launch at a sixteenth of the cache, 16 sequences of 8192 tokens."""
     config = shape_config(shape)
-    plan = random_plan(config, kv_budget="6.25%", max_group_size=6)
+    plan = random_plan(config, kv_budget="6.25%", max_layers_per_group=6)
     spec, kv = plan.groups[0], plan.kv
     layout, heads, size = RowLayout(spec.tier_bits, plan.tier_size), kv.num_key_value_heads, kv.head_dim
     dtype = changed.get("dtype", torch.bfloat16)

@@ -206,7 +206,7 @@ def test_uncentred_stats_are_moments_around_zero() -> None:
 
 
 def plan_with(stats: Stats, budget: float, spectra: DecoupledSpectra, **options: object) -> Plan:
-    config = PlanConfig(source="first", key="decoupled", rope_components=spectra.components, **options)  # type: ignore[arg-type]
+    config = PlanConfig(latent_input="first_layer", key="decoupled", qk_rope_head_dim=spectra.components, **options)  # type: ignore[arg-type]
     return make_plan(
         stats, config, budget=Budget(budget, None, 0, 0), kv_itemsize=4, kept_layers=(), kept_window=0,
         made_from="test", spectra=spectra,
@@ -224,7 +224,7 @@ def test_plans_pay_for_rotary_keys() -> None:
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(UsageError, match="rotary keys"):
         plan_with(stats, 12.0, spectra)
-    with pytest.raises(UsageError, match="rope_components 48"):
+    with pytest.raises(UsageError, match="qk_rope_head_dim 48"):
         spectra_of(stats, 48)
 
 

@@ -26,7 +26,7 @@ LAYERS, BAND = 8, 4
 def work(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Work directory of a dry run."""
     folder = tmp_path_factory.mktemp("explored")
-    dry(pico_dir, text_file, folder, "--kv-budget", "25%", "--at-context", "512", "--window", "16")
+    dry(pico_dir, text_file, folder, "--kv-budget", "25%", "--budget-context", "512", "--exact-window", "16")
     return folder
 
 
@@ -43,18 +43,18 @@ def dry(model: Path, text: Path, work: Path, *options: str) -> Plan:
     "options",
     (
         ("--kv-budget", "12.5%"),
-        ("--kv-budget", "30%", "--window", "32", "--sinks", "0"),
-        ("--kv-budget", "90B", "--at-context", "0"),
+        ("--kv-budget", "30%", "--exact-window", "32", "--num-sinks", "0"),
+        ("--kv-budget", "90B", "--budget-context", "0"),
         ("--kv-budget", "25%", "--planner", "uniform", "--bits", "2,4"),
         ("--kv-budget", "25%", "--planner", "cluster"),
-        ("--kv-budget", "20%", "--evict", "0.5"),
+        ("--kv-budget", "20%", "--eviction-ratio", "0.5"),
     ),
 )
 def test_plans_are_those_of_a_dry_run(
     work: Path, pico_dir: Path, text_file: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    options = options if "--at-context" in options else (*options, "--at-context", "512")
-    options = options if "--window" in options else (*options, "--window", "16")
+    options = options if "--budget-context" in options else (*options, "--budget-context", "512")
+    options = options if "--exact-window" in options else (*options, "--exact-window", "16")
     done = clla("plan", work, *options, "--save", tmp_path / "plan.json", "--json")
     assert done.exit_code == 0, done.output + done.stderr
     assert Plan.load(tmp_path / "plan.json") == dry(pico_dir, text_file, work, *options)
@@ -77,7 +77,7 @@ def test_kept_spectra_give_every_plan_without_the_moments(tmp_path: Path, monkey
     shapes = shapes_of(tmp_path / "stats.safetensors")
     assert shapes.covariance.is_meta and shapes.layers == stats.layers and shapes.width == stats.width
     for planner in ("dynamic", "uniform", "pyramid"):
-        config = PlanConfig(max_group_size=BAND, planner=planner)
+        config = PlanConfig(max_layers_per_group=BAND, planner=planner)
         for share in (0.01, 0.03, 0.0625, 0.1, 0.17, 0.25, 0.4):
             room = Room(int(share * 16 * LAYERS * stats.width))
             kept = load_spectra(tmp_path / "spectra.safetensors", shapes, 0.75, "group", never)
@@ -116,7 +116,7 @@ def test_damaged_spectra_are_computed_again(work: Path, tmp_path: Path) -> None:
 
 
 def test_sweep_as_table_json_and_picture(work: Path, tmp_path: Path) -> None:
-    common = ("plan", work, "--sweep", "--budgets", "12.5%,25%,50%", "--window", "16", "--at-context", "512")
+    common = ("plan", work, "--sweep", "--budgets", "12.5%,25%,50%", "--exact-window", "16", "--budget-context", "512")
     picture = tmp_path / "frontier.png"
     done = clla(*common, "--json", "--plot", picture)
     assert done.exit_code == 0, done.output + done.stderr
@@ -133,7 +133,7 @@ def test_sweep_as_table_json_and_picture(work: Path, tmp_path: Path) -> None:
     ("options", "word"),
     (
         (("--planner", "kvsharer"), "model"),
-        (("--source", "first"), "inputs"),
+        (("--latent-input", "first_layer"), "inputs"),
         (("--sweep", "--kv-budget", "3%"), "--sweep"),
         (("--budgets", "3%"), "--sweep"),
         (("--kv-budget", "0.01%"), "leaves nothing"),

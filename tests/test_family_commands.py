@@ -65,11 +65,11 @@ def test_commands(name: str, folder: Path) -> None:
     source, out, words = folder / name / "source", folder / name / "converted", folder / "text.txt"
     pico(name).save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
-    lengths = ["--dataset", words, "--calibration-tokens", 512, "--sequence-length", LENGTH, "--window", WINDOW]
-    made = ran("convert", name, source, "-o", out, *lengths, "--kv-budget", "20%", "--at-context", 0)
+    lengths = ["--dataset", words, "--calibration-tokens", 512, "--sequence-length", LENGTH, "--exact-window", WINDOW]
+    made = ran("convert", name, source, "-o", out, *lengths, "--kv-budget", "20%", "--budget-context", 0)
     check_bytes(made["measured"], made["plan"])
     ran("generate", name, out, "--prompt", PROMPT, "--max-new-tokens", 2)
-    window = ["--text", words, "--windows", 1, "--window-length", LENGTH]
+    window = ["--text", words, "--num-samples", 1, "--sequence-length", LENGTH]
     codes = ["--retrieval-context", 128, "--retrieval-trials", 1]
     found = ran("eval", name, out, *window, "--chunk", 32, "--contexts", 40, *codes)
     check_bytes(found, made["plan"])
@@ -83,7 +83,7 @@ def test_commands(name: str, folder: Path) -> None:
     assert len(page["samples"]) == 1 and "html" in Path(page["output"]).read_text(encoding="utf-8")
     ran("bench", name, out, "--contexts", 40, "--new-tokens", 2, "--repeats", 1)
     steps = ["--tokens", 2 * LENGTH, "--batch-tokens", LENGTH, "--sequence-length", LENGTH, "--evaluations", 1]
-    ran("heal", name, out, "-o", folder / name / "healed", *steps, "--train", "codec", "--no-report")
+    ran("heal", name, out, "-o", folder / name / "healed", *steps, "--train", "codec", "--no-eval")
 
 
 def check_bytes(measured: dict[str, Any], plan: dict[str, Any]) -> None:

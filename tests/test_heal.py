@@ -553,17 +553,17 @@ def test_heal_writes_a_checkpoint_that_loads_and_tells(checkpoint: Path, tmp_pat
 def test_healing_again_needs_the_source(checkpoint: Path, tmp_path: Path, pico_dir: Path) -> None:
     """Weights that were trained are no teacher; the recipe says where the source is."""
     once, twice = tmp_path / "once", tmp_path / "twice"
-    assert clla("heal", checkpoint, "-o", once, *SMALL, "--train", "all", "--no-report").exit_code == 0
+    assert clla("heal", checkpoint, "-o", once, *SMALL, "--train", "all", "--no-eval").exit_code == 0
     text = (once / "clla_recipe.yaml").read_text()
     assert str(pico_dir) in text
-    done = clla("heal", once, "-o", twice, *SMALL, "--no-report", "--json")
+    done = clla("heal", once, "-o", twice, *SMALL, "--no-eval", "--json")
     assert done.exit_code == 0, done.output + done.stderr
     start = json.loads(done.stdout)["healing"]["history"][0]["held_out"]
     first = json.loads((once / "clla_report.json").read_text())["healing"]["history"]
     assert start == pytest.approx(min(point["held_out"] for point in first), rel=0.02)
     (once / "clla_recipe.yaml").write_text(text.replace(str(pico_dir), str(tmp_path / "gone")))
     (once / "clla_checksums.json").unlink()
-    refused = clla("heal", once, "-o", tmp_path / "no", *SMALL, "--no-report")
+    refused = clla("heal", once, "-o", tmp_path / "no", *SMALL, "--no-eval")
     assert refused.exit_code == 1 and "gone" in refused.stderr
 
 
@@ -584,7 +584,7 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
     assert [p["tokens"] for p in history[:2]] == [0, 2048] and history[1]["step"] == 0  # before and after stage 1
     assert told["healing"]["config"]["train"] == "all" and 2048 < history[-1]["tokens"] <= 8192
     assert told["measured"]["converted"]["kl"] > 0 and told["healing"]["before"]["converted"]["kl"] > 0
-    refused = clla("convert", pico_dir, "-o", tmp_path / "no", "--heal", "--adapter-only", "--dataset", text_file)
+    refused = clla("convert", pico_dir, "-o", tmp_path / "no", "--heal", "--codec-only", "--dataset", text_file)
     assert refused.exit_code == 2 and "codec" in refused.stderr
     refused = clla("convert", pico_dir, "-o", tmp_path / "no", "--heal-tokens", "5")
     assert refused.exit_code == 2 and "--heal" in refused.stderr
@@ -595,7 +595,7 @@ def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then --resume: the same weights as without the kill."""
     from safetensors.torch import load_file
 
-    command = ["heal", checkpoint, *SMALL, "--train", "codec", "--no-report", "--evaluations", "8"]
+    command = ["heal", checkpoint, *SMALL, "--train", "codec", "--no-eval", "--evaluations", "8"]
     whole, broken, work = tmp_path / "whole", tmp_path / "broken", tmp_path / "work"
     assert clla(*command, "-o", whole).exit_code == 0
     arguments = [str(a) for a in (*command, "-o", broken, "--work-dir", work)]
@@ -617,7 +617,7 @@ def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
     """Data-parallel training: the mean of two half batches' gradients is the whole batch's."""
     from safetensors.torch import load_file
 
-    command = ["heal", checkpoint, *SMALL, "--train", "all", "--no-report", "--tokens", "4096", "--evaluations", "1"]
+    command = ["heal", checkpoint, *SMALL, "--train", "all", "--no-eval", "--tokens", "4096", "--evaluations", "1"]
     one, two, work = tmp_path / "one", tmp_path / "two", tmp_path / "work"
     assert clla(*command, "-o", one).exit_code == 0
     finish(two_processes("-m", "clla", *command, "-o", two, "--work-dir", work))
@@ -634,7 +634,7 @@ def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_another_run_is_not_taken_up(checkpoint: Path, tmp_path: Path) -> None:
-    command = ["heal", checkpoint, *SMALL, "--train", "codec", "--no-report", "--work-dir", tmp_path / "work"]
+    command = ["heal", checkpoint, *SMALL, "--train", "codec", "--no-eval", "--work-dir", tmp_path / "work"]
     assert clla(*command, "-o", tmp_path / "one").exit_code == 0
     refused = clla(*command, "-o", tmp_path / "two", "--resume", "--seed", "7")
     assert refused.exit_code == 2 and "seed" in refused.stderr
@@ -642,10 +642,10 @@ def test_another_run_is_not_taken_up(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_windows_longer_than_the_sequences_are_refused(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    options = ["--window", "128", "--at-context", "0", "--dataset", text_file, "--calibration-tokens", "1024"]
+    options = ["--exact-window", "128", "--budget-context", "0", "--dataset", text_file, "--calibration-tokens", "1024"]
     out = tmp_path / "out"
-    assert clla("convert", pico_dir, "-o", out, *options, "--sequence-length", "128", "--no-report").exit_code == 0
-    refused = clla("heal", out, *SMALL, "--no-report")
+    assert clla("convert", pico_dir, "-o", out, *options, "--sequence-length", "128", "--no-eval").exit_code == 0
+    refused = clla("heal", out, *SMALL, "--no-eval")
     assert refused.exit_code == 2 and "--sequence-length" in refused.stderr
 
 
@@ -655,7 +655,7 @@ def test_windows_longer_than_the_sequences_are_refused(pico_dir: Path, text_file
         ("{sequence_length: 64}", [], "--sequence-length"),
         ("{sequence_length: 256, batch_tokens: 128}", [], "heal.batch_tokens"),
         ("{sequence_length: 256, tokens: 100}", [], "heal.tokens"),
-        ("{}", ["--tracker", "magic"], "--tracker"),
+        ("{}", ["--report-to", "magic"], "--report-to"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_calibration(
@@ -676,7 +676,7 @@ def test_a_full_disk_is_found_before_training(
 
     usage = type("Usage", (), {"free": 1_000_000})()
     monkeypatch.setattr(checking.shutil, "disk_usage", lambda path: usage)
-    refused = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--train", "all", "--no-report")
+    refused = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--train", "all", "--no-eval")
     assert refused.exit_code == 1 and "GB free" in refused.stderr and not (tmp_path / "out").exists()
 
 
@@ -689,13 +689,13 @@ def test_too_little_device_memory_says_what_helps(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(training, "_one_step", full)
-    refused = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--no-report")
+    refused = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--no-eval")
     assert refused.exit_code == 1 and "--gradient-checkpointing" in refused.stderr
 
 
 def test_a_name_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for name in ("nobody/nothing", str(tmp_path / "missing")):
-        refused = clla("heal", name, "-o", tmp_path / "out", "--no-report")
+        refused = clla("heal", name, "-o", tmp_path / "out", "--no-eval")
         assert refused.exit_code == 1 and "Error: " in refused.stderr and name in refused.stderr
         assert "a directory or Hub id" in refused.stderr and not (tmp_path / "out").exists()
 
@@ -703,8 +703,8 @@ def test_a_name_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_path: Path, text_file: Path) -> None:
     healed = tmp_path / "healed"
-    assert clla("heal", checkpoint, "-o", healed, *SMALL, "--train", "all", "--no-report").exit_code == 0
-    options = ["--text", text_file, "--windows", 1, "--window-length", 256, "--contexts", "256", "--no-retrieval"]
+    assert clla("heal", checkpoint, "-o", healed, *SMALL, "--train", "all", "--no-eval").exit_code == 0
+    options = ["--text", text_file, "--num-samples", 1, "--sequence-length", 256, "--contexts", "256", "--no-retrieval"]
     found = [json.loads(clla("eval", path, *options, "--json").stdout) for path in (checkpoint, healed)]
     assert found[0]["source"] == found[1]["source"]
     assert found[0]["converted"] != found[1]["converted"]
@@ -712,7 +712,7 @@ def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_p
 
 @pytest.mark.slow
 def test_text_of_its_own_is_kept(checkpoint: Path, tmp_path: Path) -> None:
-    options = ["--tokens", "2048", "--sequence-length", "64", "--batch-tokens", "256", "--device", "cpu", "--no-report"]
+    options = ["--tokens", "2048", "--sequence-length", "64", "--batch-tokens", "256", "--device", "cpu", "--no-eval"]
     done = clla("heal", checkpoint, "-o", tmp_path / "out", *options, "--dataset", "self", "--work-dir", tmp_path / "w")
     assert done.exit_code == 0, done.output + done.stderr
     assert len(list((tmp_path / "w" / "heal").glob("text-*.safetensors"))) == 1
@@ -725,11 +725,11 @@ def test_text_of_its_own_is_kept(checkpoint: Path, tmp_path: Path) -> None:
         (["--batch-tokens", "64"], "batch_tokens"),
         (["--dataset", "no/such/file.txt"], "does not exist"),
         (["--cache-share", "2"], "heal.cache_share"),
-        (["--tracker", "magic"], "--tracker"),
-        (["--teacher", "no/such/model"], "no/such/model"),
+        (["--report-to", "magic"], "--report-to"),
+        (["--source-model", "no/such/model"], "no/such/model"),
     ],
 )
 def test_bad_options_are_named(checkpoint: Path, tmp_path: Path, options: list[str], word: str) -> None:
-    done = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, *options, "--no-report")
+    done = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, *options, "--no-eval")
     assert done.exit_code in (1, 2) and word in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from clla.checkpoint.checksums import check_files
 from clla.cli import app
 
-OPTIONS = ["--calibration-tokens", "8192", "--sequence-length", "256", "--at-context", "512", "--window", "16",
-           "--kv-budget", "25%"]  # fmt: skip
+OPTIONS = ["--calibration-tokens", "8192", "--sequence-length", "256", "--budget-context", "512",
+           "--exact-window", "16", "--kv-budget", "25%"]  # fmt: skip
 KILLS = 10
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")  # names of their own, which no other run repeats
 
@@ -242,7 +242,7 @@ def test_killed_after_the_last_rename(
     pico_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is complete but its work is still there: --resume ends in peace, and only for the same run."""
-    short = [*command_of(pico_dir, text_file, tmp_path, "--no-report"), "--calibration-tokens", "1024"]
+    short = [*command_of(pico_dir, text_file, tmp_path, "--no-eval"), "--calibration-tokens", "1024"]
     run = CliRunner()
     with monkeypatch.context() as patch:
         own = shutil.rmtree

@@ -140,7 +140,7 @@ def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(gpt2_dir: Path) -> Path:
     """With every length by default."""
     out = gpt2_dir.with_name("converted")
-    options = ["--calibration-tokens", 640, "--kv-budget", "50%", "--window", 32]
+    options = ["--calibration-tokens", 640, "--kv-budget", "50%", "--exact-window", 32]
     done = clla("convert", gpt2_dir, "-o", out, *options, "--json")
     assert done.exit_code == 0, done.output + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -150,12 +150,12 @@ def converted(gpt2_dir: Path) -> Path:
 
 @pytest.mark.slow
 def test_defaults_keep_to_the_positions(converted: Path) -> None:
-    found = clla("eval", converted, "--windows", 1, "--retrieval-trials", 1, "--json")
+    found = clla("eval", converted, "--num-samples", 1, "--retrieval-trials", 1, "--json")
     assert found.exit_code == 0, found.output + found.stderr
     measured = json.loads(found.stdout.splitlines()[-1])
     assert measured["context"] == POSITIONS and measured["cache"]["by_context"].keys() == {str(POSITIONS)}
     assert measured["retrieval"]["source"]["nll"] > 0
-    page = clla("report", converted, "--windows", 1, "--samples", 1, "--max-new-tokens", 100, "--json")
+    page = clla("report", converted, "--num-samples", 1, "--samples", 1, "--max-new-tokens", 100, "--json")
     assert page.exit_code == 0, page.output + page.stderr
     samples = json.loads(page.stdout.splitlines()[-1])["samples"]
     assert samples and all(sample["prompt_tokens"] < POSITIONS for sample in samples)
@@ -164,7 +164,7 @@ def test_defaults_keep_to_the_positions(converted: Path) -> None:
     assert json.loads(speed.stdout.splitlines()[-1])["settings"]["contexts"] == [POSITIONS - 4]
     written = clla("generate", converted, "--prompt", "x" * 100)
     assert written.exit_code == 0 and "tokens: cache" in written.stderr, written.output + written.stderr
-    heal = ["--tokens", 2 * POSITIONS, "--batch-tokens", POSITIONS, "--evaluations", 1, "--no-report", "--json"]
+    heal = ["--tokens", 2 * POSITIONS, "--batch-tokens", POSITIONS, "--evaluations", 1, "--no-eval", "--json"]
     done = clla("heal", converted, "-o", converted.with_name("healed"), *heal)
     assert done.exit_code == 0, done.output + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["healing"]["config"]["sequence_length"] == POSITIONS
@@ -174,18 +174,18 @@ def test_defaults_keep_to_the_positions(converted: Path) -> None:
     "command",
     [
         "convert SOURCE --sequence-length 161",
-        "convert SOURCE --at-context 161 --kv-budget 50%",
+        "convert SOURCE --budget-context 161 --kv-budget 50%",
         "compare SOURCE --context 161",
         "compare SOURCE --long-context 161",
-        "eval CONVERTED --window-length 161",
+        "eval CONVERTED --sequence-length 161",
         "eval CONVERTED --contexts 64,161",
         "eval CONVERTED --retrieval-context 161",
-        "report CONVERTED --window-length 161",
+        "report CONVERTED --sequence-length 161",
         "bench CONVERTED --contexts 129",
         "heal CONVERTED --sequence-length 161",
         "generate CONVERTED --max-new-tokens 155 --prompt abcdef",
         "generate CONVERTED --prompt " + "x" * 161,
-        "report CONVERTED --windows 0 --samples 0 --prompt " + "x" * 161,
+        "report CONVERTED --num-samples 0 --samples 0 --prompt " + "x" * 161,
     ],
 )
 def test_lengths_beyond_the_positions_are_refused(
@@ -210,14 +210,14 @@ def test_a_model_that_was_trained_for_less_is_measured_within_that(text_file: Pa
     """Rotary positions: the defaults keep to the trained length, and more is measured with a note."""
     pico_of(pico_config("llama", max_position_embeddings=80)).save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
-    options = ["--dataset", text_file, "--calibration-tokens", 640, "--kv-budget", "50%", "--window", 16]
+    options = ["--dataset", text_file, "--calibration-tokens", 640, "--kv-budget", "50%", "--exact-window", 16]
     done = clla("convert", tmp_path / "llama", "-o", tmp_path / "out", *options, "--json")
     assert done.exit_code == 0 and "Warning" not in done.stderr, done.output + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["measured"]["context"] == 80
-    found = clla("eval", tmp_path / "out", "--windows", 1, "--text", text_file, "--json")
+    found = clla("eval", tmp_path / "out", "--num-samples", 1, "--text", text_file, "--json")
     assert found.exit_code == 0 and "No codes are planted" in found.stderr, found.output + found.stderr
     assert "Warning" not in found.stderr and json.loads(found.stdout.splitlines()[-1])["context"] == 80
-    more = ["--windows", 1, "--text", text_file, "--window-length", 128, "--no-retrieval", "--json"]
+    more = ["--num-samples", 1, "--text", text_file, "--sequence-length", 128, "--no-retrieval", "--json"]
     found = clla("eval", tmp_path / "out", *more)
     assert found.exit_code == 0 and "beyond the 80 positions" in " ".join(found.stderr.split())
     assert json.loads(found.stdout.splitlines()[-1])["context"] == 128

@@ -107,7 +107,7 @@ def test_interrupted_conversions_say_where_the_work_is(
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    small = ["--dataset", text_file, "--calibration-tokens", 256, "--sequence-length", 64, "--no-report"]
+    small = ["--dataset", text_file, "--calibration-tokens", 256, "--sequence-length", 64, "--no-eval"]
     monkeypatch.setattr("clla.convert.stages.make_codec", stop)
     done = command("convert", pico_dir, "-o", tmp_path / "out", *small)
     assert done.exit_code == 130 and f"kept in {tmp_path / 'out.work'}" in done.stderr and "--resume" in done.stderr
@@ -169,13 +169,13 @@ WRONG: dict[str, Callable[[str], Any]] = {
     "a zero byte": lambda c: clla.convert_model("a\0b"),
     "no Unicode": lambda c: clla.convert_model("caf\udce9"),
     "a number for a path": lambda c: clla.convert_model("x", output=5),  # type: ignore[arg-type]
-    "a word for a number": lambda c: clla.convert_model("x", window="8"),  # type: ignore[arg-type]
-    "yes for a number": lambda c: clla.convert_model("x", window=True),
+    "a word for a number": lambda c: clla.convert_model("x", exact_window="8"),  # type: ignore[arg-type]
+    "yes for a number": lambda c: clla.convert_model("x", exact_window=True),
     "a size": lambda c: clla.convert_model("x", max_shard_size="5XB"),
     "a word for a flag": lambda c: clla.convert_model("x", heal="yes"),  # type: ignore[arg-type]
     "the text itself": lambda c: clla.evaluate_model(c, text="the text itself " * 100),
-    "no windows": lambda c: clla.evaluate_model(c, windows=0),
-    "short windows": lambda c: clla.evaluate_model(c, window_length=1),
+    "no windows": lambda c: clla.evaluate_model(c, num_samples=0),
+    "short windows": lambda c: clla.evaluate_model(c, sequence_length=1),
     "no context": lambda c: clla.evaluate_model(c, contexts=[0]),
     "no contexts": lambda c: clla.evaluate_model(c, contexts=[]),
     "one context": lambda c: clla.evaluate_model(c, contexts=64),  # type: ignore[arg-type]
@@ -196,8 +196,10 @@ def test_functions_refuse_wrong_values(what: str, checkpoint: Path) -> None:
 
 def test_several_wrong_values_are_told_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        clla.evaluate_model("x", windows=0, chunk=-1, window_length=1)
-    assert all(option in caught.value.got for option in ("--windows is 0", "--chunk is -1", "--window-length is 1"))
+        clla.evaluate_model("x", num_samples=0, chunk=-1, sequence_length=1)
+    assert all(
+        option in caught.value.got for option in ("--num-samples is 0", "--chunk is -1", "--sequence-length is 1")
+    )
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 1572864), ("300kb", 300_000)])

@@ -22,8 +22,8 @@ from typer.testing import Result
 
 from clla.cli import app
 
-FEW = ["--calibration-tokens", 128, "--sequence-length", 64, "--at-context", 512, "--kv-budget", "25%", "--window", 8,
-       "--no-report"]  # fmt: skip
+FEW = ["--calibration-tokens", 128, "--sequence-length", 64, "--budget-context", 512, "--kv-budget", "25%",
+       "--exact-window", 8, "--no-eval"]  # fmt: skip
 ODD: list[Any] = [None, "word", -1, 0, 10**30, 1.5, True, [], {}, [1, "x"], {"a": 1}]
 
 
@@ -273,7 +273,7 @@ def test_damaged_data(name: str, originals: Path, tmp_path: Path) -> None:
          tmp_path / "out")  # fmt: skip
     if name in DATA and "txt" not in name:
         return  # read in the same way
-    told(clla("eval", originals / "converted", "--text", dataset, "--windows", 1, "--window-length", 64,
+    told(clla("eval", originals / "converted", "--text", dataset, "--num-samples", 1, "--sequence-length", 64,
               "--contexts", 64, "--no-retrieval"))  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def test_damaged_data(name: str, originals: Path, tmp_path: Path) -> None:
 
 QUICK: dict[str, list[object]] = {
     "generate": ["--prompt", "the mill", "--max-new-tokens", 3],
-    "eval": ["--text", "TEXT", "--windows", 1, "--window-length", 64, "--contexts", 64, "--no-retrieval"],
+    "eval": ["--text", "TEXT", "--num-samples", 1, "--sequence-length", 64, "--contexts", 64, "--no-retrieval"],
     "card": [],
     "doctor": [],
 }
@@ -359,12 +359,12 @@ WRONG: dict[type, list[str]] = {
 TOGETHER = (
     ("convert", "--private"),
     ("convert", "--push-to-hub me/model"),
-    ("convert", "--adapter-only --max-shard-size 1GB"),
+    ("convert", "--codec-only --max-shard-size 1GB"),
     ("convert", "--max-shard-size 500"),
     ("convert", "--max-shard-size 5XB"),
     ("convert", "--max-shard-size=-5GB"),
-    ("convert", "--kv-budget 1B --at-context 0"),
-    ("convert", "--evict 0.5 --at-context 0"),
+    ("convert", "--kv-budget 1B --budget-context 0"),
+    ("convert", "--eviction-ratio 0.5 --budget-context 0"),
     ("convert", "--heal-tokens 64"),
     ("convert", "--heal --heal-tokens 10"),
     ("convert", "--bits 9"),
@@ -376,7 +376,7 @@ TOGETHER = (
     ("heal", "--gradient-checkpointing"),
     ("eval", "--contexts 0"),
     ("eval", "--contexts ,"),
-    ("eval", "--window-length 1"),
+    ("eval", "--sequence-length 1"),
     ("eval", "--dtype float64"),
     ("eval", "--text absent.txt"),
     ("compare", "--budget nan%"),
@@ -422,16 +422,16 @@ def test_wrong_options(
     base: dict[str, list[object]] = {
         "convert": [originals / "llama", "-o", out, "--dataset", text_file, *FEW, "--dry-run"],
         "plan": [originals / "work"],
-        "heal": [checkpoint, "-o", out, "--tokens", 128, "--sequence-length", 64, "--dataset", text_file, "--no-report",
+        "heal": [checkpoint, "-o", out, "--tokens", 128, "--sequence-length", 64, "--dataset", text_file, "--no-eval",
                  "--evaluations", 1],
         "eval": [checkpoint, *QUICK["eval"]],
         "compare": [originals / "llama", "--quick", "--methods", "int4", "--context", 64, "--long-context", 64,
-                    "--windows", 1, "--text", text_file, "--dataset", text_file, "--calibration-tokens", 128,
+                    "--num-samples", 1, "--text", text_file, "--dataset", text_file, "--calibration-tokens", 128,
                     "--retrieval-trials", 0, "-o", out],
         "bench": [checkpoint, "--contexts", 16, "--new-tokens", 2, "--repeats", 1],
         "generate": [checkpoint, *QUICK["generate"]],
         "card": [checkpoint],
-        "report": [checkpoint, "--html", out, "--samples", 0, "--windows", 0, "--max-new-tokens", 2],
+        "report": [checkpoint, "--html", out, "--samples", 0, "--num-samples", 0, "--max-new-tokens", 2],
         "push": [checkpoint, "me/model", "--dry-run"],
         "doctor": [originals / "llama"],
         "export": [checkpoint, "-o", out],

@@ -70,7 +70,7 @@ def test_estimates_are_near_what_eigenvalues_say(data: Sampled, bits_a_value: fl
 def test_the_partition_is_as_good_as_that_of_all_eigenvalues(data: Sampled, bits_a_value: float) -> None:
     found, bits = Spectra(data.stats), int(bits_a_value * LAYERS * 96)
     options = {s: candidate(found.eigenvalues(*s), found.energy(*s), 8) for s in every_segment(LAYERS, BAND)}
-    chosen = outlined_partition(found, max_group_size=BAND, bits=bits, group_bits=0, widths=WIDTHS)
+    chosen = outlined_partition(found, max_layers_per_group=BAND, bits=bits, group_bits=0, widths=WIDTHS)
 
     def loss(segments: list[Segment]) -> float:
         own: dict[Segment, Choice] = solve(
@@ -83,7 +83,7 @@ def test_the_partition_is_as_good_as_that_of_all_eigenvalues(data: Sampled, bits
 
 def test_large_groups_are_planned_from_their_leading_components(data: Sampled, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if they were too large for all eigenvalues: the same loss to 0.1 %, from fewer components."""
-    config, bits = PlanConfig(max_group_size=BAND), int(0.4 * LAYERS * 96)
+    config, bits = PlanConfig(max_layers_per_group=BAND), int(0.4 * LAYERS * 96)
     exact = PLANNERS["dynamic"](Spectra(data.stats), config, Room(bits), lambda _: None, lambda _: 0.0)
     for module in (eigen, spectra, planners):
         monkeypatch.setattr(module, "EXACT", 50)

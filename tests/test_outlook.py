@@ -80,8 +80,8 @@ def test_an_empty_spectrum_has_no_frontier(stats: Stats) -> None:
 
 @pytest.mark.slow
 def test_the_codec_keeps_the_outlook_and_an_older_one_gets_it(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    options = ["--dataset", text_file, "--calibration-tokens", 1024, "--sequence-length", 128, "--no-report"]
-    options += ["--window", 8, "--at-context", 0, "--kv-budget", "3%", "--work-dir", tmp_path / "work"]
+    options = ["--dataset", text_file, "--calibration-tokens", 1024, "--sequence-length", 128, "--no-eval"]
+    options += ["--exact-window", 8, "--budget-context", 0, "--kv-budget", "3%", "--work-dir", tmp_path / "work"]
 
     def outlook(folder: str) -> dict[str, object]:
         done = clla("convert", pico_dir, "-o", tmp_path / folder, *options)

@@ -105,7 +105,7 @@ def test_codecs_of_offloaded_layers_lie_where_these_are_computed() -> None:
 def on_meta() -> CllaForCausalLM:
     """A conversion in the shape of Llama-3-8B, without memory."""
     config = shape_config("llama-3-8b")
-    plan = random_plan(config, kv_budget="6.25%", max_group_size=6)
+    plan = random_plan(config, kv_budget="6.25%", max_layers_per_group=6)
     rope = {"form": "halves", "plain_layers": []}
     block = clla_block(plan, rope=rope, kv_dtype=torch.bfloat16, prefill_chunk=512)
     with torch.device("meta"):

@@ -27,8 +27,8 @@ from clla.source.model import open_source
 from clla.storage.files import save_verified
 from clla.storage.places import LOCK, check_file, check_writable, expanded, holding, writing
 
-SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--kv-budget", "25%", "--window", "8"]
-SMALL += ["--at-context", "0", "--no-report"]
+SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--kv-budget", "25%", "--exact-window", "8"]
+SMALL += ["--budget-context", "0", "--no-eval"]
 
 
 def test_a_place_is_held_by_one_run(tmp_path: Path) -> None:

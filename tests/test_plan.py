@@ -36,6 +36,7 @@ from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
 
 TIER = 8
+INPUT = {"group": "all_layers", "first": "first_layer"}
 
 
 def row_bits(tier_bits: Sequence[int], tier_size: int = TIER) -> int:
@@ -298,15 +299,17 @@ def planned(
 
 @pytest.mark.parametrize("source", ("group", "first"))
 @pytest.mark.parametrize("planner", sorted(PLANNERS))
-@pytest.mark.parametrize("max_group_size", (1, 2, 3, 5))
-def test_planners_cover_all_layers_once_within_the_budget(planner: str, max_group_size: int, source: str) -> None:
-    stats = sampled(num_layers=5, head_dim=8, hidden=24, band=max_group_size, tokens=400).stats
-    config = PlanConfig(planner=planner, source=source, max_group_size=max_group_size, tier_size=TIER)
+@pytest.mark.parametrize("max_layers_per_group", (1, 2, 3, 5))
+def test_planners_cover_all_layers_once_within_the_budget(planner: str, max_layers_per_group: int, source: str) -> None:
+    stats = sampled(num_layers=5, head_dim=8, hidden=24, band=max_layers_per_group, tokens=400).stats
+    config = PlanConfig(
+        planner=planner, latent_input=INPUT[source], max_layers_per_group=max_layers_per_group, tier_size=TIER
+    )
     source_bytes = 5 * 16 * 2
     for budget, context, window in ((40.0, 1024, 16), (16.0, 4096, 32), (24.0, None, 128), (120.0, 512, 64)):
         plan = planned(stats, config, budget, context, window)
         assert [layer for group in plan.groups for layer in group.layers] == list(stats.layers)
-        assert all(len(group.layers) <= max_group_size for group in plan.groups)
+        assert all(len(group.layers) <= max_layers_per_group for group in plan.groups)
         assert all(list(g.tier_bits) == sorted(g.tier_bits, reverse=True) for g in plan.groups)
         assert plan.source_bytes_per_token == source_bytes
         assert plan.row_bytes > 0
@@ -320,8 +323,10 @@ def test_planners_cover_all_layers_once_within_the_budget(planner: str, max_grou
 def test_the_dynamic_planner_predicts_no_more_loss_than_the_simple_ones(planner: str) -> None:
     stats = sampled(num_layers=5, head_dim=8, hidden=24, band=3, tokens=400).stats
     for budget in (8.0, 16.0, 32.0):
-        simple = planned(stats, PlanConfig(planner=planner, max_group_size=3, tier_size=TIER), budget, None, 16)
-        dynamic = planned(stats, PlanConfig(planner="dynamic", max_group_size=3, tier_size=TIER), budget, None, 16)
+        simple = planned(stats, PlanConfig(planner=planner, max_layers_per_group=3, tier_size=TIER), budget, None, 16)
+        dynamic = planned(
+            stats, PlanConfig(planner="dynamic", max_layers_per_group=3, tier_size=TIER), budget, None, 16
+        )
         assert dynamic.predicted_loss <= simple.predicted_loss * 1.02
 
 
@@ -337,7 +342,7 @@ def test_cluster_finds_the_blocks_of_layers_that_share() -> None:
         if a + j < 5:
             covariance[a, j] = (y[a].mT @ y[a + j] / 600).float()
     stats = Stats(**{**vars(data.stats), "covariance": covariance, "fisher": torch.eye(16).repeat(5, 1, 1)})
-    config = PlanConfig(planner="cluster", max_group_size=3, tier_size=TIER)
+    config = PlanConfig(planner="cluster", max_layers_per_group=3, tier_size=TIER)
     assert [group.layers for group in planned(stats, config, 40.0, None, 16).groups] == [(0, 1), (2, 3, 4)]
 
 
@@ -356,7 +361,7 @@ def by_kvsharer(order: str, measure: Callable[[Plan], float]) -> tuple[Plan, lis
         seen.append([group.layers for group in plan.groups])
         return measure(plan)
 
-    config = PlanConfig(planner="kvsharer", sharing_order=order, max_group_size=3, tier_size=TIER)
+    config = PlanConfig(planner="kvsharer", sharing_order=order, max_layers_per_group=3, tier_size=TIER)
     return planned(stats, config, 30.0, None, 16, measure=damage), seen
 
 
@@ -383,12 +388,14 @@ def test_kvsharer_keeps_what_does_no_harm_and_the_largest_size() -> None:
 def test_kvsharer_needs_the_model() -> None:
     stats = sampled(num_layers=3, head_dim=8, hidden=24, tokens=200).stats
     with pytest.raises(UsageError, match="measures on the model"):
-        planned(stats, PlanConfig(planner="kvsharer", max_group_size=2, tier_size=TIER), 30.0, None, 16, measure=None)
+        planned(
+            stats, PlanConfig(planner="kvsharer", max_layers_per_group=2, tier_size=TIER), 30.0, None, 16, measure=None
+        )
 
 
 def test_pyramid_gives_lower_layers_more() -> None:
     stats = sampled(num_layers=6, head_dim=8, hidden=24, tokens=400).stats
-    config = PlanConfig(planner="pyramid", max_group_size=2, tier_size=TIER, bits=(2, 4))
+    config = PlanConfig(planner="pyramid", max_layers_per_group=2, tier_size=TIER, bits=(2, 4))
     plan = planned(stats, config, 30.0, None, 16)
     bits = [row_bits(group.tier_bits) for group in plan.groups]
     assert bits == sorted(bits, reverse=True) and bits[0] > bits[-1]
@@ -398,7 +405,7 @@ def test_pyramid_gives_lower_layers_more() -> None:
 def test_progress_counts_every_spectrum(planner: str) -> None:
     stats = sampled(num_layers=5, head_dim=8, hidden=24, tokens=200).stats
     steps: list[int] = []
-    config = PlanConfig(planner=planner, max_group_size=2, tier_size=TIER)
+    config = PlanConfig(planner=planner, max_layers_per_group=2, tier_size=TIER)
     PLANNERS[planner](Spectra(stats), config, Room(200), steps.append, lambda _: 0.0)
     if planner != "cluster":  # its number of groups is known only afterwards
         assert sum(steps) == count_candidates(config, 5)
@@ -418,7 +425,7 @@ def test_latent_bits_fill_the_budget_and_no_more(
     budget: float, context: int, window: int, sinks: int, block: int, source: str
 ) -> None:
     """Counted slot by slot: what is kept exactly, what is encoded, and for `first` the window's rows as well."""
-    config = PlanConfig(source=source, flush_block=block, tier_size=TIER)
+    config = PlanConfig(latent_input=INPUT[source], flush_block=block, tier_size=TIER)
     source_bytes = 2000
     exact = encoded = 0
     for _ in range(context):
@@ -444,18 +451,18 @@ def test_latent_bits_without_a_context_are_the_budget() -> None:
 
 def test_no_window_needs_the_first_source() -> None:
     def bits(source: str) -> int:
-        config = PlanConfig(source=source)
+        config = PlanConfig(latent_input=INPUT[source])
         return latent_bits(config, budget=Budget(100, 1000, 0, 0), source_bytes=2000)
 
     assert bits("first") == 800
-    with pytest.raises(UsageError, match="--window 0"):
+    with pytest.raises(UsageError, match="--exact-window 0"):
         bits("group")
 
 
 def test_a_budget_that_the_window_eats_names_the_remedy() -> None:
     with pytest.raises(UsageError, match="leaves nothing for latents") as caught:
         latent_bits(PlanConfig(), budget=Budget(100, 256, 128, 4), source_bytes=2000)
-    assert "--at-context" in caught.value.remedy
+    assert "--budget-context" in caught.value.remedy
 
 
 @given(st.floats(20, 2000), st.integers(100, 40_000))

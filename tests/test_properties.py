@@ -57,10 +57,10 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
             st.sampled_from(["6.25%", "0.5", "1440B", "1.5KiB", 0.03, 1440]) | share(0.01, 1.0).map(repr),
             odd("", "7", "x%", "101%", 0, -1, 7, float("inf"), True, None, "-3%", "1e999"),
         ),
-        "at_context": (st.none() | st.integers(0, LARGEST), odd(-1, 0.5, "x", True)),
-        "window": (st.none() | st.integers(0, LARGEST), odd(-1, 0.5, "x", True)),
-        "sinks": (st.integers(0, LARGEST), odd(-1, None, 0.5)),
-        "evict": (
+        "budget_context": (st.none() | st.integers(0, LARGEST), odd(-1, 0.5, "x", True)),
+        "exact_window": (st.none() | st.integers(0, LARGEST), odd(-1, 0.5, "x", True)),
+        "num_sinks": (st.integers(0, LARGEST), odd(-1, None, 0.5)),
+        "eviction_ratio": (
             st.none() | share(exclude_min=True, exclude_max=True),
             odd(0, 1, -0.1, 1.5, "x", float("nan"), float("inf"), True),
         ),
@@ -71,15 +71,15 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
             odd("magic", None, 1, "Dynamic"),
         ),
         "sharing_order": (st.sampled_from(["similar", "dissimilar"]), odd("", None)),
-        "source": (st.sampled_from(["group", "first"]), odd("third", None, True)),
+        "latent_input": (st.sampled_from(["all_layers", "first_layer"]), odd("third", None, True)),
         "key": (st.sampled_from(["reconstruct", "decoupled"]), odd("both", None, True)),
-        "rope_components": (
+        "qk_rope_head_dim": (
             st.none() | st.integers(1, LARGEST // 8).map(lambda n: 8 * n),
             odd(0, -8, 12, LARGEST + 8, 1.5, True),
         ),
         "rope_bits": (st.sampled_from([1, 2, 3, 4, 5, 6, 8, 16]), odd(0, 9, None, "x")),
         "layout": (st.sampled_from(["free", "deepseek"]), odd("llama", None)),
-        "max_group_size": (st.integers(1, 64), odd(0, 65, None, 1.5, True)),
+        "max_layers_per_group": (st.integers(1, 64), odd(0, 65, None, 1.5, True)),
         "bits": (
             st.lists(st.sampled_from(sorted(WORD_BITS)), min_size=1, max_size=12),
             odd([], [0], [9], [2, 32], 4, "4", None, [True], [1.5]),

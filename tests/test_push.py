@@ -28,7 +28,18 @@ from clla.publish.contents import TEXT, gather
 from clla.source.model import open_source
 from clla.storage.files import read_json
 
-TINY = ("--calibration-tokens", 512, "--sequence-length", 64, "--window", 8, "--kv-budget", "3%", "--at-context", 0)
+TINY = (
+    "--calibration-tokens",
+    512,
+    "--sequence-length",
+    64,
+    "--exact-window",
+    8,
+    "--kv-budget",
+    "3%",
+    "--budget-context",
+    0,
+)
 # Without the package: what a checkpoint brings along must do.
 LOAD = """
 import sys
@@ -135,7 +146,7 @@ def source(hub: Hub, pico_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 def from_hub(client: Client, source: dict[str, str], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`maker/pico@v1`, converted with its weights."""
     folder = tmp_path_factory.mktemp("converted") / "from-hub"
-    ok(client("convert", "maker/pico@v1", "-o", folder, "--dataset", text_file, "--no-report", *TINY))
+    ok(client("convert", "maker/pico@v1", "-o", folder, "--dataset", text_file, "--no-eval", *TINY))
     return folder
 
 
@@ -143,7 +154,7 @@ def from_hub(client: Client, source: dict[str, str], text_file: Path, tmp_path_f
 def codec_alone(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The local pico, converted to a codec that stands on a local directory."""
     folder = tmp_path_factory.mktemp("converted") / "alone"
-    done = clla("convert", pico_dir, "-o", folder, "--adapter-only", "--dataset", text_file, "--no-report", *TINY)
+    done = clla("convert", pico_dir, "-o", folder, "--codec-only", "--dataset", text_file, "--no-eval", *TINY)
     assert done.exit_code == 0, done.output + done.stderr
     return folder
 
@@ -188,7 +199,7 @@ def test_models_come_back_as_they_went(
     assert contents(checkpoint) == before
     given = ("--base-model", "maker/pico@v1")
     ok(client("push", codec_alone, "ada/alone", *given))
-    ok(client("push", from_hub, "ada/taken", "--adapter-only"))
+    ok(client("push", from_hub, "ada/taken", "--codec-only"))
     pushed = {name: hub.files(f"ada/{name}") for name in ("whole", "alone", "taken")}
     for files in pushed.values():
         names_no_place(files, pico_dir, text_file, text_file.parent, checkpoint.parent, codec_alone.parent)
@@ -270,10 +281,10 @@ def test_second_push_sends_no_big_file_and_branches_are_read(
     ok(client("push", checkpoint, "ada/again", "--revision", "half"))
     assert hub.uploaded == [] and hub.files("ada/again", "half") == hub.files("ada/again")
     again, short = "ada/again@half", ("--contexts", 32)
-    ok(client("eval", again, "--windows", 1, "--window-length", 64, "--no-retrieval", *short))
+    ok(client("eval", again, "--num-samples", 1, "--sequence-length", 64, "--no-retrieval", *short))
     ok(client("bench", again, "--new-tokens", 2, "--repeats", 1, *short))
     training = ("--tokens", 256, "--batch-tokens", 128, "--sequence-length", 64, "--evaluations", 1, "--train", "codec")
-    ok(client("heal", again, "-o", tmp_path / "healed", "--dataset", text_file, "--no-report", *training))
+    ok(client("heal", again, "-o", tmp_path / "healed", "--dataset", text_file, "--no-eval", *training))
     ok(client("push", tmp_path / "healed", "ada/healed"))
     files = hub.files("ada/healed")
     names_no_place(files, text_file.parent, tmp_path, client.home, checkpoint.parent)
@@ -384,9 +395,9 @@ def test_codec_alone_needs_its_source_on_the_hub(
     (trained / "config.json").write_text(json.dumps(config))
     (trained / "clla_checksums.json").unlink()
     write_checksums(trained)
-    run = client("push", trained, "ada/no", "--adapter-only")
+    run = client("push", trained, "ada/no", "--codec-only")
     assert run.exit_code == 1 and "were trained (all)" in run.said
-    ok(client("push", checkpoint, "ada/still-here", "--adapter-only", "--base-model", "maker/pico@v1"))
+    ok(client("push", checkpoint, "ada/still-here", "--codec-only", "--base-model", "maker/pico@v1"))
     assert "ada/no" not in hub.repos
 
 
@@ -429,11 +440,11 @@ def test_conversion_asks_for_access_first(client: Client, hub: Hub, pico_dir: Pa
     for token, extra, said in (
         ("hf_wrong", (), "401"),
         ("hf_read", (), "may only read"),
-        ("hf_write", ("--adapter-only",), "--base-model"),
+        ("hf_write", ("--codec-only",), "--base-model"),
     ):
         run = client("convert", pico_dir, "-o", folder, *TINY, "--push-to-hub", "ada/early", *extra, token=token)
         assert run.exit_code in (1, 2) and said in run.said and "Loading" not in run.stderr
-    run = client("convert", "ada/hidden", "-o", folder, *TINY, "--push-to-hub", "ada/early", "--adapter-only")
+    run = client("convert", "ada/hidden", "-o", folder, *TINY, "--push-to-hub", "ada/early", "--codec-only")
     assert run.exit_code == 1 and "ada/hidden is not public" in run.said
     assert not folder.exists() and "ada/early" not in hub.repos
 
@@ -443,7 +454,7 @@ def test_conversion_survives_a_failing_upload(
 ) -> None:
     folder = tmp_path / "late"
     hub.faults = [Fault(r"ada/late/commit", 500)]
-    options = ("--dataset", text_file, "--no-report", "--adapter-only", *TINY, "--push-to-hub", "ada/late", "--json")
+    options = ("--dataset", text_file, "--no-eval", "--codec-only", *TINY, "--push-to-hub", "ada/late", "--json")
     run = client("convert", "maker/pico", "-o", folder, *options)
     assert run.exit_code == 1 and f"clla push {folder} ada/late" in run.said and "500" in run.said
     found = json.loads(run.stdout)

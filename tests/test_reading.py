@@ -187,7 +187,7 @@ def test_rows_are_unpacked_in_blocks_where_they_are_many(monkeypatch: pytest.Mon
 def test_selecting_as_many_as_there_are_changes_nothing() -> None:
     converted, ids = lossy(), tokens(1, 80)
     expected, _ = logits_of(converted, ids, parts(80, 1))
-    converted.select_tokens = 80
+    converted.attend_top_k = 80
     found, _ = logits_of(converted, ids, parts(80, 1))
     assert torch.equal(found, expected)
 
@@ -266,7 +266,7 @@ def test_selection_never_chooses_padding_over_tokens(selected: list[tuple[int, T
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[1, :20] = 0
     converted = lossy(sinks=4)
-    converted.select_tokens = 12
+    converted.attend_top_k = 12
     logits, _ = logits_of(converted, tokens(2, 70), parts(70, 1, first=60), mask)
     assert bool(logits.isfinite().all())
     assert selected and all(bool((index[1] >= 24).all()) for _, index in selected)
@@ -343,7 +343,7 @@ def test_one_graph_serves_all_steps(
         pytest.importorskip("triton", reason="Triton has no wheel for this platform")
         monkeypatch.setattr(rows_clla, "on_gpu", lambda x: True)
     converted, graphs = full_rank(), Graphs()
-    converted.select_tokens = select
+    converted.attend_top_k = select
     ids, new = tokens(2, 40), 5 if kernels else 30
     if kernels:
         converted, ids = copy.deepcopy(converted).to(kernel_device), ids.to(kernel_device)

@@ -67,7 +67,7 @@ def test_all_mistakes_are_listed_at_once_with_their_paths(tmp_path: Path) -> Non
             "calibration.sequence_length",
             "budget.kv_budget",
             "budget.windw",
-            "budget.sinks",
+            "budget.num_sinks",
             "plan.bits",
             "plan.tier_size",
             "plan.planner",
@@ -79,7 +79,7 @@ def test_all_mistakes_are_listed_at_once_with_their_paths(tmp_path: Path) -> Non
 
 def test_one_mistake_is_one_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"1 mistake\n"):
-        load_recipe(written(tmp_path, "plan: {max_group_size: 0}"))
+        load_recipe(written(tmp_path, "plan: {max_layers_per_group: 0}"))
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,29 @@ def test_other_schema_versions_are_refused(version: str, tmp_path: Path) -> None
 
 def test_recipes_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Recipe().budget.sinks = 5  # type: ignore[misc]
+        Recipe().budget.num_sinks = 5  # type: ignore[misc]
 
 
 def test_overrides_replace_what_is_given_and_nothing_else() -> None:
     recipe = load_recipe("compact")
     changed = recipe.override(
-        {"budget": {"kv_budget": "9%", "window": None, "sinks": 0}, "plan": {"bits": [8, 2, 2]}, "runtime": {}}
+        {
+            "budget": {"kv_budget": "9%", "exact_window": None, "num_sinks": 0},
+            "plan": {"bits": [8, 2, 2]},
+            "runtime": {},
+        }
     )
-    assert changed.budget.kv_budget == "9%" and changed.budget.sinks == 0 and changed.budget.window is None
+    assert changed.budget.kv_budget == "9%" and changed.budget.num_sinks == 0 and changed.budget.exact_window is None
     assert changed.plan.bits == (2, 8)
     assert changed.calibration == recipe.calibration and changed.description == recipe.description
     assert recipe.budget.kv_budget == "3%", "the original is untouched"
     assert recipe.override({}) == recipe
-    assert recipe.override({"budget": {"window": 32}}).override({"budget": {"window": None}}).budget.window == 32
+    assert (
+        recipe.override({"budget": {"exact_window": 32}})
+        .override({"budget": {"exact_window": None}})
+        .budget.exact_window
+        == 32
+    )
 
 
 def test_overrides_are_validated_together() -> None:
@@ -159,7 +168,7 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
     where = Provenance(model="a/b", revision="abc", versions={"clla": "0.1.0"})
     for variant in (
         recipe,
-        recipe.override({"calibration": {"tokens": 77}, "budget": {"at_context": 0, "window": 0}}),
+        recipe.override({"calibration": {"tokens": 77}, "budget": {"budget_context": 0, "exact_window": 0}}),
         recipe.model_copy(update={"provenance": where}),
     ):
         text = variant.to_yaml()

@@ -34,7 +34,7 @@ from clla.storage.files import read_json
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 ATTACK = "<script>alert(1)</script>&\"'"
 PAPER = "https://arxiv.org/abs/2410.15252"
-FAST = ["--windows", 1, "--window-length", 128, "--samples", 2, "--max-new-tokens", 24]
+FAST = ["--num-samples", 1, "--sequence-length", 128, "--samples", 2, "--max-new-tokens", 24]
 
 
 class Page(HTMLParser):
@@ -200,7 +200,7 @@ def test_a_checkpoint_without_report_says_what_is_missing(checkpoint: Path, tmp_
     shutil.copytree(checkpoint, folder)
     for name in ("clla_report.json", "clla_recipe.yaml", "model.safetensors"):
         (folder / name).unlink()
-    done = clla("report", folder, "--windows", 0, "--samples", 0)
+    done = clla("report", folder, "--num-samples", 0, "--samples", 0)
     assert done.exit_code == 0, done.output + done.stderr
     page = Page((tmp_path / "bare-report.html").read_text(encoding="utf-8"))
     assert page.sections == {"quality", "memory", "plan", "missing", "recipe"}
@@ -265,7 +265,7 @@ def test_plans_without_a_context_or_with_eviction(data: PageData) -> None:
 def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
-    quick = ["--windows", 0, "--samples", 0]
+    quick = ["--num-samples", 0, "--samples", 0]
     refused = clla("report", checkpoint, "--html", mine, *quick)
     assert refused.exit_code == 2 and "no page that clla wrote" in flat(refused.stderr)
     assert mine.read_text() == "<p>mine</p>"
@@ -281,8 +281,8 @@ def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path
     [
         (["--samples", 9], 2, "built-in prompts"),
         (["--prompt", " "], 2, "the prompt is empty"),
-        (["--text", "nowhere.txt", "--windows", 1], 1, "does not exist"),
-        (["--teacher", "nowhere", "--samples", 1], 1, "nowhere"),
+        (["--text", "nowhere.txt", "--num-samples", 1], 1, "does not exist"),
+        (["--source-model", "nowhere", "--samples", 1], 1, "nowhere"),
     ],
 )
 def test_mistakes(checkpoint: Path, tmp_path: Path, options: list[Any], code: int, says: str) -> None:
@@ -297,7 +297,7 @@ def test_what_is_no_checkpoint_or_damaged(checkpoint: Path, pico_dir: Path, tmp_
     folder = tmp_path / "damaged"
     shutil.copytree(checkpoint, folder)
     (folder / "clla_report.json").write_text('{"measured": {"source": 3}}')
-    done = clla("report", folder, "--windows", 0, "--samples", 0)
+    done = clla("report", folder, "--num-samples", 0, "--samples", 0)
     assert done.exit_code == 1 and "can be read" in flat(done.stderr)
 
 
@@ -314,7 +314,7 @@ def test_an_untold_source_costs_only_the_samples(checkpoint: Path, tmp_path: Pat
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["samples"] == [] and len(found["layers"]) == 4
-    assert any("--teacher" in item["how"] for item in found["missing"])
+    assert any("--source-model" in item["how"] for item in found["missing"])
 
 
 def test_where_two_texts_part() -> None:
@@ -375,7 +375,7 @@ def test_letters_stand_out_in_light_and_dark() -> None:
     style = (resources.files("clla.report") / "page.css").read_text(encoding="utf-8")
     for colours in themes(style):
         pairs = [(text, ground) for text in ("--text", "--quiet") for ground in ("--page", "--soft")]
-        pairs += [(name, "--page") for name in ("--own", "--source", "--other", "--key", "--value")]
+        pairs += [(name, "--page") for name in ("--own", "--latent-input", "--other", "--key", "--value")]
         pairs += [(name, name.removesuffix("-on")) for name in colours if name.endswith("-on")]
         pairs += [("--text", "--mark"), ("--page", "--own")]
         assert len(pairs) > 15
@@ -413,12 +413,12 @@ def test_token_ids_that_are_none_are_told(text_file: Path, tmp_path: Path) -> No
     byte_tokenizer().save_pretrained(source)
     settings = json.loads((source / "generation_config.json").read_text())
     (source / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [1, "x"]}))
-    small = ["--calibration-tokens", 1024, "--sequence-length", 128, "--at-context", 0, "--kv-budget", "20%"]
-    small += ["--window", 8, "--no-report"]
+    small = ["--calibration-tokens", 1024, "--sequence-length", 128, "--budget-context", 0, "--kv-budget", "20%"]
+    small += ["--exact-window", 8, "--no-eval"]
     assert clla("convert", source, "-o", tmp_path / "out", "--dataset", text_file, *small).exit_code == 0
     for command in (
         ["generate", tmp_path / "out", "--prompt", "hello", "--max-new-tokens", 4],
-        ["report", tmp_path / "out", "--samples", 1, "--max-new-tokens", 4, "--windows", 0],
+        ["report", tmp_path / "out", "--samples", 1, "--max-new-tokens", 4, "--num-samples", 0],
         ["convert", source, "-o", tmp_path / "own", "--dataset", "self", *small],
     ):
         done = clla(*command)

@@ -94,8 +94,8 @@ def test_what_cannot_be_known_is_not_claimed(texts: Path) -> None:
 def own(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("seen") / "out"
     done = clla("convert", pico_dir, "-o", folder, "--dataset", text_file, "--calibration-tokens", "1024",
-                "--sequence-length", "128", "--window", "8", "--kv-budget", "25%", "--at-context", "0",
-                "--no-report")  # fmt: skip
+                "--sequence-length", "128", "--exact-window", "8", "--kv-budget", "25%", "--budget-context", "0",
+                "--no-eval")  # fmt: skip
     assert done.exit_code == 0, done.output
     return folder
 
@@ -104,13 +104,13 @@ def test_commands_say_what_is_known(own: Path, text_file: Path, tmp_path: Path) 
     copy, other = tmp_path / "copy.txt", tmp_path / "other.txt"
     shutil.copy(text_file, copy)
     other.write_text(LONG)
-    options = ["--windows", "1", "--window-length", "64", "--contexts", "64", "--no-retrieval"]
+    options = ["--num-samples", "1", "--sequence-length", "64", "--contexts", "64", "--no-retrieval"]
     for text, said in ((copy, False), (other, True)):
         found = clla("eval", own, "--text", text, *options, "--json")
         assert json.loads(found.stdout)["unseen"] is said
     assert UNSEEN[False] in " ".join(clla("eval", own, "--text", text_file, *options).stdout.split())
     page = tmp_path / "page.html"
-    clla("report", own, "-o", page, "--text", copy, "--samples", "0", "--windows", "1", "--window-length", "64")
+    clla("report", own, "-o", page, "--text", copy, "--samples", "0", "--num-samples", "1", "--sequence-length", "64")
     assert page.read_text().count(UNSEEN[False]) == 2
     older = Path(shutil.copytree(own, tmp_path / "older"))
     report = older / "clla_report.json"

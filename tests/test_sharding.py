@@ -60,7 +60,7 @@ def test_sharded_training_equals_one_process(what: str, checkpoint: Path, tmp_pa
     """Through accelerate's own launcher, with stage 1, checkpointed layers, steps on the cache, and once a report."""
     command = ["heal", checkpoint, *SMALL, "--train", what, "--evaluations", "2"]
     command += ["--codec-share", "0.25", "--cache-share", "0.3", "--gradient-checkpointing"]
-    command += [] if what == "all" else ["--no-report"]
+    command += [] if what == "all" else ["--no-eval"]
     one, two, work = tmp_path / "one", tmp_path / "two", tmp_path / "work"
     assert clla(*command, "-o", one).exit_code == 0
     launch = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1"
@@ -92,7 +92,7 @@ def test_sharded_training_equals_one_process(what: str, checkpoint: Path, tmp_pa
 @pytest.mark.slow
 def test_a_killed_sharded_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then --resume: the same weights and moments as without the kill."""
-    command = ["-m", "clla", "heal", checkpoint, *SMALL, "--train", "all", "--no-report", "--evaluations", "4"]
+    command = ["-m", "clla", "heal", checkpoint, *SMALL, "--train", "all", "--no-eval", "--evaluations", "4"]
     whole, broken, work, kept = (tmp_path / name for name in ("whole", "broken", "work", "kept"))
     finish(two_processes(*command, "-o", whole, "--work-dir", kept, **SHARDED))
     arguments = [*command, "-o", broken, "--work-dir", work]
@@ -129,7 +129,7 @@ def test_what_cannot_be_sharded_so_is_refused(
 ) -> None:
     for name, value in {"ACCELERATE_USE_FSDP": "true", **variables}.items():
         monkeypatch.setenv(name, value)
-    done = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--no-report")
+    done = clla("heal", checkpoint, "-o", tmp_path / "out", *SMALL, "--no-eval")
     assert done.exit_code == 2 and word in done.stderr and not (tmp_path / "out").exists()
 
 

@@ -98,7 +98,7 @@ def test_the_table_has_both_models() -> None:
 
 
 def test_a_shape_keeps_its_budget() -> None:
-    found = bench("--shape", "tiny", "--kv-budget", "12.5%", "--max-group-size", 3, "--contexts", "200")
+    found = bench("--shape", "tiny", "--kv-budget", "12.5%", "--max-layers-per-group", 3, "--contexts", "200")
     assert found["settings"]["layer_groups"] == [3, 3] and found["settings"]["dtype"] in ("bfloat16", "float32")
     assert found["settings"]["latents_share"] == pytest.approx(0.125, rel=0.01)
     row = found["rows"][0]["converted"]
@@ -108,7 +108,7 @@ def test_a_shape_keeps_its_budget() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("budget", [0.03, 0.0625, 0.25, 0.45])
 def test_plans_of_shapes_spend_their_budget(name: str, budget: float) -> None:
-    plan = random_plan(shape_config(name), kv_budget=f"{100 * budget}%", max_group_size=6)
+    plan = random_plan(shape_config(name), kv_budget=f"{100 * budget}%", max_layers_per_group=6)
     assert plan.row_bytes == pytest.approx(budget * plan.source_bytes_per_token, rel=0.01)
     assert sum((group.layers for group in plan.groups), ()) == tuple(range(plan.num_layers))
     for group in plan.groups:
@@ -131,7 +131,7 @@ def test_shapes_are_the_published_ones(name: str) -> None:
     config = shape_config(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    plan = random_plan(config, kv_budget="6.25%", max_group_size=6)
+    plan = random_plan(config, kv_budget="6.25%", max_layers_per_group=6)
     assert (sum(p.numel() for p in model.parameters()), plan.num_layers, plan.source_bytes_per_token) == PUBLISHED[name]
 
 
@@ -143,7 +143,7 @@ def test_a_sixteenth_is_mixed_as_real_plans_are() -> None:
 
 
 def test_a_random_model_is_made_in_its_dtype_once() -> None:
-    pair = random_pair("tiny", kv_budget="6.25%", max_group_size=6, device=CPU, dtype="bfloat16", seed=0)
+    pair = random_pair("tiny", kv_budget="6.25%", max_layers_per_group=6, device=CPU, dtype="bfloat16", seed=0)
     assert {p.dtype for p in pair.converted.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in pair.converted.parameters())
     weights = pair.converted.source.model.layers[0].mlp.up_proj.weight
@@ -208,9 +208,9 @@ def test_options_of_the_converted_cache_reach_it(pair: Pair, monkeypatch: pytest
 def test_selection_is_told_to_the_converted_model(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr("clla.bench.run.random_pair", lambda *args, **kwargs: pair)
-    monkeypatch.setattr("clla.bench.run._measure", lambda of, *args: told.append(of.converted.select_tokens))
-    monkeypatch.setattr(pair.converted, "select_tokens", None, raising=False)
-    run_bench(None, Options(shape="tiny", contexts=(40,), select_tokens=7, device="cpu"))
+    monkeypatch.setattr("clla.bench.run._measure", lambda of, *args: told.append(of.converted.attend_top_k))
+    monkeypatch.setattr(pair.converted, "attend_top_k", None, raising=False)
+    run_bench(None, Options(shape="tiny", contexts=(40,), attend_top_k=7, device="cpu"))
     assert told == [7]
 
 

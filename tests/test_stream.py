@@ -33,8 +33,8 @@ from clla.source.placement import choose_placement, layers_on_disk
 
 OF_THE_TOKENS = {"gemma3n_text", "gemma4_text"}  # every layer has embeddings of its own
 
-SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--at-context", "0", "--kv-budget", "10%"]
-SMALL += ["--window", "16", "--no-report", "--device", "cpu"]
+SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--budget-context", "0", "--kv-budget", "10%"]
+SMALL += ["--exact-window", "16", "--no-eval", "--device", "cpu"]
 
 
 def options_of(model: PreTrainedModel, band: int = 3) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def test_streaming_from_the_command_line(pico_dir: Path, text_file: Path, tmp_pa
         assert not name.startswith("source.") or torch.equal(found[name], value), name
     costs = [json.loads((path / "clla_report.json").read_text())["predicted_kl"] for path in (whole, streamed)]
     assert costs[1] == pytest.approx(costs[0], rel=0.02)
-    assert clla("eval", streamed, "--text", text_file, "--windows", "1", "--no-retrieval").exit_code == 0
+    assert clla("eval", streamed, "--text", text_file, "--num-samples", "1", "--no-retrieval").exit_code == 0
 
 
 def test_a_wide_model_from_the_command_line(text_file: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ model, text, out, placement, room = sys.argv[1:]
 size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 resource.setrlimit(resource.RLIMIT_AS, (size + int(room), size + int(room)))
 changes = {"calibration": {"dataset": text, "tokens": 256, "sequence_length": 128, "batch_size": 1},
-           "budget": {"at_context": 0, "kv_budget": "20%", "window": 16}, "plan": {"max_group_size": 2},
+           "budget": {"budget_context": 0, "kv_budget": "20%", "exact_window": 16}, "plan": {"max_layers_per_group": 2},
            "runtime": {"placement": placement, "compute_dtype": "float32"}}
 convert(model, Recipe().override(changes), Options(Path(out), device="cpu", report=False))
 """

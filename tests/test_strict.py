@@ -113,8 +113,8 @@ def test_stage_one_sees_the_same_attention() -> None:
 @pytest.fixture(scope="module")
 def converted(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("strict") / "out"
-    done = clla("convert", pico_dir, "-o", folder, "--recipe", "strict", "--dataset", text_file, *FEW,
-                "--kv-budget", "6%", "--no-report")  # fmt: skip
+    done = clla("convert", pico_dir, "-o", folder, "--recipe", "mla", "--dataset", text_file, *FEW,
+                "--kv-budget", "6%", "--no-eval")  # fmt: skip
     assert done.exit_code == 0, done.output + done.stderr
     return folder, done
 
@@ -133,13 +133,13 @@ def test_converting_says_that_healing_is_needed(converted: tuple[Path, Any]) -> 
 def test_healing_and_measuring(converted: tuple[Path, Any], text_file: Path, tmp_path: Path) -> None:
     folder, _ = converted
     out = tmp_path / "healed"
-    done = clla("heal", folder, "-o", out, *SMALL, "--no-report", "--json", "--device", "cpu")
+    done = clla("heal", folder, "-o", out, *SMALL, "--no-eval", "--json", "--device", "cpu")
     assert done.exit_code == 0, done.output + done.stderr
     told = json.loads(done.stdout)["healing"]
     assert told["config"]["train"] == "all"  # whatever the budget
     assert told["history"][-1]["held_out"] < told["history"][0]["held_out"]
     assert "of no use before" not in (out / "README.md").read_text()
-    options = ["--text", text_file, "--windows", 1, "--window-length", 128, "--contexts", "128", "--no-retrieval"]
+    options = ["--text", text_file, "--num-samples", 1, "--sequence-length", 128, "--contexts", "128", "--no-retrieval"]
     found = json.loads(clla("eval", out, *options, "--json").stdout)
     cache = found["cache"]["by_context"]["128"]
     assert cache["bytes_per_token"] == pytest.approx(cache["planned_bytes_per_token"], abs=0.5)
@@ -155,7 +155,7 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
         f"plan: {{source: first, key: decoupled}}\n"
         f"heal: {{sequence_length: 128, batch_tokens: 512, tokens: 2048, codec_share: 0.25}}\n"
     )
-    done = clla("convert", pico_dir, "-o", tmp_path / "out", "--recipe", recipe, "--json", "--no-report")
+    done = clla("convert", pico_dir, "-o", tmp_path / "out", "--recipe", recipe, "--json", "--no-eval")
     assert done.exit_code == 0, done.output + done.stderr
     told = json.loads(done.stdout)
     assert told["needs_healing"] is False and told["healing"]["history"][-1]["tokens"] == 2048
@@ -165,25 +165,23 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--window", "64"], "budget.window 64"),
-        (["--sinks", "4"], "budget.sinks 4"),
-        (["--source", "group"], "plan.source 'group'"),
-        (["--evict", "0.5"], "eviction"),
+        (["--exact-window", "64"], "budget.exact_window 64"),
+        (["--num-sinks", "4"], "budget.num_sinks 4"),
+        (["--latent-input", "all_layers"], "plan.source 'group'"),
+        (["--eviction-ratio", "0.5"], "eviction"),
         (["--kv-budget", "1%"], "rotary keys"),
     ],
 )
 def test_what_a_decoupled_key_cannot_have_is_refused(
     pico_dir: Path, text_file: Path, tmp_path: Path, options: list[str], word: str
 ) -> None:
-    done = clla(
-        "convert", pico_dir, "-o", tmp_path / "out", "--recipe", "strict", "--dataset", text_file, *FEW, *options
-    )
+    done = clla("convert", pico_dir, "-o", tmp_path / "out", "--recipe", "mla", "--dataset", text_file, *FEW, *options)
     assert done.exit_code == 2 and word in " ".join(done.stderr.split()), done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_dry_runs_show_rotary_keys(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    done = clla("convert", pico_dir, "-o", tmp_path / "out", "--recipe", "strict", "--dataset", text_file, *FEW,
+    done = clla("convert", pico_dir, "-o", tmp_path / "out", "--recipe", "mla", "--dataset", text_file, *FEW,
                 "--kv-budget", "30%", "--dry-run")  # fmt: skip
     assert done.exit_code == 0 and "rotary keys" in done.stdout and "NEED HEALING" not in done.stderr
 
@@ -209,11 +207,12 @@ def test_exported_models_run_as_deepseek_v3(wide_dir: Path, text_file: Path, tmp
 
     strict, out, recipe = tmp_path / "strict", tmp_path / "exported", tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"budget: {{kv_budget: 100%, window: 0, sinks: 0}}\n"
+        f"budget: {{kv_budget: 100%, exact_window: 0, num_sinks: 0}}\n"
         f"calibration: {{dataset: {text_file}, tokens: 2048, sequence_length: 128}}\n"
-        f"plan: {{source: first, key: decoupled, layout: deepseek, max_group_size: 1, bits: [16], rope_bits: 16}}\n"
+        f"plan: {{latent_input: first_layer, key: decoupled, layout: deepseek, max_layers_per_group: 1, bits: [16], "
+        f"rope_bits: 16}}\n"
     )
-    done = clla("convert", wide_dir, "-o", strict, "--recipe", recipe, "--no-report", "--dtype", "float32")
+    done = clla("convert", wide_dir, "-o", strict, "--recipe", recipe, "--no-eval", "--dtype", "float32")
     assert done.exit_code == 0, done.output + done.stderr
     done = clla("export", strict, "--format", "deepseek", "-o", out, "--json")
     assert done.exit_code == 0, done.output + done.stderr
@@ -291,7 +290,7 @@ def test_models_that_deepseek_is_not_are_refused(family: str, word: str) -> None
 
 def test_deepseek_layouts_are_of_single_layers(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--dataset", text_file, *FEW, "-o", tmp_path / "out"]
-    refused = clla("convert", pico_dir, "--recipe", "deepseek", "--max-group-size", 2, *options)
-    assert refused.exit_code == 2 and "--max-group-size 1" in refused.stderr
+    refused = clla("convert", pico_dir, "--recipe", "deepseek", "--max-layers-per-group", 2, *options)
+    assert refused.exit_code == 2 and "--max-layers-per-group 1" in refused.stderr
     narrow = clla("convert", pico_dir, "--recipe", "deepseek", *options)
-    assert narrow.exit_code == 2 and "rope_components" in narrow.stderr  # heads of 16 have 8 frequencies, not 32
+    assert narrow.exit_code == 2 and "qk_rope_head_dim" in narrow.stderr  # heads of 16 have 8 frequencies, not 32

@@ -87,13 +87,15 @@ def load_pair(checkpoint: str, *, device: torch.device, dtype: str) -> Pair:
     return Pair(Path(checkpoint).name, loaded.model, loaded.plan, special)
 
 
-def random_pair(name: str, *, kv_budget: str, max_group_size: int, device: torch.device, dtype: str, seed: int) -> Pair:
+def random_pair(
+    name: str, *, kv_budget: str, max_layers_per_group: int, device: torch.device, dtype: str, seed: int
+) -> Pair:
     """A shape with random weights, plan and codec.
 
     Args:
         name: of the shape.
         kv_budget: of its latents.
-        max_group_size: layers that share one.
+        max_layers_per_group: layers that share one.
         device: where it is made.
         dtype: `auto` or that of the weights.
         seed: of the weights.
@@ -102,7 +104,7 @@ def random_pair(name: str, *, kv_budget: str, max_group_size: int, device: torch
         UsageError: no such shape, or a budget that does not suit it.
     """
     config, compute = shape_config(name), pick_dtype(dtype, STORED, device)
-    plan = random_plan(config, kv_budget=kv_budget, max_group_size=max_group_size)
+    plan = random_plan(config, kv_budget=kv_budget, max_layers_per_group=max_layers_per_group)
     model = random_model(config, dtype=compute, device=device, seed=seed)
     codec = random_codec(plan, dtype=compute, device=device, seed=seed)
     block = clla_block(plan, rope=ROPE, kv_dtype=STORED, prefill_chunk=RuntimeConfig().prefill_chunk)

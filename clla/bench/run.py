@@ -38,7 +38,7 @@ class Options:
     Attributes:
         shape: a name of `SHAPES`, instead of a checkpoint.
         kv_budget: of a shape's latents; None for the recipes' default.
-        max_group_size: of a shape's plan; None for the recipes' default.
+        max_layers_per_group: of a shape's plan; None for the recipes' default.
         contexts: tokens in the cache when decoding begins; None for some that suit device and model.
         batch_sizes: sequences at once.
         new_tokens: decoded in each pass.
@@ -47,7 +47,7 @@ class Options:
             once, the converted model its own chunks.
         largest_batch: look for it, at the longest context.
         memory_limit: bytes for the caches of the largest batch, on a CPU.
-        select_tokens: old tokens that the converted model decodes in full; None for all.
+        attend_top_k: old tokens that the converted model decodes in full; None for all.
         static: tell the converted cache its length beforehand.
         device: `auto`, `cpu` or `cuda`.
         dtype: of the weights.
@@ -57,7 +57,7 @@ class Options:
 
     shape: str | None = None
     kv_budget: str | None = None
-    max_group_size: int | None = None
+    max_layers_per_group: int | None = None
     contexts: tuple[int, ...] | None = None
     batch_sizes: tuple[int, ...] = (1,)
     new_tokens: int = 32
@@ -65,7 +65,7 @@ class Options:
     prefill_chunk: int | None = None
     largest_batch: bool = False
     memory_limit: int | None = None
-    select_tokens: int | None = None
+    attend_top_k: int | None = None
     static: bool = False
     device: str = "auto"
     dtype: str = "auto"
@@ -86,8 +86,8 @@ def run_bench(checkpoint: str | None, options: Options) -> SpeedReport:
     model: Any = pair.converted
     if options.prefill_chunk is not None:
         model.prefill_chunk = options.prefill_chunk
-    if options.select_tokens is not None:
-        model.select_tokens = options.select_tokens
+    if options.attend_top_k is not None:
+        model.attend_top_k = options.attend_top_k
     cells = len(contexts) * len(options.batch_sizes)
     passes = len(NAMES) * (cells * (1 + options.repeats) + options.repeats * (2 if options.largest_batch else 1))
     with console.progress("Measuring (passes)", passes) as advance:
@@ -154,7 +154,7 @@ def _pair(checkpoint: str | None, options: Options, device: torch.device) -> Pai
     return random_pair(
         str(options.shape),
         kv_budget=options.kv_budget or BudgetConfig().kv_budget,
-        max_group_size=options.max_group_size or PlanConfig().max_group_size,
+        max_layers_per_group=options.max_layers_per_group or PlanConfig().max_layers_per_group,
         device=device,
         dtype=options.dtype,
         seed=options.seed,
@@ -166,9 +166,9 @@ def _check(checkpoint: str | None, options: Options, device: torch.device) -> No
     if (checkpoint is None) == (options.shape is None):
         given = "neither a checkpoint nor --shape" if checkpoint is None else f"both {checkpoint} and --shape"
         raise UsageError(given, expected="one of them", remedy="name a checkpoint, or a shape such as --shape tiny")
-    if options.shape is None and (options.kv_budget is not None or options.max_group_size is not None):
+    if options.shape is None and (options.kv_budget is not None or options.max_layers_per_group is not None):
         raise UsageError(
-            "--kv-budget or --max-group-size with a checkpoint",
+            "--kv-budget or --max-layers-per-group with a checkpoint",
             expected="a shape, whose plan is made here; a checkpoint has its own",
             remedy="leave it out, or convert with it: clla convert",
         )

@@ -92,13 +92,13 @@ def random_model(config: Any, *, dtype: torch.dtype, device: torch.device, seed:
     return model.eval().requires_grad_(False)
 
 
-def random_plan(config: Any, *, kv_budget: str, max_group_size: int) -> Plan:
+def random_plan(config: Any, *, kv_budget: str, max_layers_per_group: int) -> Plan:
     """Layer groups of neighbours whose packed latents take the budget.
 
     Args:
         config: of a shape.
         kv_budget: share or bytes, as in a recipe; it counts latents only.
-        max_group_size: layers of a group; the last one may have fewer.
+        max_layers_per_group: layers of a group; the last one may have fewer.
 
     Raises:
         UsageError: the budget is not readable, or too small or too large for latents.
@@ -107,8 +107,8 @@ def random_plan(config: Any, *, kv_budget: str, max_group_size: int) -> Plan:
     kv, defaults = kv_shape(config), PlanConfig()
     source_bytes = len(layers) * kv.values * STORED.itemsize
     budget, spent, groups = parse_budget(kv_budget, source_bytes=source_bytes), 0, []
-    for start in range(0, len(layers), max_group_size):
-        own = layers[start : start + max_group_size]
+    for start in range(0, len(layers), max_layers_per_group):
+        own = layers[start : start + max_layers_per_group]
         room = round(budget * (start + len(own)) / len(layers)) - spent  # of whole bytes, what is left over goes on
         tiers = mixed_tiers(room, len(own) * kv.values // defaults.tier_size, defaults.tier_size)
         spent += RowLayout(tiers, defaults.tier_size).row_bytes
@@ -161,7 +161,7 @@ def mixed_tiers(row_bytes: int, most: int, tier_size: int) -> tuple[int, ...]:
     raise UsageError(
         f"{row_bytes} bytes per token do not hold a latent of {tier_size} components",
         expected=f"at least {1 + tier_size // 8} bytes for each layer group",
-        remedy="raise --kv-budget or --max-group-size",
+        remedy="raise --kv-budget or --max-layers-per-group",
     )
 
 

@@ -206,7 +206,7 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
         raise CllaError(
             "the weights of this checkpoint were trained, and it does not say what they were before",
             expected="the source model as a teacher",
-            remedy="name it with --teacher",
+            remedy="name it with --source-model",
         )
     source = _open_teacher(name)
     for field in SAME_MODEL:
@@ -215,7 +215,7 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
             raise CllaError(
                 f"{name} has {field} {found}, the checkpoint {wanted}",
                 expected="the model that was converted",
-                remedy="name it with --teacher",
+                remedy="name it with --source-model",
             )
     return source.load_model(dtype=loaded.model.source.dtype, device=device)
 
@@ -231,7 +231,9 @@ def _open_teacher(name: str) -> Source:
     try:
         return open_source(name)
     except CllaError as error:
-        raise CllaError(error.got, expected=error.expected, remedy="name the source model with --teacher") from error
+        raise CllaError(
+            error.got, expected=error.expected, remedy="name the source model with --source-model"
+        ) from error
 
 
 def check_folder(folder: Path, name: str | None = None) -> None:

@@ -127,7 +127,7 @@ def _foreign(folder: Path) -> str | None:
     return next((name for name in names if listed and name not in ours), None)
 
 
-def check_disk(path: Path, needed: int, *, instead: str = "save the codec alone with --adapter-only") -> None:
+def check_disk(path: Path, needed: int, *, instead: str = "save the codec alone with --codec-only") -> None:
     """Refuse to start what cannot be finished.
 
     Args:
@@ -173,7 +173,7 @@ def check_memory(needed: int) -> None:
         raise CllaError(
             f"the moments of this model take about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             expected="a model with grouped heads, or smaller groups: memory grows with (values per token and layer)²",
-            remedy="lower --max-group-size, or use a machine with more memory",
+            remedy="lower --max-layers-per-group, or use a machine with more memory",
         )
 
 

@@ -27,7 +27,7 @@ def bench(
     kv_budget: Annotated[
         Optional[str], typer.Option(help="Of the shape's latents: '6.25%', '1440B', …", rich_help_panel=SHAPE)
     ] = None,
-    max_group_size: Annotated[
+    max_layers_per_group: Annotated[
         Optional[int], typer.Option(min=1, max=LARGEST, help="Layers that share a latent.", rich_help_panel=SHAPE)
     ] = None,
     contexts: Annotated[
@@ -50,7 +50,7 @@ def bench(
     memory_limit: Annotated[
         Optional[str], typer.Option(help="For the caches of the largest batch, on a CPU: e.g. 2GB.")
     ] = None,
-    select_tokens: Annotated[
+    attend_top_k: Annotated[
         Optional[int], typer.Option(min=1, max=LARGEST, help="Only so many old tokens are decoded in full, the best.")
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Tell the converted cache its length beforehand.")] = False,
@@ -71,7 +71,7 @@ def bench(
         options = Options(
             shape=shape,
             kv_budget=kv_budget,
-            max_group_size=max_group_size,
+            max_layers_per_group=max_layers_per_group,
             contexts=integers(contexts) if contexts is not None else None,
             batch_sizes=integers(batch_sizes, "--batch-sizes"),
             new_tokens=new_tokens,
@@ -79,7 +79,7 @@ def bench(
             prefill_chunk=prefill_chunk,
             largest_batch=largest_batch,
             memory_limit=parse_size(memory_limit, "--memory-limit") if memory_limit is not None else None,
-            select_tokens=select_tokens,
+            attend_top_k=attend_top_k,
             static=static,
             device=device,
             dtype=dtype,

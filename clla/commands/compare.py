@@ -22,13 +22,15 @@ def compare(
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
     dataset: Annotated[str, typer.Option(help="Text to calibrate on.")] = "bundled",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two windows, two budgets, two codes, main variants only.")
+        bool, typer.Option("--quick", help="Two samples, two budgets, two codes, main variants only.")
     ] = False,
-    windows: Annotated[Optional[int], typer.Option(min=1, max=LARGEST, help="Default 24, or 2 with --quick.")] = None,
+    num_samples: Annotated[
+        Optional[int], typer.Option(min=1, max=LARGEST, help="Default 24, or 2 with --quick.")
+    ] = None,
     context: Annotated[
         Optional[int],
         typer.Option(
-            min=64, max=LARGEST, help="Tokens per window; budgets hold here. Default: 2048, or what the model takes."
+            min=64, max=LARGEST, help="Tokens per sample; budgets hold here. Default: 2048, or what the model takes."
         ),
     ] = None,
     long_context: Annotated[
@@ -61,7 +63,7 @@ def compare(
             methods=methods,
             text=text,
             dataset=dataset,
-            windows=windows or (2 if quick else 24),
+            windows=num_samples or (2 if quick else 24),
             context=context,
             long_context=long_context,
             chunk=chunk,

@@ -16,7 +16,7 @@ from clla.commands.options import (
     RUN,
     Device,
     RecipeName,
-    Tracker,
+    ReportTo,
     as_object,
     errors,
     path,
@@ -40,7 +40,7 @@ def convert(
     heal: Annotated[
         bool, typer.Option("--heal", help="Train briefly against the source afterwards.", rich_help_panel=HEAL)
     ] = False,
-    tracker: Tracker = None,
+    report_to: ReportTo = None,
     device: Device = "auto",
     dry_run: Annotated[
         bool, typer.Option(help="Stop after the plan and write it as JSON.", rich_help_panel=RUN)
@@ -54,11 +54,13 @@ def convert(
             help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN, parser=path
         ),
     ] = None,
-    report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)
+    ] = True,
     max_shard_size: Annotated[
         Optional[str], typer.Option(help="Of the weight files, e.g. '5GB'.", rich_help_panel=OUTPUT)
     ] = None,
-    adapter_only: Annotated[
+    codec_only: Annotated[
         bool, typer.Option(help="Save the codec without the source's weights.", rich_help_panel=OUTPUT)
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
@@ -81,20 +83,20 @@ def convert(
         if push_to_hub and dry_run:
             console.say("A dry run uploads nothing: --push-to-hub has no effect")
         elif push_to_hub:
-            target = _target(model, push_to_hub, private=private, adapter_only=adapter_only)
+            target = _target(model, push_to_hub, private=private, codec_only=codec_only)
         done = api.convert_model(
             model,
             output=output,
             recipe=recipe,
             heal=heal,
-            tracker=tracker,
+            report_to=report_to,
             device=device,
             dry_run=dry_run,
             resume=resume,
             work_dir=work_dir,
-            report=report,
+            evaluate=evaluate,
             max_shard_size=max_shard_size,
-            adapter_only=adapter_only,
+            codec_only=codec_only,
             overwrite=overwrite,
             **changes,
         )
@@ -144,21 +146,21 @@ def convert(
             raise typer.Exit(1)
 
 
-def _target(model: str, repo_id: str, *, private: bool, adapter_only: bool) -> str:
+def _target(model: str, repo_id: str, *, private: bool, codec_only: bool) -> str:
     """Where to push to, asked before an hour's work and not after it."""
     from clla.hub.revision import split_revision
     from clla.publish.base_model import cached_model, check_public
     from clla.publish.push import check_access
 
     local = Path(model).expanduser().exists() or model == "demo"
-    if adapter_only and local and cached_model(model) is None:
+    if codec_only and local and cached_model(model) is None:
         raise UsageError(
-            f"--adapter-only and --push-to-hub for {model}, which is on this machine alone",
+            f"--codec-only and --push-to-hub for {model}, which is on this machine alone",
             expected="a Hub id, from which others can load the weights",
             remedy=f"convert without --push-to-hub, then: clla push FOLDER {repo_id} --base-model user/repo",
         )
     repo_id = check_access(repo_id, private=private)
-    if adapter_only and not local and not private:
+    if codec_only and not local and not private:
         check_public(split_revision(model)[0])
     return repo_id
 

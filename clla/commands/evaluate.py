@@ -15,15 +15,15 @@ from clla.recipe import LARGEST
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo\\[@revision].")],
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
-    windows: Annotated[int, typer.Option(min=1, max=LARGEST, help="Windows of text.")] = 4,
-    window_length: Annotated[
+    num_samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Samples of text.")] = 4,
+    sequence_length: Annotated[
         Optional[int],
-        typer.Option(min=2, max=LARGEST, help="Tokens per window; default: 2048, or what the model takes."),
+        typer.Option(min=2, max=LARGEST, help="Tokens per sample; default: 2048, or what the model takes."),
     ] = None,
     chunk: Annotated[
         Optional[int], typer.Option(min=1, max=LARGEST, help="Tokens per step; default: the exact window.")
     ] = None,
-    select_tokens: Annotated[
+    attend_top_k: Annotated[
         Optional[int],
         typer.Option(min=1, max=LARGEST, help="Old tokens read in full; steps then are as short as that takes."),
     ] = None,
@@ -39,7 +39,7 @@ def evaluate(
         ),
     ] = None,
     retrieval_trials: Annotated[int, typer.Option(min=1, max=LARGEST, help="Number of codes.")] = 8,
-    teacher: Annotated[
+    source_model: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
     ] = None,
     device: Device = "auto",
@@ -54,15 +54,15 @@ def evaluate(
         report = api.evaluate_model(
             checkpoint,
             text=text,
-            windows=windows,
-            window_length=window_length,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
             chunk=chunk,
-            select_tokens=select_tokens,
+            attend_top_k=attend_top_k,
             contexts=integers(contexts) if contexts is not None else None,
             retrieval=retrieval,
             retrieval_context=retrieval_context,
             retrieval_trials=retrieval_trials,
-            teacher=teacher,
+            source_model=source_model,
             device=device,
             dtype=dtype,
         )

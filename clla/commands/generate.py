@@ -27,7 +27,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     num_beams: Annotated[int, typer.Option(min=1, max=LARGEST, help="Beams.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of sampling.")] = 0,
-    select_tokens: Annotated[
+    attend_top_k: Annotated[
         Optional[int],
         typer.Option(min=1, max=LARGEST, help="Old tokens that each new one reads in full; default: all."),
     ] = None,
@@ -72,7 +72,7 @@ def generate(
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         model: Any = loaded.model
-        model.select_tokens = select_tokens
+        model.attend_top_k = attend_top_k
         with generating(checkpoint):
             output = model.generate(
                 **inputs,

@@ -15,7 +15,7 @@ from clla.commands.options import (
     RUN,
     Device,
     Dtype,
-    Tracker,
+    ReportTo,
     errors,
     path,
     show_healing,
@@ -32,13 +32,13 @@ def heal(
         Optional[Path],
         typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT, parser=path),
     ] = None,
-    teacher: Annotated[
+    source_model: Annotated[
         Optional[str],
         typer.Option(
             help="Source model; default: the checkpoint's own weights, or where they came from.", rich_help_panel=HEAL
         ),
     ] = None,
-    tracker: Tracker = None,
+    report_to: ReportTo = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     resume: Annotated[
@@ -47,7 +47,9 @@ def heal(
     work_dir: Annotated[
         Optional[Path], typer.Option(help="Keep text and states here.", rich_help_panel=RUN, parser=path)
     ] = None,
-    report: Annotated[bool, typer.Option(help="Measure before and after.", rich_help_panel=RUN)] = True,
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)
+    ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
     **changes: Any,
@@ -62,13 +64,13 @@ def heal(
         done = api.heal_model(
             checkpoint,
             output=output,
-            teacher=teacher,
-            tracker=tracker,
+            source_model=source_model,
+            report_to=report_to,
             device=device,
             dtype=dtype,
             resume=resume,
             work_dir=work_dir,
-            report=report,
+            evaluate=evaluate,
             overwrite=overwrite,
             **changes,
         )

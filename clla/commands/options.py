@@ -64,7 +64,7 @@ RecipeName = Annotated[
         autocompletion=recipe_names,
     ),
 ]
-Tracker = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
+ReportTo = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
 PANELS = {"budget": PLAN, "plan": PLAN, "calibration": CALIBRATION, "heal": HEAL, "runtime": RUN}
 
 

@@ -16,8 +16,8 @@ def push(
     checkpoint: Annotated[Path, typer.Argument(help="Directory that clla convert or heal wrote.", parser=path)],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub: user/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="The codec without the weights, which the source's repository has.")
+    codec_only: Annotated[
+        bool, typer.Option("--codec-only", help="The codec without the weights, which the source's repository has.")
     ] = False,
     revision: Annotated[Optional[str], typer.Option(help="Branch; it is made where there is none.")] = None,
     base_model: Annotated[
@@ -36,7 +36,7 @@ def push(
             checkpoint.resolve(),
             repo,
             private=private,
-            adapter_only=adapter_only,
+            codec_only=codec_only,
             revision=revision,
             base_model=base_model,
         )

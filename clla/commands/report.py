@@ -36,14 +36,14 @@ def report(
     prompt: Annotated[Optional[list[str]], typer.Option(help="Continue this, too; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens to write after each prompt.")] = 160,
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
-    windows: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Windows of text that errors of layers are measured on; 0: none.")
+    num_samples: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Samples of text that errors of layers are measured on; 0: none.")
     ] = 2,
-    window_length: Annotated[
+    sequence_length: Annotated[
         Optional[int],
-        typer.Option(min=2, max=LARGEST, help="Tokens per window; default: 2048, or what the model takes."),
+        typer.Option(min=2, max=LARGEST, help="Tokens per sample; default: 2048, or what the model takes."),
     ] = None,
-    teacher: Annotated[
+    source_model: Annotated[
         Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
     ] = None,
     device: Device = "auto",
@@ -63,9 +63,9 @@ def report(
             prompts=tuple(prompt or ()),
             new_tokens=max_new_tokens,
             text=text,
-            windows=windows,
-            window_length=window_length,
-            teacher=teacher,
+            windows=num_samples,
+            window_length=sequence_length,
+            teacher=source_model,
             device=device,
             dtype=dtype,
         )

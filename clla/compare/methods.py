@@ -163,7 +163,13 @@ def low_rank(plan: dict[str, Any], window: int) -> Builder:
     def settings(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
         for budget in budgets:
             for bits in (16, 4) if bench.thorough else (4,):
-                changes = {**plan, "max_group_size": 1, "planner": "uniform", "source": "first", "bits": (bits,)}
+                changes = {
+                    **plan,
+                    "max_layers_per_group": 1,
+                    "planner": "uniform",
+                    "latent_input": "first_layer",
+                    "bits": (bits,),
+                }
                 name = f"{100 * budget:g} %, {bits} bit, window {window}"
                 yield bench.planned(name, bench.recipe.override({"plan": changes}), budget, window)
 

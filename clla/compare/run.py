@@ -155,7 +155,7 @@ def run_comparison(name: str, options: Options) -> Comparison:
     calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
     # `first`, so that the inputs are collected, which several methods need.
     recipe = Recipe().override({"calibration": calibration, "plan": {"source": "first"}})
-    recipe = resolve(recipe.override({"budget": {"at_context": 0, "window": 128}}), source, where)
+    recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": 128}}), source, where)
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)

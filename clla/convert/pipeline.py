@@ -58,7 +58,7 @@ class Options:
         overwrite: replace a directory that is not empty.
         resume: take up the finished stages of an interrupted run.
         work_dir: where stats, plan and codec are kept; kept after the run if given.
-        adapter_only: save the codec without the source's weights.
+        codec_only: save the codec without the source's weights.
         dry_run: stop after the plan.
         report: measure before and after.
         tracker: of accelerate, for healing.
@@ -70,7 +70,7 @@ class Options:
     overwrite: bool = False
     resume: bool = False
     work_dir: Path | None = None
-    adapter_only: bool = False
+    codec_only: bool = False
     dry_run: bool = False
     report: bool = True
     tracker: str | None = None
@@ -138,16 +138,16 @@ def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialSta
         check_text(str(text))
     source = open_source(name)
     recipe = resolve(recipe, source, device)
-    if options.adapter_only and recipe.heal is not None and recipe.heal.train != "codec":
+    if options.codec_only and recipe.heal is not None and recipe.heal.train != "codec":
         raise UsageError(
-            "--adapter-only with healing that trains weights",
+            "--codec-only with healing that trains weights",
             expected="heal.train 'codec', which leaves the source's weights alone",
-            remedy="pass --heal-train codec, or leave out --adapter-only",
+            remedy="pass --heal-train codec, or leave out --codec-only",
         )
     if recipe.heal is not None:
         check_healing(
             recipe.heal,
-            window=recipe.budget.window or 0,
+            window=recipe.budget.exact_window or 0,
             flush_block=recipe.plan.flush_block,
             tracker=options.tracker,
         )
@@ -218,7 +218,7 @@ def _convert(
             folder,
             converted,
             tokenizer,
-            base_model=_base_model(source) if options.adapter_only else None,
+            base_model=_base_model(source) if options.codec_only else None,
             dtype=source.dtype,
             max_shard_size=options.max_shard_size or run.shard_size,
         )
@@ -291,7 +291,7 @@ def _bytes_needed(source: Source, recipe: Recipe, options: Options) -> dict[Path
     kept = sum(file.stat().st_size for file in work.glob("stats-*.safetensors"))
     needed = {work: max(0, stats_bytes(source, recipe) - kept)}
     if not options.dry_run:
-        needed[options.output] = 0 if options.adapter_only else _weights_bytes(source)
+        needed[options.output] = 0 if options.codec_only else _weights_bytes(source)
     return needed
 
 

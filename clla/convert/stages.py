@@ -69,7 +69,7 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
     """
     reach = reach_of(source.config)
     reach.check_option("--sequence-length", recipe.calibration.sequence_length)
-    reach.check_option("--at-context", recipe.budget.at_context)
+    reach.check_option("--budget-context", recipe.budget.budget_context)
     if recipe.heal is not None:
         reach.check_option("heal.sequence_length", recipe.heal.sequence_length)
     longest = min(reach.tokens or DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT)
@@ -112,8 +112,8 @@ class Run:
         self.with_queries = plan.key == "decoupled"
         queries = ("queries",) if self.with_queries else ()
         self.stats_key = digest(
-            source.revision, calibration, text, hold_out, plan.max_group_size, inputs, recipe.runtime.compute_dtype,
-            *queries,
+            source.revision, calibration, text, hold_out, plan.max_layers_per_group, inputs,
+            recipe.runtime.compute_dtype, *queries,
         )  # fmt: skip
         self.plan_key = plan_digest(self.stats_key, recipe)
 
@@ -166,7 +166,7 @@ class Run:
         options: dict[str, Any] = {
             "layers": self.source.layers,
             "kv": self.source.kv,
-            "band": plan.max_group_size,
+            "band": plan.max_layers_per_group,
             "skip_positions": calibration.skip_positions,
             "rope": self.rope,
             "with_inputs": needs_inputs(plan.metric, plan.source),
@@ -200,7 +200,9 @@ class Run:
         batches = list(self.batches())
         tokens, layers = sum(batch.numel() for batch in batches), self.source.config.get_text_config().num_hidden_layers
         width = self.source.config.get_text_config().hidden_size * self.dtype.itemsize
-        wanted = tokens * ((layers + 2) * width + 4 * (self.recipe.plan.max_group_size + 1) * self.source.kv.values)
+        wanted = tokens * (
+            (layers + 2) * width + 4 * (self.recipe.plan.max_layers_per_group + 1) * self.source.kv.values
+        )
         in_memory = self.placement != "stream" and wanted < HIDDEN_ROOM * psutil.virtual_memory().available
         folder = None if in_memory else self.work / "spill"
         if folder is not None:
@@ -319,7 +321,7 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
     time, sums of all of them in fp64. Beside them the moments of one largest group and what is made of them.
     """
     layers, n = len(source.layers), min(source.kv.values, recipe.calibration.basis)
-    band = min(recipe.plan.max_group_size, layers)
+    band = min(recipe.plan.max_layers_per_group, layers)
     total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40) + 12 * (band * n) ** 2
     if source.kv.values > n:  # reading and writing, and one layer's whole moments
         total += 8 * source.kv.values * (layers * n + 5 * source.kv.values)
@@ -332,7 +334,7 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
 def stats_bytes(source: Source, recipe: Recipe) -> int:
     """Size of the stats as they are written, fp32: what `Stats` says of its tensors."""
     layers, values = len(source.layers), source.kv.values
-    width, band = min(values, recipe.calibration.basis), min(recipe.plan.max_group_size, layers)
+    width, band = min(values, recipe.calibration.basis), min(recipe.plan.max_layers_per_group, layers)
     numbers = layers * ((band + 1) * width**2 + values)
     if values > width:
         numbers += 2 * layers * width * values

@@ -91,7 +91,7 @@ def _conversion(source: Source) -> list[Finding]:
     needed = streamed if layered else whole
     status: Status = "problem" if needed > free else "ok"
     text = f"{needed / 2**30:.1f} GB for moments{', layer by layer' if layered else ''}, {free / 2**30:.1f} GB free"
-    found.append(Finding("memory", status, text, "lower --max-group-size" if status == "problem" else ""))
+    found.append(Finding("memory", status, text, "lower --max-layers-per-group" if status == "problem" else ""))
     seconds = 2 * parameters * PASSES * (recipe.calibration.tokens or 0) / _speed(device, dtype)
     found.append(
         Finding(
@@ -134,7 +134,7 @@ def _running(config: Any) -> list[Finding]:
     found.append(
         Finding("eviction", "ok", "possible")
         if sdpa
-        else Finding("eviction", "warning", "attention cannot be observed", "convert without --evict")
+        else Finding("eviction", "warning", "attention cannot be observed", "convert without --eviction-ratio")
     )
     serving = "vLLM plugin is registered" if plugin_registered() else "with transformers; no vLLM plugin is registered"
     return [*found, Finding("serving", "ok", serving)]

@@ -184,7 +184,7 @@ def heal_and_measure(
 
 def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torch.device) -> HealConfig:
     """Fill in the defaults that depend on budget, device and calibration text."""
-    share = plan.row_bytes * (1 - (recipe.budget.evict or 0)) / plan.source_bytes_per_token
+    share = plan.row_bytes * (1 - (recipe.budget.eviction_ratio or 0)) / plan.source_bytes_per_token
     share = 0.0 if plan.decoupled else share  # these start far from the source, whatever their size
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
     on_cpu, length = device.type == "cpu", config.sequence_length or HEAL_LENGTH
@@ -224,7 +224,7 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
         raise UsageError(
             f"sequences of {length} tokens with an exact window of {window}",
             expected=f"at least {2 * window + 2 * flush_block} tokens, so that there are latents to learn from",
-            remedy="raise heal.sequence_length (--sequence-length), or convert with a smaller --window",
+            remedy="raise heal.sequence_length (--sequence-length), or convert with a smaller --exact-window",
         )
     for name, value in (("batch_tokens", config.batch_tokens), ("tokens", config.tokens)):
         if value is not None and value < length:
@@ -242,7 +242,7 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
     installed = [str(kind) for kind in get_available_trackers()]
     if tracker and tracker not in installed:
         raise UsageError(
-            f"--tracker {tracker} is not installed",
+            f"--report-to {tracker} is not installed",
             expected="one that is installed" + (": " + ", ".join(installed) if installed else "; none is"),
             remedy="pip install 'clla[heal]' for tensorboard, or the tracker that you name",
         )

@@ -197,12 +197,12 @@ def _tables(widths: Sequence[int], tier_size: int) -> tuple[Tensor, Tensor]:
     return shares, costs
 
 
-def every_segment(num_layers: int, max_group_size: int) -> list[Segment]:
-    """All consecutive runs of up to `max_group_size` layers: the dynamic program chooses among them."""
+def every_segment(num_layers: int, max_layers_per_group: int) -> list[Segment]:
+    """All consecutive runs of up to `max_layers_per_group` layers: the dynamic program chooses among them."""
     return [
         (start, size)
         for start in range(num_layers)
-        for size in range(1, max_group_size + 1)
+        for size in range(1, max_layers_per_group + 1)
         if start + size <= num_layers
     ]
 

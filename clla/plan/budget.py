@@ -34,9 +34,9 @@ class Budget:
     @classmethod
     def of(cls, config: BudgetConfig, *, source_bytes: float) -> Budget:
         """A settled recipe's budget, of a source with so many KV bytes per token."""
-        assert config.window is not None, "the recipe is settled"
+        assert config.exact_window is not None, "the recipe is settled"
         amount = parse_budget(config.kv_budget, source_bytes=source_bytes)
-        return cls(amount, config.at_context or None, config.window, config.sinks, config.evict)
+        return cls(amount, config.budget_context or None, config.exact_window, config.num_sinks, config.eviction_ratio)
 
 
 def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int) -> int:
@@ -68,15 +68,15 @@ def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int
     context, window, sinks, evict = budget.context, budget.window, budget.sinks, budget.evict
     if window == 0 and config.source == "group":
         raise UsageError(
-            "--window 0 with the latent source 'group'",
+            "--exact-window 0 with the latent source 'group'",
             expected="a window of at least 1: a group's latent is known only after its last layer",
-            remedy="use --window 1 or more, or --source first",
+            remedy="use --exact-window 1 or more, or --latent-input first_layer",
         )
     if evict is not None and (context is None or window == 0):
         raise UsageError(
             "eviction needs to know how many latents may stay, and an exact window whose queries choose them",
             expected="a context length and a window of at least 1",
-            remedy="leave out --at-context 0 and --window 0, or --evict",
+            remedy="leave out --budget-context 0 and --exact-window 0, or --eviction-ratio",
         )
     smallest = min(config.bits) * config.tier_size + SCALE_BITS
     if context is None:
@@ -98,7 +98,7 @@ def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int
             f"the budget of {budget.bytes:.0f} bytes per token at {context} tokens leaves nothing for latents: "
             f"the exact window ({window} + {config.flush_block}) and {sinks} sinks take {fixed / context:.0f}",
             expected=f"more than {share:.0f} bytes ({100 * share / source_bytes:.2f} % of the source)",
-            remedy="raise --kv-budget or --at-context, lower --window, or lower plan.flush_block in a recipe",
+            remedy="raise --kv-budget or --budget-context, lower --exact-window, or lower plan.flush_block in a recipe",
         )
     return bits
 
@@ -122,16 +122,18 @@ def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: in
     """
     own = recipe.budget
     budget = parse_budget(own.kv_budget, source_bytes=source_bytes)
-    at = context if own.at_context is None else own.at_context
-    window = own.window
+    at = context if own.budget_context is None else own.budget_context
+    window = own.exact_window
     if window is None:
         window = derive_window(
-            recipe.plan, budget=budget, source_bytes=source_bytes, context=at or None, sinks=own.sinks
+            recipe.plan, budget=budget, source_bytes=source_bytes, context=at or None, sinks=own.num_sinks
         )
-    latent_bits(recipe.plan, Budget(budget, at or None, window, own.sinks, own.evict), source_bytes=source_bytes)
+    latent_bits(
+        recipe.plan, Budget(budget, at or None, window, own.num_sinks, own.eviction_ratio), source_bytes=source_bytes
+    )
     return recipe.override(
         {
-            "budget": {"at_context": at, "window": window},
-            "plan": {"max_group_size": min(recipe.plan.max_group_size, layers)},
+            "budget": {"budget_context": at, "exact_window": window},
+            "plan": {"max_layers_per_group": min(recipe.plan.max_layers_per_group, layers)},
         }
     )

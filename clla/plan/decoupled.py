@@ -96,26 +96,26 @@ def settle_decoupled(recipe: Recipe, *, head_dim: int) -> Recipe:
         name
         for name, good in (
             ("plan.source 'group'", plan.source == "first"),
-            (f"budget.window {budget.window}", budget.window == 0),
-            (f"budget.sinks {budget.sinks}", budget.sinks == 0),
-            ("eviction", budget.evict is None),
+            (f"budget.exact_window {budget.exact_window}", budget.exact_window == 0),
+            (f"budget.num_sinks {budget.num_sinks}", budget.num_sinks == 0),
+            ("eviction", budget.eviction_ratio is None),
         )
         if not good
     ]
     if wrong:
         raise UsageError(
             "a decoupled key with " + ", ".join(wrong),
-            expected="plan.source 'first', a window of 0, no sinks and no eviction, as in --recipe strict",
+            expected="plan.source 'first', a window of 0, no sinks and no eviction, as in --recipe mla",
             remedy="leave those out, or use plan.key 'reconstruct'",
         )
-    if plan.layout == "deepseek" and plan.max_group_size > 1:
+    if plan.layout == "deepseek" and plan.max_layers_per_group > 1:
         raise UsageError(
-            f"plan.layout 'deepseek' with groups of up to {plan.max_group_size} layers",
+            f"plan.layout 'deepseek' with groups of up to {plan.max_layers_per_group} layers",
             expected="groups of one layer: DeepseekV3 shares no latent between layers",
-            remedy="pass --max-group-size 1",
+            remedy="pass --max-layers-per-group 1",
         )
     width = DEEPSEEK_ROPE if plan.layout == "deepseek" else max(8, head_dim // 8 * 8)
-    return recipe.override({"plan": {"rope_components": plan.rope_components or width}})
+    return recipe.override({"plan": {"qk_rope_head_dim": plan.qk_rope_head_dim or width}})
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class DecoupledSpectra(Spectra):
         most = stats.frequencies.shape[1] if self.once else most
         if pairs > most:
             raise UsageError(
-                f"plan.rope_components {self.components}",
+                f"plan.qk_rope_head_dim {self.components}",
                 expected=f"at most {2 * most} for this model and plan.layout",
                 remedy="lower it",
             )

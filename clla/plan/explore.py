@@ -157,11 +157,11 @@ class Explorer:
                 expected="a planner that needs statistics alone: dynamic, uniform, cluster or pyramid",
                 remedy="clla convert MODEL --planner kvsharer --dry-run",
             )
-        if min(recipe.plan.max_group_size, layers) > band:
+        if min(recipe.plan.max_layers_per_group, layers) > band:
             raise UsageError(
-                f"groups of up to {recipe.plan.max_group_size} layers from moments of {band} neighbours",
-                expected=f"--max-group-size {band} or less",
-                remedy=f"clla convert MODEL --max-group-size {recipe.plan.max_group_size} --dry-run collects more",
+                f"groups of up to {recipe.plan.max_layers_per_group} layers from moments of {band} neighbours",
+                expected=f"--max-layers-per-group {band} or less",
+                remedy="clla convert MODEL --dry-run with that --max-layers-per-group collects more",
             )
         context = self.kept.plan.at_context or 0
         return settle_budget(recipe, source_bytes=self.kept.source_bytes, context=context, layers=layers)

@@ -147,7 +147,7 @@ def prepare(spectra: Spectra, widths: tuple[int, ...], on_step: Callable[[int], 
         return
     for share in SHARES:
         bits = int(share * 16 * layers * spectra.stats.width)
-        outlined_partition(spectra, max_group_size=band, bits=bits, group_bits=0, widths=widths)
+        outlined_partition(spectra, max_layers_per_group=band, bits=bits, group_bits=0, widths=widths)
     for alone in (True, False):
         used = [level for _, size, level in spectra._determinants if (size == 1) == alone]
         levels = range(min(used), max(used) + 1) if used else ()

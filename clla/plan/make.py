@@ -107,12 +107,12 @@ def rotary_bits(config: PlanConfig, spectra: DecoupledSpectra, bits: int) -> int
     """
     tiers = spectra.components // ROPE_TIER
     own = 8 * RowLayout((config.rope_bits,) * tiers, ROPE_TIER).row_bytes
-    groups = -(-len(spectra.stats.layers) // config.max_group_size)
+    groups = -(-len(spectra.stats.layers) // config.max_layers_per_group)
     least = groups * (own + min(config.bits) * config.tier_size + SCALE_BITS)
     if bits < least:
         raise UsageError(
             f"{bits // 8} bytes per token do not hold {groups} rotary keys of {own // 8} bytes and their latents",
             expected=f"at least {-(-least // 8)} bytes",
-            remedy="raise --kv-budget or plan.max_group_size, or lower plan.rope_components or plan.rope_bits",
+            remedy="raise --kv-budget or plan.max_layers_per_group, or lower plan.qk_rope_head_dim or plan.rope_bits",
         )
     return own

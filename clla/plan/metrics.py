@@ -93,13 +93,13 @@ def weigh(stats: Stats, recipe: Recipe, device: torch.device = CPU) -> Spectra:
     power, weighed = metric_power(plan), surrogate_stats(stats, plan.metric)
     if plan.key == "reconstruct":
         return Spectra(weighed, power=power, source=plan.source, device=device)
-    assert plan.rope_components is not None, "the recipe is not resolved"
+    assert plan.qk_rope_head_dim is not None, "the recipe is not resolved"
     return DecoupledSpectra(
         uncentred(weighed) if plan.layout == "deepseek" else weighed,
         power=power,
         source=plan.source,
         device=device,
-        components=plan.rope_components,
+        components=plan.qk_rope_head_dim,
         context=NEAR,
         once=plan.layout == "deepseek",
     )

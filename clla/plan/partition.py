@@ -104,7 +104,7 @@ def _levels(price: float) -> list[int]:
 def outlined_partition(
     spectra: Spectra,
     *,
-    max_group_size: int,
+    max_layers_per_group: int,
     bits: int,
     group_bits: int,
     widths: Sequence[int],
@@ -116,14 +116,14 @@ def outlined_partition(
 
     Args:
         spectra: weighted moments.
-        max_group_size: most layers of a group.
+        max_layers_per_group: most layers of a group.
         bits: a token, for all latents.
         group_bits: of them, what every group takes beside its latent.
         widths: admissible bits per component.
         on_step: called after each candidate, for progress.
     """
     layers = len(spectra.stats.layers)
-    outline, uniform = Outline(spectra, widths), uniform_segments(layers, max_group_size)
+    outline, uniform = Outline(spectra, widths), uniform_segments(layers, max_layers_per_group)
 
     def price_of(segments: list[Segment]) -> float:
         return outline.price_of(segments, bits - group_bits * len(segments))
@@ -136,7 +136,7 @@ def outlined_partition(
     met: dict[tuple[Segment, ...], float] = {}
     for number in range(ROUNDS):
         costs = {}
-        for segment in every_segment(layers, max_group_size):
+        for segment in every_segment(layers, max_layers_per_group):
             costs[segment] = outline.cost(segment, price) + price * group_bits
             if not number:
                 on_step(1)

@@ -122,7 +122,7 @@ def find_base(
         raise CllaError(
             f"whether {model.repo} is the model that was converted cannot be checked: the source is not here any more",
             expected="a checkpoint converted from a Hub id, or its source where it was",
-            remedy="leave out --adapter-only, or convert the Hub id again with --adapter-only",
+            remedy="leave out --codec-only, or convert the Hub id again with --codec-only",
         )
     if not alone and given is None:
         return model  # recorded when it was converted

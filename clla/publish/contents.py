@@ -115,7 +115,7 @@ def _leave_weights(found: Outgoing, folder: Path, config: dict[str, Any]) -> Non
         raise CllaError(
             f"the weights of {folder} were trained ({trained}): its codec alone does not make the same model",
             expected="a checkpoint whose weights are its source's",
-            remedy="leave out --adapter-only; or heal with --train codec",
+            remedy="leave out --codec-only; or heal with --train codec",
         )
     codec: dict[str, Any] = {}
     for name in [name for name in found.files if matches(name, WEIGHT_FILES)]:

@@ -37,7 +37,7 @@ class Push:
         folder: the checkpoint.
         repo_id: of the repository.
         private: make it private, where it is new.
-        adapter_only: the codec without the weights.
+        codec_only: the codec without the weights.
         revision: branch to push to; None for the default one.
         base_model: Hub id of the source, where the checkpoint does not say it.
     """
@@ -45,14 +45,14 @@ class Push:
     folder: Path
     repo_id: str
     private: bool = False
-    adapter_only: bool = False
+    codec_only: bool = False
     revision: str | None = None
     base_model: str | None = None
 
     @property
     def command(self) -> str:
         """That does it once more."""
-        options = ["--private"] * self.private + ["--adapter-only"] * self.adapter_only
+        options = ["--private"] * self.private + ["--codec-only"] * self.codec_only
         for name, value in (("--revision", self.revision), ("--base-model", self.base_model)):
             options += [name, value] if value is not None else []
         return shlex.join(["clla", "push", str(self.folder), self.repo_id, *options])
@@ -128,7 +128,7 @@ def prepare(what: Push, *, ask: bool) -> Outgoing:
     if not check_files(what.folder):
         console.say(f"{what.folder} has no {CHECKSUMS}: whether it is damaged is not known")
     config = read_json(what.folder / CONFIG)
-    alone = what.adapter_only or config.get("base_model") is not None
+    alone = what.codec_only or config.get("base_model") is not None
     recipe = recipe_of(what.folder)
     base = find_base(config, recipe, what.base_model, alone=alone, private=what.private, ask=ask)
     return gather(what.folder, what.repo_id, base, alone=alone)

@@ -82,7 +82,7 @@ def make_page(name: str, options: Options) -> PageData:
         check_text(options.text)
     folder = checkpoint_folder(name)
     reach = checkpoint_reach(folder)
-    reach.check_option("--window-length", options.window_length)
+    reach.check_option("--sequence-length", options.window_length)
     today = datetime.now(UTC).date().isoformat()
     data = read_checkpoint(folder, made=today, version=__version__)
     data = replace(data, missing=what_is_missing(data), reach=reach)
@@ -143,7 +143,7 @@ def _with_errors(
     data = replace(data, errors=errors, error_text=_described(windows, text, known))
     if not errors:
         why = f"No token of {windows.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
-        data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --window-length.")))
+        data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --sequence-length.")))
     if data.report is not None or source is None:
         return data
     with console.progress("Measuring quality (windows)", len(windows)) as advance:
@@ -160,7 +160,7 @@ def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTr
     except CllaError as error:
         if options.teacher is not None:
             raise
-        how = f"{error.remedy}: --teacher names it."
+        how = f"{error.remedy}: --source-model names it."
         return None, (Missing("Text of the source beside the converted model's", error.got + ".", how),)
 
 
@@ -174,10 +174,10 @@ def _not_wanted(data: PageData, options: Options) -> tuple[Missing, ...]:
     """What is not there because it was not asked for."""
     lacking = []
     if data.report is None and not options.windows:
-        how = "clla report without --windows 0 measures it."
-        lacking.append(Missing("Perplexity and KL", "The conversion did not measure them (--no-report).", how))
+        how = "clla report without --num-samples 0 measures it."
+        lacking.append(Missing("Perplexity and KL", "The conversion did not measure them (--no-eval).", how))
     if not options.windows:
-        lacking.append(Missing("Errors of layers", "Nothing was measured.", "clla report without --windows 0."))
+        lacking.append(Missing("Errors of layers", "Nothing was measured.", "clla report without --num-samples 0."))
     if not options.samples and not options.prompts:
         lacking.append(Missing("Samples of text", "None were asked for.", "clla report with --samples 3."))
     return tuple(lacking)

@@ -52,10 +52,10 @@ def check_model(config: Any) -> None:
     """
     spec = config.spec
     reasons = {
-        "it is a codec without its model (--adapter-only)": config.base_model is not None,
+        "it is a codec without its model (--codec-only)": config.base_model is not None,
         "layers with a window of their own stand beside layers that keep nothing exact": bool(spec.kept_layers)
         and not (spec.window or spec.sinks),
-        "it evicts tokens (budget.evict)": spec.capacity is not None,
+        "it evicts tokens (budget.eviction_ratio)": spec.capacity is not None,
         f"model type {config.text_config.model_type!r} has no causal language model": (
             config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         ),

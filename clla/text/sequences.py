@@ -158,7 +158,7 @@ def whole_windows(documents: Iterable[str], tokenizer: Any, *, count: int, lengt
         raise DatasetError(
             f"the text has {len(ids)} tokens",
             expected=f"at least one window of {length}",
-            remedy="pass a longer text or a smaller --window-length",
+            remedy="pass a longer text or a smaller --sequence-length",
         )
     return torch.tensor(ids[: found * length]).view(found, length)
 

@@ -28,8 +28,8 @@ HEAD = f"""# Models in vLLM
 
 Written by `tests/serving/families.py`: a tiny random model of every family, in fp32, converted to 64 components of four
 bits per layer group with a window of 16, in vLLM 0.32 on a CPU. {len(PROMPTS)} prompts at once, {NEW} greedy tokens
-each, are compared with those of the same checkpoint in transformers. Where they differ, it is rounding, or the source itself
-is another model in vLLM: its own tokens, in vLLM and in transformers, are compared as well.
+each, are compared with those of the same checkpoint in transformers. Where they differ, it is rounding, or the source
+itself is another model in vLLM: its own tokens, in vLLM and in transformers, are compared as well.
 
 | model | in vLLM |
 |---|---|"""
