@@ -52,7 +52,7 @@ def test_all_mistakes_are_listed_at_once_with_their_paths(tmp_path: Path) -> Non
         """
         colour: red
         calibration: {tokns: 5, sequence_length: 1}
-        budget: {kv_budget: 7x, windw: 3, sinks: -1}
+        budget: {kv_budget: 7x, windw: 3, num_sinks: -1}
         plan: {bits: [2, 9], tier_size: 12, planner: magic}
         runtime: {prefill_chunk: many}
         """,

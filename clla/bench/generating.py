@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from clla.bench.speed import Contender, attempt
-from clla.errors import generating
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,15 @@ def _stamps(contender: Contender, ids: Tensor, new_tokens: int) -> list[float]:
     """Times of the prompt and of N tokens."""
     streamer, model = Stamps(), contender.model
     generate: Any = model.generate
-    with generating(model.config.name_or_path):
-        generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            streamer=streamer,
-            **contender.generate_options(ids.shape[1] + new_tokens),
-        )
+    generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        streamer=streamer,
+        **contender.generate_options(ids.shape[1] + new_tokens),
+    )
     assert len(streamer.times) == 1 + new_tokens, "a streamer gets the prompt and every token"
     return streamer.times
 
