@@ -154,7 +154,7 @@ def test_a_long_prompt_with_a_short_mask_is_refused_at_once() -> None:
 
 def test_more_tokens_than_a_static_cache_was_made_for_are_refused_at_once() -> None:
     cache = form("group").new_cache(60)
-    refused("group", cache, tokens(1, 61), "made for 60 tokens and holds 0, 61 more do not fit.*larger max_length")
+    refused("group", cache, tokens(1, 61), "made for 60 tokens and holds 0, 61 more do not fit.*larger max_cache_len")
     run("group", cache, tokens(1, 60))
 
 

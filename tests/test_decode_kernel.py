@@ -419,7 +419,7 @@ def test_models_read_latents_by_kernels(
                     pad_token_id=258,
                     return_dict_in_generate=True,
                     output_logits=True,
-                    **{CACHE: converted.new_cache(max_length=18 if static else None)},
+                    **{CACHE: converted.new_cache(max_cache_len=18 if static else None)},
                 )
             )
     assert len(launches) == 3 * 4  # tokens and layers

@@ -279,7 +279,7 @@ def test_a_static_cache_is_allocated_as_planned() -> None:
     model, stats = source_and_stats("llama")
     plan = plan_of(stats, model, bits=4, rank=64)
     converted = converted_of(model, plan, stats)
-    cache = converted.new_cache(max_length=200)
+    cache = converted.new_cache(max_cache_len=200)
     with torch.no_grad():
         converted(tokens(1, 30), past_key_values=cache)
         bookkeeping = sum(t.nbytes for t in cache.timeline.tensors())
@@ -293,8 +293,8 @@ def test_a_static_cache_is_allocated_as_planned() -> None:
 
 def test_a_static_cache_that_is_full_says_so() -> None:
     converted = lossy()
-    cache = converted.new_cache(max_length=60)
-    with torch.no_grad(), pytest.raises(ValueError, match="larger max_length"):
+    cache = converted.new_cache(max_cache_len=60)
+    with torch.no_grad(), pytest.raises(ValueError, match="larger max_cache_len"):
         converted(tokens(1, 100), past_key_values=cache)
 
 
@@ -306,7 +306,7 @@ def test_static_generation_gives_the_same_tokens(options: dict[str, int]) -> Non
     expected = converted.generate(ids, **common)
     found = converted.generate(ids, **common, cache_implementation="static")
     assert torch.equal(found.sequences, expected.sequences)
-    assert found[CACHE].max_length == 80 and expected[CACHE].max_length is None
+    assert found[CACHE].max_cache_len == 80 and expected[CACHE].max_cache_len is None
 
 
 def compiling_with(backend: Any) -> CompileConfig:

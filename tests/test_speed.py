@@ -191,8 +191,8 @@ def test_options_of_the_converted_cache_reach_it(pair: Pair, monkeypatch: pytest
     lengths: list[int | None] = []
     plain = pair.converted.new_cache
 
-    def new_cache(max_length: int | None = None) -> Any:
-        lengths.append(max_length)
+    def new_cache(max_cache_len: int | None = None) -> Any:
+        lengths.append(max_cache_len)
         return plain()
 
     monkeypatch.setattr(pair.converted, "new_cache", new_cache)

@@ -53,7 +53,7 @@ class Pair:
         source, config = converted.source, converted.config.text_config
 
         def new_cache(length: int) -> Any:
-            return converted.new_cache(max_length=length) if static else converted.new_cache()
+            return converted.new_cache(max_cache_len=length) if static else converted.new_cache()
 
         def generate_options(length: int) -> dict[str, Any]:
             return {CACHE: new_cache(length)} if static else {}

@@ -38,7 +38,7 @@ class CllaLayer(CacheLayerMixin):
     def __init__(self, group: LatentGroup, layer: int) -> None:
         super().__init__()
         self.group, self.layer = group, layer
-        self.is_compileable = group.max_length is not None and group.capacity is None and not group.first
+        self.is_compileable = group.max_cache_len is not None and group.capacity is None and not group.first
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -88,7 +88,7 @@ class CllaCache(Cache):
         config: the model's `CllaConfig`.
         codec: its `codec` module (one module per layer group).
         rope: rotations of the model; None without.
-        max_length: allocate for so many tokens at once, so that nothing moves as tokens come and a forward pass of
+        max_cache_len: allocate for so many tokens at once, so that nothing moves as tokens come and a forward pass of
             one token can be compiled or captured; None to grow.
         select: old tokens that a layer reads in full where few queries come; the others are judged by the first
             components of their latents alone. None for all.
@@ -99,15 +99,15 @@ class CllaCache(Cache):
         config: Any,
         codec: Any,
         rope: Optional[Rope],
-        max_length: Optional[int] = None,
+        max_cache_len: Optional[int] = None,
         select: Optional[int] = None,
     ) -> None:
         spec = config.spec
-        self.config, self.codec, self.select, self.max_length = config, codec, select, max_length
+        self.config, self.codec, self.select, self.max_cache_len = config, codec, select, max_cache_len
         self.timeline, self._workspace = Timeline(rope), Workspace()
         self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         self.groups = [
-            (DecoupledGroup if group.rope_pairs else LatentGroup)(group, spec, module, self.timeline, max_length)
+            (DecoupledGroup if group.rope_pairs else LatentGroup)(group, spec, module, self.timeline, max_cache_len)
             for group, module in zip(spec.groups, codec.groups, strict=True)
         ]
         self.kept = self._new_layers(spec.kept_layers)
@@ -144,10 +144,10 @@ class CllaCache(Cache):
                 f"the cache holds {held} sequences of {past} tokens, the input has {batch} sequences: pass as many, "
                 "or a new cache (batch_repeat_interleave and batch_select_indices change the sequences of this one)"
             )
-        if self.max_length is not None and past + count > self.max_length:
+        if self.max_cache_len is not None and past + count > self.max_cache_len:
             raise ValueError(
-                f"the cache was made for {self.max_length} tokens and holds {past}, {count} more do not fit: make it "
-                "with a larger max_length"
+                f"the cache was made for {self.max_cache_len} tokens and holds {past}, {count} more do not fit: make it "
+                "with a larger max_cache_len"
             )
         if position_ids is not None and tuple(position_ids.shape) not in ((batch, count), (1, count)):
             raise ValueError(
@@ -283,7 +283,7 @@ class CllaCache(Cache):
         newest = newest | (places == own[:, None])  # padding sees itself, since something must be seen
         seen = torch.cat((sinks[:, None].expand(-1, count, -1), newest), dim=2)
         hidden = (self.timeline.padding.to(device) + group.sinks).clamp(max=group.encoded)
-        used = None if self.max_length is None else torch.full((1,), group.kept, device=device)
+        used = None if self.max_cache_len is None else torch.full((1,), group.kept, device=device)
         bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]
         return Step(own + group.sink_slots, bias, hidden, used)
 

@@ -79,7 +79,7 @@ class LatentGroup:
         spec: of the whole cache.
         codec: module with `encoder`, `offset`, `decoder`, `mean` (see `clla.artifacts.GroupCodec`).
         timeline: shared slots and positions.
-        max_length: tokens that are allocated for at once, and never more; None to grow as they come.
+        max_cache_len: tokens that are allocated for at once, and never more; None to grow as they come.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class LatentGroup:
         spec: CacheSpec,
         codec: Any,
         timeline: Timeline,
-        max_length: "Optional[int]",
+        max_cache_len: "Optional[int]",
     ) -> None:
         self.layers = list(group.layers)
         self.layout: Any = layout_of(group)
@@ -96,7 +96,7 @@ class LatentGroup:
         self.first, self.capacity = spec.from_first, spec.capacity
         self.heads, self.head_dim = spec.heads, spec.head_dim
         self.storage_dtype = getattr(torch, spec.kv_dtype)
-        self.codec, self.timeline, self.max_length = codec, timeline, max_length
+        self.codec, self.timeline, self.max_cache_len = codec, timeline, max_cache_len
         self.reset()
 
     def reset(self) -> None:
@@ -132,15 +132,15 @@ class LatentGroup:
     @property
     def room(self) -> int:
         """Rows that are allocated at once."""
-        if self.max_length is None:
+        if self.max_cache_len is None:
             return 0
-        return self.max_length if self.strict else leaving_slots(self.max_length, self.window, self.block)
+        return self.max_cache_len if self.strict else leaving_slots(self.max_cache_len, self.window, self.block)
 
     @property
     def slots(self) -> int:
         """Most exact slots, sinks not counted."""
         most = exact_slots(self.window, self.block)
-        return most if self.max_length is None else min(most, self.max_length)
+        return most if self.max_cache_len is None else min(most, self.max_cache_len)
 
     @property
     def newest_slots(self) -> int:
@@ -154,7 +154,7 @@ class LatentGroup:
 
     def _layout(self, encoded: int, filled: int) -> "tuple[int, int]":
         """Exact slots for sinks and for the newest tokens once so many tokens are encoded and exact."""
-        if self.max_length is not None:
+        if self.max_cache_len is not None:
             return min(self.sinks, self.room), self.slots
         return exact_layout(encoded, filled, self.window, self.sinks, self.block)
 
@@ -206,8 +206,8 @@ class LatentGroup:
         """The next forward pass reads latents: all of them, or the `select` best of each layer."""
         held = self.held
         assert held is not None and self.capacity is None and not self.strict
-        rows = held.rows[:, : self.kept] if self.max_length is None else held.rows
-        if self.max_length is not None:  # tables made while a graph is recorded would lie in that graph's memory
+        rows = held.rows[:, : self.kept] if self.max_cache_len is None else held.rows
+        if self.max_cache_len is not None:  # tables made while a graph is recorded would lie in that graph's memory
             if on_gpu(rows):
                 make_tables(self.layout, (self.layout.rank, judging_rank(self.layout)), rows.device)
             else:
@@ -316,7 +316,7 @@ class LatentGroup:
             rows = self._packed(encode(before_rope(gone, rotation, self.heads), self.codec))
         self._append(held, rows)
         self.sink_slots = sinks
-        if self.max_length is None:
+        if self.max_cache_len is None:
             held.exact = exact
         else:
             self._moved = exact
@@ -380,7 +380,7 @@ class LatentGroup:
 
     def _append(self, held: _Storage, rows: Tensor) -> None:
         """Rows [B, T, N] of the next slots join the others."""
-        if self.max_length is None:
+        if self.max_cache_len is None:
             held.rows = torch.cat((held.rows, rows), dim=1)
         else:
             held.rows[:, self.kept : self.kept + rows.shape[1]] = rows
@@ -468,7 +468,7 @@ class LatentGroup:
             positions=torch.zeros(batch, 0, dtype=torch.int32, device=home),
             score=torch.zeros(batch, 0, dtype=torch.float16, device=home),
         )
-        if self.max_length is not None:  # recorded graphs may read and write these where they are
+        if self.max_cache_len is not None:  # recorded graphs may read and write these where they are
             torch._dynamo.mark_static_address(held.rows)
             torch._dynamo.mark_static_address(held.exact)
         return held
@@ -487,7 +487,7 @@ class LatentGroup:
             return
         if length < self.encoded:
             self.encoded, self._judged = length, min(self._judged, length)
-            if self.max_length is None:
+            if self.max_cache_len is None:
                 held.rows = held.rows[:, :length].clone()
             held.positions = held.positions[:, :length].clone()
         held.score = held.score[:, : length - self.evicted].clone()

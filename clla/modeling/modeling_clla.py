@@ -265,17 +265,17 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             for name, matrix in vars(group()).items()
         }
 
-    def new_cache(self, max_length: Optional[int] = None) -> CllaCache:
+    def new_cache(self, max_cache_len: Optional[int] = None) -> CllaCache:
         """An empty compressed cache for one batch of sequences.
 
         Args:
-            max_length: allocate for so many tokens at once (see `CllaCache`); None to grow as tokens come.
+            max_cache_len: allocate for so many tokens at once (see `CllaCache`); None to grow as tokens come.
         """
         own = self.source.config._attn_implementation
         if is_observed(own):  # in this process it is not registered yet, where another one pickled the model
             observed(own.removeprefix(PREFIX))
         rope = rope_of(self.source, self.config.spec.rope)
-        return CllaCache(self.config, self.codec, rope, max_length, self.attend_top_k)
+        return CllaCache(self.config, self.codec, rope, max_cache_len, self.attend_top_k)
 
     @property
     def reading_tokens(self) -> int:
@@ -328,7 +328,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         return self.source._get_name() if hasattr(self, "source") else type(self).__name__
 
     # What is not for a compiler: cutting into chunks, bookkeeping, encoding what leaves the window. The source's own
-    # forward pass is compiled by itself, and of a cache with a `max_length` always the same.
+    # forward pass is compiled by itself, and of a cache with a `max_cache_len` always the same.
     @torch.compiler.disable(recursive=False)
     def forward(
         self,
