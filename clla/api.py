@@ -144,8 +144,8 @@ def convert_model(
         CllaError: bad input, a limit, or an argument of another type or out of range; nothing is left half-written.
 
     Example:
-        >>> done = clla.convert_model("MODEL", kv_budget="6.25%")  # doctest: +SKIP
-        >>> done.plan.row_bytes  # doctest: +SKIP
+        >>> done = clla.convert_model("MODEL", kv_budget="25%", calibration_tokens=8192, evaluate=False)
+        >>> print(done.output, done.plan.row_bytes, "bytes per token")
     """
     base = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     options = dict(changes)
@@ -215,7 +215,8 @@ def heal_model(
         CllaError: bad input, or a limit; nothing is left half-written.
 
     Example:
-        >>> clla.heal_model("MODEL-clla", tokens=1_000_000)  # doctest: +SKIP
+        >>> done = clla.heal_model("MODEL-clla", tokens=2048, sequence_length=512, batch_tokens=512, evaluate=False)
+        >>> print(done.healing.verdict)
     """
     folder = expanded(output or beside(str(checkpoint), "-healed")).resolve()
     options = CheckpointOptions(
@@ -275,7 +276,8 @@ def evaluate_model(
             text.
 
     Example:
-        >>> clla.evaluate_model("MODEL-clla").quality["converted"]["perplexity"]  # doctest: +SKIP
+        >>> report = clla.evaluate_model("MODEL-clla", num_samples=1, sequence_length=256, retrieval=False)
+        >>> print(report.quality["converted"]["perplexity"] / report.quality["source"]["perplexity"])
     """
     retrieval_context, retrieval_trials = planted.get("retrieval_context"), planted.get("retrieval_trials", 8)
     where = pick_device(device)
@@ -322,8 +324,16 @@ def load_model(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto
         device: auto, cpu, cuda, …
         dtype: auto, float32, bfloat16.
 
+    Returns:
+        Model and tokenizer.
+
     Raises:
         CllaError: no such checkpoint, or it is damaged.
+
+    Example:
+        >>> model, tokenizer = clla.load_model("MODEL-clla")
+        >>> ids = tokenizer("The sky is", return_tensors="pt").input_ids
+        >>> print(tokenizer.decode(model.generate(ids, max_new_tokens=8)[0]))
     """
     loaded = load_checkpoint(str(checkpoint), device=pick_device(device), dtype=dtype)
     return loaded.model, loaded.tokenizer

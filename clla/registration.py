@@ -12,10 +12,8 @@ def register() -> None:
     """Let `AutoModelForCausalLM.from_pretrained` load converted checkpoints without remote code; safe to call twice.
 
     Example:
-        >>> import clla
         >>> clla.register()
-        >>> from transformers import AutoModelForCausalLM
-        >>> model = AutoModelForCausalLM.from_pretrained("MODEL-clla")  # doctest: +SKIP
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained("MODEL-clla")
     """
     AutoConfig.register("clla", CllaConfig, exist_ok=True)
     AutoModelForCausalLM.register(CllaConfig, CllaForCausalLM, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import json
 import re
@@ -12,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import byte_tokenizer, pico, pico_config, pico_of
 from helpers import clla as command
 from helpers import tokens
 from mypy import api as mypy
+from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.main import get_command
+from vision_models import CONFIGS
 
 import clla
 from clla import api, cli
@@ -143,6 +147,26 @@ def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(block, "python-api.md", "exec"), names)
     assert len(blocks) == 6 and {"done", "report", "healed", "tokenizer"} <= names.keys()
     assert (tmp_path / "MODEL-clla-healed" / "README.md").is_file()
+
+
+def test_the_examples_of_the_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every public function has one; they run in the order of a conversion, in the directory of the models."""
+    pico_of(pico_config("llama", max_position_embeddings=32_768)).save_pretrained(tmp_path / "MODEL")
+    whole = AutoConfig.for_model("gemma3", **CONFIGS["gemma3"])
+    AutoModelForImageTextToText.from_config(whole).save_pretrained(tmp_path / "VISION-MODEL")
+    for name in ("MODEL", "VISION-MODEL"):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    order = ("convert_model", "load_model", "evaluate_model", "heal_model", "register", "extract_language_model")
+    assert {*order, "CllaError", "__version__"} == set(clla.__all__)
+    for name in order:
+        text = inspect.getdoc(getattr(clla, name)) or ""
+        assert all(part in text for part in ("Args:", "Returns:", "Raises:")) or name == "register"
+        examples = doctest.DocTestParser().get_examples(text)
+        assert examples
+        names = {"clla": clla, "transformers": transformers}
+        for example in examples:
+            exec(example.source, names)
 
 
 def test_the_returned_model_is_not_changed_by_saving(text_file: Path, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ def extract_language_model(model: str | Path, output: str | Path, *, overwrite: 
     Raises:
         CllaError: it is no such model or cannot be read, transformers has no class for its language model alone, or
             that class computes something else.
+
+    Example:
+        >>> folder = clla.extract_language_model("VISION-MODEL", "text-model")
+        >>> done = clla.convert_model(folder, kv_budget="25%", calibration_tokens=4096, evaluate=False)
     """
     name, folder = str(model), Path(output).resolve()
     with blamed(

@@ -146,8 +146,8 @@ class CllaCache(Cache):
             )
         if self.max_cache_len is not None and past + count > self.max_cache_len:
             raise ValueError(
-                f"the cache was made for {self.max_cache_len} tokens and holds {past}, {count} more do not fit: make it "
-                "with a larger max_cache_len"
+                f"the cache was made for {self.max_cache_len} tokens and holds {past}, {count} more do not fit: make "
+                "it with a larger max_cache_len"
             )
         if position_ids is not None and tuple(position_ids.shape) not in ((batch, count), (1, count)):
             raise ValueError(
