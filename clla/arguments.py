@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, Self, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, validate_call
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
 
 from clla.errors import UsageError, is_unicode
 from clla.recipe import LARGEST
@@ -46,6 +46,42 @@ Place = Annotated[str | Path, AfterValidator(_named)]
 Word = Annotated[str, Field(min_length=1, max_length=200)]
 Dtype = Annotated[str, _one_of("auto", "float32", "bfloat16", "float16")]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+
+
+def _integers(value: object) -> object:
+    """Whole numbers from a comma-separated text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError("expected positive whole numbers, e.g. 512,2048") from error
+
+
+def _bytes(value: object) -> object:
+    return parse_size(value, "--memory-limit") if isinstance(value, str) else value
+
+
+Integers = Annotated[tuple[Count, ...], BeforeValidator(_integers), Field(min_length=1)]
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+
+
+class Settings(BaseModel):
+    """Options of a command, checked: `commands.options.with_settings` makes the command line of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @classmethod
+    def checked(cls, **values: object) -> Self:
+        """The settings; those that are None have their defaults.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        try:
+            return cls(**{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise _mistakes(error) from error
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from clla.cli import app
-from clla.compare import METHODS
 from clla.compare.comparison import Row, pareto, recommend
+from clla.compare.methods import METHODS
 
 SMALL = [
     "--context",

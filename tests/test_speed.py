@@ -11,10 +11,11 @@ import torch
 from conftest import pico
 from helpers import clla, converted_of, plan_of, stats_of, tokens
 
-from clla.bench import Options, run_bench
 from clla.bench.largest_batch import largest, largest_batches
+from clla.bench.options import Options
 from clla.bench.pair import Pair, random_pair
 from clla.bench.peak import watch_peak
+from clla.bench.run import run_bench
 from clla.bench.shapes import SHAPES, mixed_tiers, random_plan, shape_config
 from clla.bench.speed import Contender, Work, attempt, draw_ids, measure, run_pass
 from clla.errors import UsageError

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from clla import console
 from clla.bench.generating import generate_speed
 from clla.bench.largest_batch import largest_batches
 from clla.bench.machine import machine_facts
+from clla.bench.options import Options
 from clla.bench.pair import Pair, load_pair, random_pair
 from clla.bench.peak import how_measured
 from clla.bench.shapes import shape_config
@@ -29,48 +28,6 @@ from clla.storage.places import PICTURES, check_file
 
 CONTEXTS = {"cpu": (512, 2048), "cuda": (2048, 8192, 32768)}
 WARM_UP = 8  # tokens of context, before anything is measured
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured.
-
-    Attributes:
-        shape: a name of `SHAPES`, instead of a checkpoint.
-        kv_budget: of a shape's latents; None for the recipes' default.
-        max_layers_per_group: of a shape's plan; None for the recipes' default.
-        contexts: tokens in the cache when decoding begins; None for some that suit device and model.
-        batch_sizes: sequences at once.
-        new_tokens: decoded in each pass.
-        repeats: timed passes of each model.
-        prefill_chunk: tokens a call of the prefill, for both; None for what `generate` does: the source takes all at
-            once, the converted model its own chunks.
-        largest_batch: look for it, at the longest context.
-        memory_limit: bytes for the caches of the largest batch, on a CPU.
-        attend_top_k: old tokens that the converted model decodes in full; None for all.
-        static: tell the converted cache its length beforehand.
-        device: `auto`, `cpu` or `cuda`.
-        dtype: of the weights.
-        seed: of tokens, and of a shape's weights.
-        plot: picture to draw.
-    """
-
-    shape: str | None = None
-    kv_budget: str | None = None
-    max_layers_per_group: int | None = None
-    contexts: tuple[int, ...] | None = None
-    batch_sizes: tuple[int, ...] = (1,)
-    new_tokens: int = 32
-    repeats: int = 3
-    prefill_chunk: int | None = None
-    largest_batch: bool = False
-    memory_limit: int | None = None
-    attend_top_k: int | None = None
-    static: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    plot: Path | None = None
 
 
 def run_bench(checkpoint: str | None, options: Options) -> SpeedReport:
@@ -211,7 +168,7 @@ def _settings(pair: Pair, contexts: tuple[int, ...], options: Options) -> dict[s
     """What was asked for, with every default filled in, and what the plan is."""
     plan, source = pair.plan, pair.converted.source
     return {
-        **asdict(options),
+        **options.model_dump(),
         "plot": None if options.plot is None else str(options.plot),
         "contexts": list(contexts),
         "batch_sizes": list(options.batch_sizes),

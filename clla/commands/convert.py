@@ -14,6 +14,7 @@ from clla.commands.options import (
     HEAL,
     OUTPUT,
     RUN,
+    AsJson,
     Device,
     RecipeName,
     ReportTo,
@@ -66,7 +67,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
     push_to_hub: Annotated[Optional[str], typer.Option(help="Upload as this repo id.", rich_help_panel=OUTPUT)] = None,
     private: Annotated[bool, typer.Option(help="Make the repository private.", rich_help_panel=OUTPUT)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+    as_json: AsJson = False,
     **changes: Any,
 ) -> None:
     """Convert a model to shared latents within a KV byte budget."""

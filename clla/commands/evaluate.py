@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.options import Device, Dtype, errors, integers, start
+from clla.commands.options import AsJson, Device, Dtype, errors, integers, start
 from clla.recipe import LARGEST
 
 
@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source."""
     with errors(as_json, interrupted="nothing was written; the checkpoint is as it was"):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clla import console
-from clla.commands.options import OUTPUT, RUN, Device, errors, path, start
+from clla.commands.options import OUTPUT, RUN, AsJson, Device, errors, path, start
 from clla.errors import UsageError
 
 FORMATS = ("deepseek",)
@@ -24,7 +24,7 @@ def export(
         str, typer.Option(help="deepseek: DeepseekV3, as other engines run it.", rich_help_panel=OUTPUT)
     ] = "deepseek",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.", rich_help_panel=OUTPUT)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+    as_json: AsJson = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
 ) -> None:

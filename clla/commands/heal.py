@@ -13,6 +13,7 @@ from clla.commands.options import (
     HEAL,
     OUTPUT,
     RUN,
+    AsJson,
     Device,
     Dtype,
     ReportTo,
@@ -51,7 +52,7 @@ def heal(
         bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)
     ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+    as_json: AsJson = False,
     **changes: Any,
 ) -> None:
     """Train a converted model briefly against its source, to buy back what its budget lost."""

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 from rich.markup import escape
 from typer.core import TyperGroup
 
 from clla import console
+from clla.arguments import Settings
 from clla.commands.failures import explained, wants_traceback
 from clla.errors import CllaError, UsageError, is_unicode
 from clla.recipe import LARGEST, SECTIONS
@@ -65,49 +67,70 @@ RecipeName = Annotated[
     ),
 ]
 ReportTo = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)]
 PANELS = {"budget": PLAN, "plan": PLAN, "calibration": CALIBRATION, "heal": HEAL, "runtime": RUN}
 
 
 def with_options(fields: Mapping[str, tuple[str, str]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each of these fields of a recipe, in place of its `**changes`.
+    """Give a command an option for each of these fields of a recipe, in place of its last parameter `**changes`.
 
     Args:
         fields: section and field by the option's name.
     """
+    found = {
+        name: _option(SECTIONS[section].model_fields[field], name, PANELS[section])
+        for name, (section, field) in fields.items()
+    }
+    return _generated(found, {})
 
+
+def with_settings(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of the settings, in place of its last parameter `**settings`."""
+    fields = settings.model_fields
+    found = {
+        name: _option(field, name, (field.json_schema_extra or {}).get("panel"))  # type: ignore[union-attr, arg-type]
+        for name, field in fields.items()
+    }
+    shown = {name: field.default for name, field in fields.items() if isinstance(field.default, str | int | float)}
+    return _generated(found, shown)
+
+
+def _generated(
+    annotations: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(**options: Any) -> None:
             command(**options)
 
         *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-        made = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option_of(*field, name))
-            for name, field in fields.items()
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [parameter.replace(kind=keyword) for parameter in own] + [
+            inspect.Parameter(name, keyword, default=defaults.get(name), annotation=annotation)
+            for name, annotation in annotations.items()
         ]
-        keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        run.__signature__ = inspect.Signature([*keyword, *made])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *made]}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
     return decorate
 
 
-def option_of(section: str, field: str, name: str) -> Any:
-    """The annotation of an option that stands for a field of a recipe: its type, help, panel and completion."""
-    found = SECTIONS[section].model_fields[field]
-    inner = [kind for kind in get_args(found.annotation) if kind is not type(None)] or [found.annotation]
-    words = get_args(found.annotation if get_origin(found.annotation) is Literal else inner[0])
+def _option(field: FieldInfo, name: str, panel: str | None) -> Any:
+    """The annotation of an option that stands for a field: its type, help, panel and completion."""
+    inner = [kind for kind in get_args(field.annotation) if kind is not type(None)] or [field.annotation]
+    words = get_args(field.annotation if get_origin(field.annotation) is Literal else inner[0])
     choices = words if words and all(isinstance(word, str) for word in words) else ()
-    kind = inner[0] if inner[0] in (int, float, bool) and get_origin(found.annotation) is not tuple else str
-    told = found.description or ""
+    plain = get_origin(field.annotation) is not tuple and inner[0] in (int, float, bool, Path)
+    kind: Any = inner[0] if plain else str
+    told = field.description or ""
     told = f"{', '.join(choices[:-1])} or {choices[-1]}: {told}" if choices else told[:1].upper() + told[1:]
-    flags = [f"--{name.replace('_', '-')}"] if kind is bool else []
     option = typer.Option(
-        *flags,
+        *([f"--{name.replace('_', '-')}"] if kind is bool and not field.default else []),
         help=f"{escape(told)}.",
-        rich_help_panel=PANELS[section],
+        rich_help_panel=panel,
         autocompletion=one_of(*choices) if choices else None,
+        parser=path if kind is Path else None,
     )
     return Annotated[Optional[kind], option]
 

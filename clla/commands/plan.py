@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.options import OUTPUT, PLAN, RecipeName, errors, path, with_options
+from clla.commands.options import OUTPUT, PLAN, AsJson, RecipeName, errors, path, with_options
 from clla.errors import UsageError
 from clla.recipe import OPTIONS, changes_of, load_recipe
 
@@ -31,7 +31,7 @@ def plan(
     save: Annotated[
         Optional[Path], typer.Option(help="Write the plan as JSON.", rich_help_panel=OUTPUT, parser=path)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)] = False,
+    as_json: AsJson = False,
     **changes: Any,
 ) -> None:
     """Plan other budgets from the statistics of a conversion, in seconds."""

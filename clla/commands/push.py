@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from clla import console
-from clla.commands.options import errors, path
+from clla.commands.options import AsJson, errors, path
 
 
 def push(
@@ -25,7 +25,7 @@ def push(
         typer.Option(help="The source on the Hub, user/repo\\[@revision], where it was converted locally."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; the Hub is not asked.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload a converted checkpoint to the Hub."""
     with errors(as_json, interrupted="the checkpoint on disk is as it was"):

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.options import OUTPUT, Device, Dtype, errors, path, start
+from clla.commands.options import OUTPUT, AsJson, Device, Dtype, errors, path, start
 from clla.recipe import LARGEST
 
 
@@ -48,7 +48,7 @@ def report(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write one HTML page about a converted model: plan, quality, memory, errors of layers, samples."""
     with errors(as_json, interrupted="no page was written; the checkpoint is as it was"):

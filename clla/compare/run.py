@@ -15,6 +15,7 @@ from clla import console
 from clla.compare.bench import BYTES_CHUNK, Bench, Setting
 from clla.compare.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
 from clla.compare.methods import METHODS, pick_methods
+from clla.compare.options import Options
 from clla.convert.stages import Run, resolve
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject
@@ -34,41 +35,6 @@ from clla.text.sequences import evaluation_windows
 from clla.text.vocabulary import check_tokens
 
 CONTEXT, LONG_CONTEXT = 2048, 8192  # where the model takes as many tokens
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is compared, and how it is measured.
-
-    Attributes:
-        budgets: shares of the source's bytes at `context`.
-        methods: their names, comma-separated; None for all.
-        text: to measure on.
-        dataset: to calibrate on.
-        windows: N, of `context` tokens each.
-        context: tokens at which budgets hold and quality is measured; default 2048, or what the model takes.
-        long_context: at which bytes are measured too; default 8192, or what the model takes.
-        chunk: tokens per forward pass.
-        calibration_tokens: None for the recipe's default.
-        retrieval_trials: number of planted codes; 0 leaves retrieval out.
-        device: `auto`, `cpu`, `cuda`, …
-        work_dir: where the moments are kept; None for nowhere.
-        thorough: all variants of every method, not only its main ones.
-    """
-
-    budgets: list[float]
-    methods: str | None = None
-    text: str = "bundled"
-    dataset: str = "bundled"
-    windows: int = 24
-    context: int | None = None
-    long_context: int | None = None
-    chunk: int = 128
-    calibration_tokens: int | None = None
-    retrieval_trials: int = 16
-    device: str = "auto"
-    work_dir: Path | None = None
-    thorough: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +71,7 @@ class Comparison:
             else:
                 advice.add_row(f"{100 * budget:g} %", row.name, f"{100 * row.share:.1f} %", f"{row.kl:.4f}")
         found = [comparison_table(self.rows, context=self.context, long_context=self.long_context)]
-        found[0].caption = f"{self.options.windows} windows of the text, {UNSEEN[self.unseen]}"
+        found[0].caption = f"{self.options.samples} windows of the text, {UNSEEN[self.unseen]}"
         if self.left_out:
             gone = Table("method", "setting", "why", title="Left out")
             for entry in self.left_out:
@@ -114,10 +80,10 @@ class Comparison:
         return [*found, advice]
 
     def to_json(self) -> dict[str, Any]:
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
         return {
             "model": self.model,
-            **options,
+            **self.options.model_dump(mode="json"),
+            "num_samples": self.options.samples,
             "context": self.context,
             "long_context": self.long_context,
             "unseen": self.unseen,
@@ -154,13 +120,13 @@ def run_comparison(name: str, options: Options) -> Comparison:
     context, long_context = options.context or reach.fit(CONTEXT), options.long_context or reach.fit(LONG_CONTEXT)
     calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
     # `first`, so that the inputs are collected, which several methods need.
-    recipe = Recipe().override({"calibration": calibration, "plan": {"source": "first"}})
+    recipe = Recipe().override({"calibration": calibration, "plan": {"latent_input": "first_layer"}})
     recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": 128}}), source, where)
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         run = Run(source, recipe, where, work)
-        windows = evaluation_windows(options.text, run.tokenizer, count=options.windows, length=context)
+        windows = evaluation_windows(options.text, run.tokenizer, count=options.samples, length=context)
         check_tokens(windows, source.config.get_text_config().vocab_size, run.tokenizer)
         bench = Bench(
             source=source,
@@ -168,12 +134,12 @@ def run_comparison(name: str, options: Options) -> Comparison:
             tokenizer=run.tokenizer,
             rope=run.rope,
             stats=run.stats(),
-            recipe=recipe.override({"plan": {"source": "group"}}),
+            recipe=recipe.override({"plan": {"latent_input": "all_layers"}}),
             sequences=lambda length: (row for batch in run.batches(length) for row in batch.split(1)),
             context=context,
             long_context=long_context,
             chunk=options.chunk,
-            thorough=options.thorough,
+            thorough=not options.quick,
         )
         rows, left_out = run_methods(bench, names, windows, options)
         known = unseen(options.text, [fitted_text(options.dataset)], left_out=options.text == "bundled")
@@ -207,8 +173,8 @@ def run_methods(
     with console.progress("Quality (windows)", len(windows)) as advance:
         quality = measure(labels, windows.to(device), chunk=bench.chunk, on_window=advance)
     trials = []
-    if options.retrieval_trials and plantable(bench.tokenizer, bench.context):
-        count, filler = options.retrieval_trials, windows.flatten()
+    if options.trials and plantable(bench.tokenizer, bench.context):
+        count, filler = options.trials, windows.flatten()
         trials = make_trials(bench.tokenizer, filler, context=bench.context, count=count)
     rows, base, far = [], 0.0, bench.long_context
     with console.progress("Bytes and retrieval (settings)", len(subjects)) as advance:
