@@ -23,6 +23,7 @@ from clla.artifacts import Plan, read_json
 from clla.card import render, retargeted
 from clla.card_text import text_of
 from clla.errors import CllaError
+from clla.modeling.cache_clla import kept_tensors
 from clla.modeling.hooks_clla import CACHE
 from clla.origin import origin_of
 from clla.source import open_source
@@ -213,12 +214,8 @@ def state_bytes(model: PreTrainedModel) -> int:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens(1, 9), use_cache=True, **{CACHE: cache})
-    parts = [
-        states
-        for layer in cache.layers
-        for states in (getattr(layer, f"{x}_states", {}) for x in ("conv", "recurrent"))
-    ]
-    return sum(state.nbytes for states in parts for state in states.values())
+    found = [part for layer in cache.layers for part in kept_tensors(layer)]
+    return sum(state.nbytes for name, state in found if name.endswith("_states"))
 
 
 def test_a_source_from_the_hub_is_named_and_its_licence_carried_over(
