@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from clla.artifacts.plan import Plan
 from clla.errors import CllaError
+from clla.modeling.cache_clla import kept_tensors
 from clla.modeling.hooks_clla import CACHE
 from clla.publish.card import render, retargeted
 from clla.publish.card_sections import text_of
@@ -217,12 +218,8 @@ def state_bytes(model: PreTrainedModel) -> int:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens(1, 9), use_cache=True, **{CACHE: cache})
-    parts = [
-        states
-        for layer in cache.layers
-        for states in (getattr(layer, f"{x}_states", {}) for x in ("conv", "recurrent"))
-    ]
-    return sum(state.nbytes for states in parts for state in states.values())
+    found = [part for layer in cache.layers for part in kept_tensors(layer)]
+    return sum(state.nbytes for name, state in found if name.endswith("_states"))
 
 
 def test_a_source_from_the_hub_is_named_and_its_licence_carried_over(

@@ -108,6 +108,7 @@ def make_samples(
         UsageError: the models have no positions for a prompt and a token after it.
     """
     found = []
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for prompt in prompts:
         inputs = encoded(tokenizer, prompt).to(converted.device)
         length = inputs["input_ids"].shape[1]
@@ -120,7 +121,6 @@ def make_samples(
         for model in (source, converted):
             torch.manual_seed(0)
             generate: Any = model.generate
-            padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
             with generating(model.config.name_or_path):
                 output = generate(**inputs, max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding)
             written.append(output[0, length:].tolist())
