@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from clla.calibrate.collect import Collector, Tap
+from clla.calibrate.collect import Collection, Collector, Tap
 from clla.calibrate.moments import STRIPS
 from clla.calibrate.rope_detection import rope_settings
 from clla.recipe import CalibrationConfig
@@ -79,14 +79,8 @@ def main() -> None:
     dtype = pick_dtype(args.dtype, source.dtype, device)
     model = source.load_model(dtype=dtype, device=device)
     ids = torch.randint(source.config.get_text_config().vocab_size, (args.batch, args.length), device=device)
-    collector = Collector(
-        model,
-        layers=source.layers,
-        kv=source.kv,
-        band=args.band,
-        rope=rope_settings(model, source.layers),
-        checkpointing=args.checkpointing,
-    )
+    wanted = Collection(source.layers, source.kv, args.band, rope_settings(model, source.layers))
+    collector = Collector(model, wanted, checkpointing=args.checkpointing)
     rows = measured(model, collector, ids, rounds=args.rounds, clock=CLOCKS[args.clock])
     unit = statistics.median(rows["forward"])
     found = {

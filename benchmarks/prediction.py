@@ -25,7 +25,7 @@ from clla import console
 from clla.checkpoint.assemble import attach
 from clla.convert.factor import make_codec
 from clla.convert.stages import Run, resolve
-from clla.evaluate.figures import OWN_COLOUR, SOURCE_COLOUR, axes_of
+from clla.evaluate.figures import OWN_COLOUR, SOURCE_COLOUR, axes_of, save
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.report import subjects
 from clla.plan.metrics import weigh
@@ -107,7 +107,7 @@ def _logs(values: list[float]) -> list[float]:
 
 def draw(points: list[Point], texts: list[str], equal: int, path: Path, title: str) -> None:
     """Measured against predicted KL, both logarithmic; the last `equal` points are other plans at one budget."""
-    figure, axes = axes_of(6, 4.5)
+    axes = axes_of(6, 4.5)
     for text, mark in zip(texts, "os^D", strict=False):
         for part, colour, name in (
             (points[: len(points) - equal], OWN_COLOUR, "budgets"),
@@ -117,13 +117,8 @@ def draw(points: list[Point], texts: list[str], equal: int, path: Path, title: s
             axes.plot(*xy, mark, color=colour, label=f"{text}, {name}", markersize=5, alpha=0.8)
     ends = [min(p.kl for p in points), max(p.kl for p in points)]
     axes.plot(ends, ends, color=SOURCE_COLOUR, linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("predicted KL, nats per token")
-    axes.set_ylabel("measured KL")
-    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    save(axes, path, x="predicted KL, nats per token", y="measured KL", title=title, log="xy")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 from torch import Tensor
 
 from clla import console, register
@@ -20,6 +19,7 @@ from clla.checkpoint.load import load_checkpoint
 from clla.modeling import group_clla
 from clla.modeling.hooks_clla import CACHE
 from clla.source.device import pick_device
+from clla.tables import Table
 from clla.text.sequences import evaluation_windows
 
 
@@ -55,11 +55,12 @@ def main(
     if as_json:
         print(json.dumps({"checkpoint": Path(checkpoint).name, "context": context, "rows": found}))
         return
-    table = Table("tokens read in full", "judged by", "KL to the source", "KL to reading all")
+    titles = ("tokens read in full", "judged by", "KL to the source", "KL to reading all")
+    rows = []
     for row in found:
         by = "" if row["select"] is None else f"{row['rank'] or 'default'} components"
-        table.add_row(str(row["select"] or "all"), by, f"{row['kl']:.5f}", f"{row['kl_to_all']:.5f}")
-    console.results.print(table)
+        rows.append((str(row["select"] or "all"), by, f"{row['kl']:.5f}", f"{row['kl_to_all']:.5f}"))
+    console.show(Table.of(titles, rows, words=2))
 
 
 def read(model: Any, ids: Tensor, tokens: int, select: int | None) -> list[Tensor]:

@@ -23,12 +23,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 from transformers import AutoTokenizer
 
 from clla import console, register
 from clla.bench.machine import machine_facts
 from clla.checkpoint.load import load_checkpoint
+from clla.tables import Table
 
 WORKER = "CLLA_BENCHMARK_ENGINE"  # set in the processes that run an engine
 
@@ -119,14 +119,14 @@ def engine_main() -> None:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Figures of both, and the ratio to the source."""
-    found = Table(title="vLLM, the same memory for both caches")
-    for column in ("", "tokens the cache holds", "new tokens per second, prompts included", "ratio"):
-        found.add_column(column, justify="left" if not column else "right")
-    for row in rows:
-        speed = row["new_tokens_per_second"]
-        ratio = speed / rows[0]["new_tokens_per_second"]
-        found.add_row(row["model"], f"{row['cache_tokens']:,}", f"{speed:,.1f}", f"{ratio:.2f}")
-    return found
+    base = rows[0]["new_tokens_per_second"]
+    cells = [
+        (row["model"], f"{row['cache_tokens']:,}", f"{speed:,.1f}", f"{speed / base:.2f}")
+        for row in rows
+        for speed in (row["new_tokens_per_second"],)
+    ]
+    titles = ("", "tokens the cache holds", "new tokens per second, prompts included", "ratio")
+    return Table.of(titles, cells, title="vLLM, the same memory for both caches")
 
 
 if __name__ == "__main__":

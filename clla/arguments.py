@@ -79,7 +79,7 @@ class Settings(BaseModel):
             UsageError: a value is out of range.
         """
         try:
-            return cls(**{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
+            return cls(**{name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
             raise _mistakes(error) from error
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from itertools import zip_longest
 from typing import Any
 
 from rich.cells import cell_len
@@ -24,8 +25,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
+
+from clla.tables import Table
 
 LITERAL: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 # What stands for signs that an output's encoding lacks.
@@ -97,11 +100,17 @@ def wide(least: int) -> Console:
 
 def show(table: Table) -> None:
     """A table of results, at least as wide as its longest words: a narrow terminal wraps lines, nothing is cut."""
-    for column in table.columns:
-        cells = [str(cell) for cell in (column.header, *column.cells)]
-        column.min_width = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+    shown = RichTable(title=table.title or None, caption=table.caption or None, show_header=bool(table.titles))
+    if not table.titles:
+        shown.box = None
+    for i, column in enumerate(zip_longest(table.titles, *table.rows, fillvalue="")):
+        longest = max(cell_len(word) for cell in column for word in (cell.split() or [""]))
+        title = column[0] if table.titles else ""
+        shown.add_column(title, justify="left" if i < table.words else "right", min_width=longest)
+    for row in table.rows:
+        shown.add_row(*row)
     unlimited = results.options.update(max_width=10_000)
-    wide(Measurement.get(results, unlimited, table).minimum).print(table)
+    wide(Measurement.get(results, unlimited, shown).minimum).print(shown)
 
 
 def say(text: str) -> None:

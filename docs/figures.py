@@ -18,12 +18,12 @@ INK = "#808080"
 LAYERS, KV_VALUES, HALF = 32, 2048, 2  # Llama-3-8B: 8 key-value heads of 128, keys and values, 16 bits
 
 
-def canvas(width: float, height: float) -> tuple[Any, Any]:
-    """A figure without axes, in units of its size."""
-    figure, axes = axes_of(width, height)
+def canvas(width: float, height: float) -> Any:
+    """A picture without axes, in units of its size."""
+    axes = axes_of(width, height)
     axes.set(xlim=(0, 10 * width), ylim=(0, 10 * height))
     axes.axis("off")
-    return figure, axes
+    return axes
 
 
 def box(
@@ -47,15 +47,15 @@ def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], *, ow
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, linewidth=1.2))
 
 
-def save(figure: Any, name: str) -> None:
+def save(axes: Any, name: str) -> None:
     """The same bytes each time, so that a picture changes only where its drawing does."""
     with matplotlib.rc_context({"svg.hashsalt": "clla", "svg.fonttype": "path"}):
-        figure.savefig(FOLDER / f"{name}.svg", transparent=True, metadata={"Date": None})
+        axes.figure.savefig(FOLDER / f"{name}.svg", transparent=True, metadata={"Date": None})
 
 
 def cost() -> None:
     """Gigabytes of cache against context, for the shape of Llama-3-8B."""
-    figure, axes = axes_of(7, 3.4)
+    axes = axes_of(7, 3.4)
     contexts = [2**n for n in range(11, 18)]
     source = [c * LAYERS * KV_VALUES * HALF / 2**30 for c in contexts]
     exact = (128 + 16 + 4) * LAYERS * KV_VALUES * HALF / 2**30
@@ -77,12 +77,12 @@ def cost() -> None:
     axes.tick_params(colors=INK)
     for spine in axes.spines.values():
         spine.set_color(INK)
-    save(figure, "cost")
+    save(axes, "cost")
 
 
 def groups() -> None:
     """Six layers that cache keys and values each, and two groups with a latent each."""
-    figure, axes = canvas(7, 3.3)
+    axes = canvas(7, 3.3)
     label(axes, 10, 31, "before: every layer its own", ha="center")
     label(axes, 49, 31, "after: one latent a group of layers", ha="center")
     for i in range(6):
@@ -99,12 +99,12 @@ def groups() -> None:
         box(axes, 46, middle - 2.2, 10, 4.4, own=True, text="latent")
     label(axes, 40, 28, "encode", fontsize=9, ha="center", color=OWN_COLOUR)
     label(axes, 60.5, 28, "decode", fontsize=9, ha="center", color=OWN_COLOUR)
-    save(figure, "groups")
+    save(axes, "groups")
 
 
 def timeline() -> None:
     """Which tokens are exact and which are latents."""
-    figure, axes = canvas(7, 1.9)
+    axes = canvas(7, 1.9)
     box(axes, 1, 8, 6, 5, text="sinks")
     box(axes, 7.6, 8, 36.4, 5, own=True, text="older tokens: latents, packed")
     box(axes, 44.6, 8, 17, 5, text="window: exact")
@@ -114,12 +114,12 @@ def timeline() -> None:
     label(axes, 53, 15.2, "newest W tokens, a fixed amount", ha="center", fontsize=9)
     arrow(axes, (49, 7.4), (40, 7.4), own=True)
     label(axes, 44.5, 4.6, "16 at a time leave the window and are encoded", ha="center", fontsize=9)
-    save(figure, "timeline")
+    save(axes, "timeline")
 
 
 def tiers() -> None:
     """Components of a latent by importance, in classes of bits."""
-    figure, axes = axes_of(7, 2.8)
+    axes = axes_of(7, 2.8)
     start = 0
     for width, count in ((8, 8), (6, 8), (5, 8), (4, 16), (3, 16), (2, 16), (1, 8), (0, 16)):
         x = (start, start + count)
@@ -135,7 +135,7 @@ def tiers() -> None:
     axes.set_ylabel("what it is worth (log)", color=INK)
     for spine in axes.spines.values():
         spine.set_color(INK)
-    save(figure, "tiers")
+    save(axes, "tiers")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from clla.artifacts.codec import Codec
 from clla.artifacts.plan import LayerGroup, Plan
 from clla.artifacts.stats import Stats
-from clla.calibrate.collect import Collector, collect
+from clla.calibrate.collect import Collection, Collector, collect
 from clla.calibrate.rope_detection import rope_settings
 from clla.checkpoint.assemble import attach, clla_block
 from clla.cli import app
@@ -39,16 +39,9 @@ def stats_of(
 ) -> Stats:
     """Moments from random tokens, enough for full-rank covariances."""
     layers, _ = split_layers(model.config)
-    collector = Collector(
-        model,
-        layers=layers,
-        kv=kv_shape(model.config),
-        band=band,
-        rope=rope_settings(model, layers),
-        with_inputs=with_inputs,
-        with_queries=with_queries,
-    )
-    return collect(collector, [tokens(4, 64, seed) for seed in range(batches)], made_from="test")
+    rope = rope_settings(model, layers)
+    wanted = Collection(layers, kv_shape(model.config), band, rope, with_inputs=with_inputs, with_queries=with_queries)
+    return collect(Collector(model, wanted), [tokens(4, 64, seed) for seed in range(batches)], made_from="test")
 
 
 def plan_of(

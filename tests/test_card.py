@@ -107,7 +107,8 @@ def planned_figures(report: dict[str, Any]) -> set[str]:
         found |= {f"{context:,}", f"{planned:,.0f}", f"{whole:,.0f}", f"{100 * planned / whole:.2f}"}
     for group in plan["groups"]:
         layout = Plan.from_json({**plan, "groups": [group]})
-        found |= {f"{layout.row_bytes:,}", f"{len(group['tier_bits']) * plan['tier_size']:,}"}
+        share = group["predicted_loss"] / sum(other["predicted_loss"] for other in plan["groups"])
+        found |= {f"{layout.row_bytes:,}", f"{100 * share:.1f}", f"{len(group['tier_bits']) * plan['tier_size']:,}"}
         found |= {str(group["tier_bits"].count(b) * plan["tier_size"]) for b in group["tier_bits"]}
     found.add(str(len(plan["groups"])))
     if report["measured"]:
@@ -115,7 +116,12 @@ def planned_figures(report: dict[str, Any]) -> set[str]:
         before = (report["healing"] or {}).get("before") or {}
         for row in (*report["measured"].values(), *before.values()):
             if isinstance(row, dict) and "perplexity" in row:
-                found |= {f"{row['perplexity'] / base:.4f}", f"{abs(100 * (row['perplexity'] / base - 1)):.2f}"}
+                share = row["bytes_per_token"] / report["measured"]["source"]["bytes_per_token"]
+                found |= {
+                    f"{row['perplexity'] / base:.4f}",
+                    f"{100 * share:.1f}",
+                    f"{abs(100 * (row['perplexity'] / base - 1)):.2f}",
+                }
     return found
 
 
@@ -156,7 +162,7 @@ def test_a_healed_checkpoint_shows_before_and_after(healed: Path, measured: Path
     assert report["healing"]["verdict"] in card.text and "clla_healing.png" in card.text
     for row in (report["healing"]["before"]["converted"], report["measured"]["converted"]):
         assert f"{row['perplexity']:.3f}" in card.text
-    assert report["measured"]["retrieval"] and "found exactly" in card.text
+    assert report["measured"]["retrieval"] and "planted in the text" in card.text
     assert report["origin"] == read_json(measured / "clla_report.json")["origin"] and card.data.license == "other"
     assert 'from_pretrained("healed"' in card.text and "trained briefly" in card.text
     check_figures(healed)

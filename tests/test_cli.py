@@ -374,9 +374,9 @@ def test_budget_below_the_window_names_the_least_budget(pico_dir: Path, text_fil
 
 def test_recipe_mistakes_come_all_at_once(pico_dir: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "bad.yaml"
-    recipe.write_text("colour: red\nbudget: {kv_budgte: 3%}\nplan: {tier_size: 7, source: third}\n")
+    recipe.write_text("colour: red\nbudget: {kv_budgte: 3%}\nplan: {tier_size: 7, latent_input: third}\n")
     text = mistake(2, "convert", pico_dir, "-o", tmp_path / "out", "--recipe", recipe, output=tmp_path / "out")
-    for word in ("colour", "budget.kv_budgte", "plan.tier_size", "plan.source", "4 mistakes"):
+    for word in ("colour", "budget.kv_budgte", "plan.tier_size", "plan.latent_input", "4 mistakes"):
         assert word in text
     assert "balanced" in mistake(2, "convert", pico_dir, "--recipe", "unheard-of")
 

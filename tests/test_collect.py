@@ -14,17 +14,18 @@ from torch.nn import functional
 
 from clla.artifacts.stats import Stats
 from clla.calibrate import checkpoints
-from clla.calibrate.collect import Collector, batch_generator, collect, unrotated_gradient
+from clla.calibrate.collect import Collection, Collector, batch_generator, collect, unrotated_gradient
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.rope_detection import rope_settings
 from clla.modeling.rotary_clla import Rotation
 from clla.source.families import kv_shape, split_layers
 
 
-def collector_of(model: Any, **options: Any) -> Collector:
+def collector_of(model: Any, *, checkpointing: str = "auto", **options: Any) -> Collector:
     layers, _ = split_layers(model.config)
     rope = rope_settings(model, layers)
-    return Collector(model, layers=layers, kv=kv_shape(model.config), band=3, rope=rope, **options)
+    wanted = Collection(layers, kv_shape(model.config), 3, rope, **options)
+    return Collector(model, wanted, checkpointing=checkpointing)
 
 
 def same(a: Stats, b: Stats) -> bool:

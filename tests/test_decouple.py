@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from clla.artifacts.plan import LayerGroup, Plan
 from clla.artifacts.stats import Stats
+from clla.calibrate.collect import Collection
 from clla.calibrate.queries import rotary_pairs
 from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
@@ -76,9 +77,9 @@ def test_query_power_is_that_of_the_projected_queries(family: str) -> None:
 def test_streamed_query_power_is_the_same() -> None:
     model, stats = source_and_stats()
     collector = StreamedCollector(
-        model, layers=stats.layers, kv=stats.kv, band=4, rope=rope_settings(model, stats.layers), with_inputs=True,
-        with_queries=True,
-    )  # fmt: skip
+        model,
+        Collection(stats.layers, stats.kv, 4, rope_settings(model, stats.layers), with_inputs=True, with_queries=True),
+    )
     streamed = collector.collect([tokens(4, 64, seed) for seed in range(8)], made_from="test")
     for name in ("query_power", "frequencies", "rotary_channels"):
         torch.testing.assert_close(getattr(streamed, name), getattr(stats, name))

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
-from clla.calibrate.collect import Collector, collect
+from clla.calibrate.collect import Collection, Collector, collect
 from clla.calibrate.lossless import check_lossless
 from clla.calibrate.rope_detection import rope_settings
 from clla.checkpoint.write import write_checkpoint
@@ -198,7 +198,7 @@ def narrow(name: str, rope: dict[str, Any] | None = None, **options: Any) -> tup
     rope = rope or rope_settings(model, layers)
     groups = tuple((layer,) for layer in layers)
     many = stats_of(model)
-    collector = Collector(model, layers=layers, kv=kv_shape(model.config), band=2, rope=rope)
+    collector = Collector(model, Collection(layers, kv_shape(model.config), 2, rope))
     few = collect(collector, [tokens(4, 64, seed) % 12 for seed in range(8)], made_from="test")
     plan = plan_of(many, model, groups=groups)
     plan = replace(plan, groups=(replace(plan.groups[0], tier_bits=(16,)), *plan.groups[1:]))

@@ -78,7 +78,7 @@ def test_commands(name: str, folder: Path) -> None:
         "int4",
         "converted",
     }
-    page = ran("report", name, out, *window, "--samples", 1, "--max-new-tokens", 2)
+    page = ran("report", name, out, *window, "--num-prompts", 1, "--max-new-tokens", 2)
     assert len(page["layers"]) == len([layer for group in made["plan"]["groups"] for layer in group["layers"]])
     assert len(page["samples"]) == 1 and "html" in Path(page["output"]).read_text(encoding="utf-8")
     ran("bench", name, out, "--contexts", 40, "--new-tokens", 2, "--repeats", 1)

@@ -571,7 +571,7 @@ def test_healing_again_needs_the_source(checkpoint: Path, tmp_path: Path, pico_d
 def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"budget: {{kv_budget: 1.5%, at_context: 0, window: 8}}\n"
+        f"budget: {{kv_budget: 1.5%, budget_context: 0, exact_window: 8}}\n"
         f"calibration: {{dataset: {text_file}, tokens: 2048, sequence_length: 128}}\n"
         f"heal: {{sequence_length: 128, batch_tokens: 512, tokens: 8192, codec_share: 0.25, codec_lr: 5.0e-4,\n"
         f"       weight_lr: 5.0e-5}}\n"
@@ -662,7 +662,7 @@ def test_what_cannot_be_trained_is_refused_before_calibration(
     pico_dir: Path, text_file: Path, tmp_path: Path, section: str, flags: list[str], word: str
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"calibration: {{dataset: {text_file}}}\nbudget: {{window: 32}}\nheal: {section}\n")
+    recipe.write_text(f"calibration: {{dataset: {text_file}}}\nbudget: {{exact_window: 32}}\nheal: {section}\n")
     out = tmp_path / "out"
     refused = clla("convert", pico_dir, "-o", out, "--recipe", recipe, *flags)
     assert refused.exit_code == 2 and word in refused.stderr

@@ -15,8 +15,8 @@ import clla
 PACKAGE = Path(clla.__file__).parent
 # A room or a file of the hall imports only from levels before its own, and from its own room.
 LEVELS = (
-    ("_version", "console", "errors", "linalg", "modeling", "recipes"),
-    ("registration", "storage"),
+    ("_version", "errors", "linalg", "modeling", "recipes", "tables"),
+    ("console", "registration", "storage"),
     ("artifacts", "hub", "text"),
     ("recipe",),
     ("arguments", "source"),

@@ -155,7 +155,7 @@ def test_defaults_keep_to_the_positions(converted: Path) -> None:
     measured = json.loads(found.stdout.splitlines()[-1])
     assert measured["context"] == POSITIONS and measured["cache"]["by_context"].keys() == {str(POSITIONS)}
     assert measured["retrieval"]["source"]["nll"] > 0
-    page = clla("report", converted, "--num-samples", 1, "--samples", 1, "--max-new-tokens", 100, "--json")
+    page = clla("report", converted, "--num-samples", 1, "--num-prompts", 1, "--max-new-tokens", 100, "--json")
     assert page.exit_code == 0, page.output + page.stderr
     samples = json.loads(page.stdout.splitlines()[-1])["samples"]
     assert samples and all(sample["prompt_tokens"] < POSITIONS for sample in samples)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import clla as command
-from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -24,14 +23,15 @@ from clla.arguments import parse_size
 from clla.commands.failures import InternalError, explained
 from clla.errors import CllaError, UsageError, reason
 from clla.source.model import open_source, settle_generation
+from clla.tables import Table
 
 SCRIPT = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes away from what runs behind it
 sys.argv[0] = "clla"
 from clla import cli, console
-from rich.table import Table
 from clla.commands import recipes
+from clla.tables import Table
 SIGNS = "model Gr\\u00fc\\u00dfe \\u2013 \\u2192 \\u00d7 \\u2026 [/red] [bold]x[/bold] :smile: \\udce9"
 def ls():
     with recipes.errors(True, interrupted="nothing is lost"):
@@ -42,9 +42,7 @@ SHOW = """
 def do():
     console.say(SIGNS)
     console.results.print(SIGNS)
-    table = Table(SIGNS, title=SIGNS)
-    table.add_row(SIGNS)
-    console.show(table)
+    console.show(Table.of([SIGNS], [[SIGNS]], title=SIGNS))
     with console.progress(SIGNS, 1) as advance:
         advance(1)
         advance.note("[/x]")
@@ -77,14 +75,12 @@ def test_any_terminal_takes_all_signs(variables: dict[str, str]) -> None:
     assert done.returncode == 0 and b"[/red]" in done.stdout, done.stderr
 
 
-def test_signs_stay_in_tables_and_help() -> None:
+def test_signs_stay_in_tables_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("heal", "generate", "eval"):
         assert "user/repo[@revision]" in " ".join(command(name, "--help").stdout.replace("│", " ").split()), name
-    table = Table("a[/b]")
-    table.add_row("[red]")
-    with console.results.capture() as capture:
-        console.results.print(table)
-    assert "a[/b]" in capture.get() and "[red]" in capture.get()
+    console.show(Table.of(["a[/b]"], [["[red]"]]))
+    shown = capsys.readouterr().out
+    assert "a[/b]" in shown and "[red]" in shown
 
 
 INTERRUPTS = {

@@ -21,20 +21,21 @@ from conftest import byte_tokenizer, pico
 from helpers import clla
 
 from clla.artifacts.plan import KVShape, LayerGroup, Plan
+from clla.evaluate.plan_tables import groups_table
+from clla.evaluate.report import Report
 from clla.report import words
 from clla.report.data import PageData, read_checkpoint, what_is_missing
 from clla.report.plan_charts import draw_plan
 from clla.report.render import CONTROL, render, write_page
 from clla.report.samples import Sample, _sample, same_start
 from clla.report.svg import Drawing, Scale
-from clla.report.tables import plan_table
 from clla.storage.filenames import CHECKSUMS
 from clla.storage.files import read_json
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 ATTACK = "<script>alert(1)</script>&\"'"
 PAPER = "https://arxiv.org/abs/2410.15252"
-FAST = ["--num-samples", 1, "--sequence-length", 128, "--samples", 2, "--max-new-tokens", 24]
+FAST = ["--num-samples", 1, "--sequence-length", 128, "--num-prompts", 2, "--max-new-tokens", 24]
 
 
 class Page(HTMLParser):
@@ -95,7 +96,8 @@ def healed(data: PageData) -> PageData:
     history = [{"tokens": 0, "kl": None, "held_out": 0.5}, {"tokens": 4096, "kl": 0.4, "held_out": 0.3125}]
     before = {"converted": {"perplexity": 17.125, "kl": 0.4375, "bytes_per_token": 99.0}}
     healing = {"config": {"train": "all"}, "history": history, "verdict": "Healing took KL down", "before": before}
-    return replace(data, healed="all", healing=healing)
+    report = Report(quality=before, context=128, windows=1, chunk=32)
+    return replace(data, healed="all", healing=healing, before=report)
 
 
 def test_every_figure_is_on_the_page(made: tuple[Page, dict[str, Any]], data: PageData) -> None:
@@ -187,8 +189,6 @@ def test_healing_is_shown_where_there_was_some(data: PageData, made: tuple[Page,
 
 
 def read_report(found: dict[str, Any]) -> Any:
-    from clla.evaluate.report import Report
-
     report = Report.from_json(found["measured"])
     assert report.to_json() == found["measured"]
     return report
@@ -200,7 +200,7 @@ def test_a_checkpoint_without_report_says_what_is_missing(checkpoint: Path, tmp_
     shutil.copytree(checkpoint, folder)
     for name in ("clla_report.json", "clla_recipe.yaml", "model.safetensors"):
         (folder / name).unlink()
-    done = clla("report", folder, "--num-samples", 0, "--samples", 0)
+    done = clla("report", folder, "--num-samples", 0, "--num-prompts", 0)
     assert done.exit_code == 0, done.output + done.stderr
     page = Page((tmp_path / "bare-report.html").read_text(encoding="utf-8"))
     assert page.sections == {"quality", "memory", "plan", "missing", "recipe"}
@@ -265,7 +265,7 @@ def test_plans_without_a_context_or_with_eviction(data: PageData) -> None:
 def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
-    quick = ["--num-samples", 0, "--samples", 0]
+    quick = ["--num-samples", 0, "--num-prompts", 0]
     refused = clla("report", checkpoint, "--html", mine, *quick)
     assert refused.exit_code == 2 and "no page that clla wrote" in flat(refused.stderr)
     assert mine.read_text() == "<p>mine</p>"
@@ -279,10 +279,10 @@ def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["--samples", 9], 2, "built-in prompts"),
+        (["--num-prompts", 9], 2, "built-in prompts"),
         (["--prompt", " "], 2, "the prompt is empty"),
         (["--text", "nowhere.txt", "--num-samples", 1], 1, "does not exist"),
-        (["--source-model", "nowhere", "--samples", 1], 1, "nowhere"),
+        (["--source-model", "nowhere", "--num-prompts", 1], 1, "nowhere"),
     ],
 )
 def test_mistakes(checkpoint: Path, tmp_path: Path, options: list[Any], code: int, says: str) -> None:
@@ -297,7 +297,7 @@ def test_what_is_no_checkpoint_or_damaged(checkpoint: Path, pico_dir: Path, tmp_
     folder = tmp_path / "damaged"
     shutil.copytree(checkpoint, folder)
     (folder / "clla_report.json").write_text('{"measured": {"source": 3}}')
-    done = clla("report", folder, "--num-samples", 0, "--samples", 0)
+    done = clla("report", folder, "--num-samples", 0, "--num-prompts", 0)
     assert done.exit_code == 1 and "can be read" in flat(done.stderr)
 
 
@@ -357,7 +357,7 @@ def test_bytes_of_groups_hold_their_rotary_keys() -> None:
         groups=groups, kv=KVShape(2, 16), kv_itemsize=2, window=0, sinks=0, tier_size=8, source="first",
         flush_block=16, budget_bytes=1, at_context=512, made_from="test", rope_bits=6,
     )  # fmt: skip
-    told = [int(row[3]) for row in plan_table(plan).rows]
+    told = [int(row[3]) for row in groups_table(plan).rows]
     assert told == [plan.row_bytes_of(group) for group in groups] and sum(told) == plan.row_bytes
     bare = replace(plan, groups=tuple(replace(group, rope_pairs=()) for group in groups))
     assert all(a - plan.row_bytes_of(b) == 7 for a, b in zip(told, bare.groups, strict=True))  # 8 of 6 bits, a scale
@@ -375,7 +375,7 @@ def test_letters_stand_out_in_light_and_dark() -> None:
     style = (resources.files("clla.report") / "page.css").read_text(encoding="utf-8")
     for colours in themes(style):
         pairs = [(text, ground) for text in ("--text", "--quiet") for ground in ("--page", "--soft")]
-        pairs += [(name, "--page") for name in ("--own", "--latent-input", "--other", "--key", "--value")]
+        pairs += [(name, "--page") for name in ("--own", "--source", "--other", "--key", "--value")]
         pairs += [(name, name.removesuffix("-on")) for name in colours if name.endswith("-on")]
         pairs += [("--text", "--mark"), ("--page", "--own")]
         assert len(pairs) > 15
@@ -418,7 +418,7 @@ def test_token_ids_that_are_none_are_told(text_file: Path, tmp_path: Path) -> No
     assert clla("convert", source, "-o", tmp_path / "out", "--dataset", text_file, *small).exit_code == 0
     for command in (
         ["generate", tmp_path / "out", "--prompt", "hello", "--max-new-tokens", 4],
-        ["report", tmp_path / "out", "--samples", 1, "--max-new-tokens", 4, "--num-samples", 0],
+        ["report", tmp_path / "out", "--num-prompts", 1, "--max-new-tokens", 4, "--num-samples", 0],
         ["convert", source, "-o", tmp_path / "own", "--dataset", "self", *small],
     ):
         done = clla(*command)

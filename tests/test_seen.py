@@ -110,7 +110,9 @@ def test_commands_say_what_is_known(own: Path, text_file: Path, tmp_path: Path) 
         assert json.loads(found.stdout)["unseen"] is said
     assert UNSEEN[False] in " ".join(clla("eval", own, "--text", text_file, *options).stdout.split())
     page = tmp_path / "page.html"
-    clla("report", own, "-o", page, "--text", copy, "--samples", "0", "--num-samples", "1", "--sequence-length", "64")
+    clla(
+        "report", own, "-o", page, "--text", copy, "--num-prompts", "0", "--num-samples", "1", "--sequence-length", "64"
+    )
     assert page.read_text().count(UNSEEN[False]) == 2
     older = Path(shutil.copytree(own, tmp_path / "older"))
     report = older / "clla_report.json"

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from clla.artifacts.stats import Stats
 from clla.calibrate.basis import leading_directions
-from clla.calibrate.collect import Collector, collect
+from clla.calibrate.collect import Collection, Collector, collect
 from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import LayerStack, StreamedCollector
 from clla.convert.factor import error_covariance, factor, lift, predicted_kl
@@ -37,11 +37,10 @@ SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--budget-c
 SMALL += ["--exact-window", "16", "--no-eval", "--device", "cpu"]
 
 
-def options_of(model: PreTrainedModel, band: int = 3) -> dict[str, Any]:
+def wanted_of(model: PreTrainedModel, band: int = 3, **options: Any) -> Collection:
     layers, _ = split_layers(model.config)
     rope = rope_settings(model, layers)
-    shape: dict[str, Any] = {"layers": layers, "kv": kv_shape(model.config), "band": band, "rope": rope}
-    return shape | {"with_inputs": True, "metric_every": 2}
+    return Collection(layers, kv_shape(model.config), band, rope, with_inputs=True, metric_every=2, **options)
 
 
 def batches() -> list[Tensor]:
@@ -58,9 +57,9 @@ def tensors(stats: Stats) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", sorted({**FAMILY_CONFIGS, **OTHER_CONFIGS}.keys() - OF_THE_TOKENS))
 def test_streamed_stats_are_the_ordinary_ones(name: str) -> None:
     model = pico(name)
-    options = options_of(model)
-    expected = collect(Collector(model, **options), batches(), made_from="test")
-    found = StreamedCollector(model, **options).collect(batches(), made_from="test")
+    wanted = wanted_of(model)
+    expected = collect(Collector(model, wanted), batches(), made_from="test")
+    found = StreamedCollector(model, wanted).collect(batches(), made_from="test")
     assert (found.layers, found.tokens) == (expected.layers, expected.tokens)
     assert tensors(found).keys() == tensors(expected).keys()
     for key, value in tensors(expected).items():
@@ -71,20 +70,20 @@ def test_streamed_stats_are_the_ordinary_ones(name: str) -> None:
 def test_layers_that_get_embeddings_of_their_own_are_refused(name: str) -> None:
     model = pico(name)
     with pytest.raises(UnsupportedModelError, match="beside their hidden states"):
-        StreamedCollector(model, **options_of(model)).collect(batches(), made_from="test")
+        StreamedCollector(model, wanted_of(model)).collect(batches(), made_from="test")
 
 
 def test_hidden_states_can_be_spilled(tmp_path: Path) -> None:
     model = pico()
-    options = options_of(model)
-    expected = StreamedCollector(model, **options).collect(batches(), made_from="test")
+    wanted = wanted_of(model)
+    expected = StreamedCollector(model, wanted).collect(batches(), made_from="test")
     most = 0
 
     def watch(_: int) -> None:
         nonlocal most
         most = max(most, sum(file.stat().st_size for file in (tmp_path / "spill").iterdir()))
 
-    collector = StreamedCollector(model, folder=tmp_path / "spill", **options)
+    collector = StreamedCollector(model, wanted, folder=tmp_path / "spill")
     found = collector.collect(batches(), made_from="test", on_tokens=watch)
     for key, value in tensors(expected).items():
         assert torch.equal(getattr(found, key), value), key
@@ -102,9 +101,9 @@ def test_layers_on_disk_are_the_same_layers(tmp_path: Path) -> None:
         offload_folder=tmp_path / "off",
     ).requires_grad_(False)
     assert all(p.device.type == "meta" for p in on_disk.model.layers.parameters())
-    options = options_of(model)
-    expected = StreamedCollector(model, **options).collect(batches(), made_from="test")
-    found = StreamedCollector(on_disk, **options).collect(batches(), made_from="test")
+    wanted = wanted_of(model)
+    expected = StreamedCollector(model, wanted).collect(batches(), made_from="test")
+    found = StreamedCollector(on_disk, wanted).collect(batches(), made_from="test")
     for key, value in tensors(expected).items():
         assert torch.equal(getattr(found, key), value), key
 
@@ -127,7 +126,7 @@ def test_layers_that_get_something_of_the_tokens_are_refused(monkeypatch: pytest
 def test_the_model_is_left_as_it_was() -> None:
     model, ids = pico(), tokens(2, 30)
     expected = model(ids).logits
-    StreamedCollector(model, **options_of(model)).collect(batches(), made_from="test")
+    StreamedCollector(model, wanted_of(model)).collect(batches(), made_from="test")
     assert torch.equal(model(ids).logits, expected)
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
@@ -171,9 +170,9 @@ def test_a_covariance_without_full_rank_has_a_basis() -> None:
 def wide() -> tuple[PreTrainedModel, Stats, Stats]:
     """A model with as many key-value as query heads, its moments, and those in three quarters of the coordinates."""
     model = pico("llama-mha")
-    options, text = options_of(model), [tokens(4, 64, seed) for seed in range(8)]
-    whole = collect(Collector(model, **options), text, made_from="test")
-    return model, whole, StreamedCollector(model, basis=96, **options).collect(text, made_from="test")
+    wanted, text = wanted_of(model), [tokens(4, 64, seed) for seed in range(8)]
+    whole = collect(Collector(model, wanted), text, made_from="test")
+    return model, whole, StreamedCollector(model, wanted, basis=96).collect(text, made_from="test")
 
 
 def test_reduced_moments_are_those_of_the_coordinates(wide: tuple[PreTrainedModel, Stats, Stats]) -> None:

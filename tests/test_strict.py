@@ -150,9 +150,9 @@ def test_healing_and_measuring(converted: tuple[Path, Any], text_file: Path, tmp
 def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"budget: {{kv_budget: 12%, window: 0, sinks: 0}}\n"
+        f"budget: {{kv_budget: 12%, exact_window: 0, num_sinks: 0}}\n"
         f"calibration: {{dataset: {text_file}, tokens: 2048, sequence_length: 128}}\n"
-        f"plan: {{source: first, key: decoupled}}\n"
+        f"plan: {{latent_input: first_layer, key: decoupled}}\n"
         f"heal: {{sequence_length: 128, batch_tokens: 512, tokens: 2048, codec_share: 0.25}}\n"
     )
     done = clla("convert", pico_dir, "-o", tmp_path / "out", "--recipe", recipe, "--json", "--no-eval")

@@ -101,7 +101,7 @@ def test_choices_are_those_of_recipes() -> None:
 
     for option, section, field in (
         ("planner", PlanConfig, "planner"),
-        ("source", PlanConfig, "source"),
+        ("latent-input", PlanConfig, "latent_input"),
         ("heal-train", HealConfig, "train"),
         ("placement", RuntimeConfig, "placement"),
         ("dtype", RuntimeConfig, "compute_dtype"),
@@ -145,11 +145,10 @@ with console.progress("Working", 40) as advance:
 @pytest.mark.slow
 def test_tables_are_not_cut_in_a_narrow_terminal() -> None:
     script = """
-from rich.table import Table
 from clla import console
-table = Table("predicted-loss", "bytes/token", "a-long-heading", "another-heading")
-table.add_row("0.12345678", "123,456,789", "some words that wrap", "x")
-console.show(table)
+from clla.tables import Table
+titles = ("predicted-loss", "bytes/token", "a-long-heading", "another-heading")
+console.show(Table.of(titles, [("0.12345678", "123,456,789", "some words that wrap", "x")]))
 """
     written = piped(script=script, COLUMNS="30").stdout
     assert "…" not in written

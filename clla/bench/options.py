@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from clla.arguments import Bytes, Dtype, Integers, Settings, Word
 
-SHAPE = {"panel": "A shape instead of a checkpoint"}
+SHAPE: dict[str, JsonValue] = {"panel": "A shape instead of a checkpoint"}
 
 
 class Options(Settings):

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.table import Table
-
 from clla.bench.generating import Generated
 from clla.bench.largest_batch import Largest
 from clla.bench.speed import Speed
+from clla.tables import Table
 
 NAMES = ("source", "converted")
-COLUMNS = ("model", "context", "batch", "cache B/token", "planned", "cache MB", "prefill peak", "decode peak",
-           "prefill tok/s",
-           "decode tok/s", "mean", "ratio")  # fmt: skip
+TITLES = ("model", "context", "batch", "cache B/token", "planned", "cache MB", "prefill peak", "decode peak",
+          "prefill tok/s", "decode tok/s", "mean", "ratio")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,31 +103,29 @@ class SpeedReport:
         return found
 
     def tables(self) -> list[Table]:
-        """Tables for the terminal."""
+        """Speed and memory by context and batch; and `generate()` and the largest batch."""
         machine, settings = self.machine, self.settings
         where = f"{machine['name']}, {settings['dtype']}, {machine['threads']} threads"
-        main = _table(
-            f"{self.model}: {settings['new_tokens']} tokens decoded; peaks in MB above the weights; {where}", COLUMNS
-        )
-        for row in self.rows:
-            ratio = row.to_json()["ratio"]
-            for name in NAMES:
-                main.add_row(name, f"{row.context:,}", str(row.batch), *_cells(name, row, ratio))
-        beside = _table("", ("", "model", "batch", "tok/s", "ratio", "first token s"))
+        title = f"{self.model}: {settings['new_tokens']} tokens decoded; peaks in MB above the weights; {where}"
+        main = [
+            (name, f"{row.context:,}", str(row.batch), *_cells(name, row, row.to_json()["ratio"]))
+            for row in self.rows
+            for name in NAMES
+        ]
         ratio, label = ratios(_figures(self.generated)), f"generate() after {self.generate_context:,} tokens"
+        beside = []
         for name, done in self.generated.items():
             cells = ["out of memory"]
             if done is not None:
                 cells = [f"{done.tokens_per_s:,.1f}", _own(name, ratio, "tokens_per_s"), f"{done.first_token:.2f}"]
-            beside.add_row(label, name, "1", *cells)
-            label = ""
+            beside.append((label, name, "1", *cells))
         if self.largest is not None:
             ratio, label = ratios(_figures(self.largest)), f"largest batch ({self.largest_basis})"
             for name, most in self.largest.items():
                 rate = f"{most.decode_tokens_per_s:,.1f}"
-                beside.add_row(label, name, str(most.batch), rate, _own(name, ratio, "decode_tokens_per_s"))
-                label = ""
-        return [main, beside]
+                beside.append((label, name, str(most.batch), rate, _own(name, ratio, "decode_tokens_per_s")))
+        titles = ("", "model", "batch", "tok/s", "ratio", "first token s")
+        return [Table.of(TITLES, main, title=title), Table.of(titles, beside, words=2)]
 
 
 def ratios(figures: dict[str, Any]) -> dict[str, float] | None:
@@ -167,10 +163,3 @@ def _cells(name: str, row: SpeedRow, ratio: dict[str, float] | None) -> list[str
 def _own(name: str, ratio: dict[str, float] | None, key: str) -> str:
     """A ratio, in the row of the converted model."""
     return f"{ratio[key]:.2f}" if ratio and name == "converted" and key in ratio else ""
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title or None)
-    for column in columns:
-        table.add_column(column, no_wrap=True, justify="left" if column in ("", "model") else "right")
-    return table

@@ -121,49 +121,51 @@ class ProbeCache(RecordingCache):
         return plain()
 
 
+@dataclass(frozen=True)
+class Collection:
+    """What is collected.
+
+    Attributes:
+        layers: convertible layer indices.
+        kv: what each layer caches.
+        band: largest group size K.
+        rope: from `rope_settings`.
+        skip_positions: first positions of each sequence left out (attention sinks are outliers).
+        with_inputs: also collect the attention inputs' moments (for latents from the first layer's input).
+        with_queries: also collect the strength of queries (for the `decoupled` key).
+        seed: of the sampled labels.
+        metric_every: the metric is estimated on every n-th batch only, the first among them.
+    """
+
+    layers: tuple[int, ...]
+    kv: KVShape
+    band: int
+    rope: dict[str, Any] | None
+    skip_positions: int = 8
+    with_inputs: bool = False
+    with_queries: bool = False
+    seed: int = 0
+    metric_every: int = 1
+
+
 class Collector:
     """Accumulates `Stats` batch by batch.
 
     Args:
         model: the source, in evaluation mode; its weights are not changed.
-        layers: convertible layer indices.
-        kv: what each layer caches.
-        band: largest group size K.
-        skip_positions: first positions of each sequence left out (attention sinks are outliers).
-        rope: from `rope_settings`.
-        with_inputs: also collect the attention inputs' moments (for the `first` source).
-        with_queries: also collect the strength of queries (for the `decoupled` key).
-        seed: of the sampled labels.
-        metric_every: the metric is estimated on every n-th batch only, the first among them.
+        wanted: what is collected.
         checkpointing: run layers again in the backward pass: `auto` where their activations would not fit.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        layers: tuple[int, ...],
-        kv: KVShape,
-        band: int,
-        rope: dict[str, Any] | None,
-        skip_positions: int = 8,
-        with_inputs: bool = False,
-        with_queries: bool = False,
-        seed: int = 0,
-        metric_every: int = 1,
-        checkpointing: str = "auto",
-    ) -> None:
-        self.model, self.layers, self.kv, self.skip = model, layers, kv, skip_positions
-        self.metric_every = metric_every
-        self.rope, self.with_inputs = rope_of(model, rope), with_inputs
-        count, n, hidden = len(layers), kv.values, model.config.get_text_config().hidden_size
-        band = min(band, count)
+    def __init__(self, model: PreTrainedModel, wanted: Collection, *, checkpointing: str = "auto") -> None:
+        self.model, self.wanted, self.rope = model, wanted, rope_of(model, wanted.rope)
+        count, n, hidden = len(wanted.layers), wanted.kv.values, model.config.get_text_config().hidden_size
+        band, with_inputs = min(wanted.band, count), wanted.with_inputs
         self.moments = BandedMoments(count, n, band=band)
         self.metric = BandedMoments(count, n, band=1)
         self.inputs = BandedMoments(count, hidden, band=1) if with_inputs else None
         self.cross = BandedMoments(count, hidden, band=band, right_dim=n) if with_inputs else None
-        self.queries = QueryPower(model, layers, rope) if with_queries else None
-        self.seed = seed
+        self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.attention = attention_modules(model)
         self.checkpoints = Checkpoints(model, checkpointing)
         self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
@@ -175,17 +177,17 @@ class Collector:
             input_ids: the batch.
             number: of it among all batches; its labels, and whether it has a share in the metric, follow from it.
         """
-        with_gradients = number % self.metric_every == 0
+        with_gradients = number % self.wanted.metric_every == 0
         self.fold(self.watch(input_ids, number, with_gradients=with_gradients), with_gradients=with_gradients)
 
     def watch(self, input_ids: Tensor, number: int = 0, *, with_gradients: bool = True) -> list[Tap]:
         """Run one batch forward, and backward if wanted; what its layers' caches got."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         rotation = None if self.rope is None else self.rope(positions)
-        taps = {layer: Tap(layer, rotation) for layer in self.layers}
+        taps = {layer: Tap(layer, rotation) for layer in self.wanted.layers}
         handles = [
             self.attention[layer].register_forward_pre_hook(tap_hook(taps[layer]), with_kwargs=True)
-            for layer in self.layers
+            for layer in self.wanted.layers
         ]
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         try:
@@ -198,7 +200,7 @@ class Collector:
                 with torch.enable_grad(), self.checkpoints.active(input_ids.numel()):
                     with listening(listener):
                         logits = self.model(input_ids=input_ids, **options).logits
-                    self._top = sampled_label_gradient(logits, batch_generator(self.seed, number), out=self._top)
+                    self._top = sampled_label_gradient(logits, batch_generator(self.wanted.seed, number), out=self._top)
                     logits.backward(self._top)
             else:
                 with torch.no_grad(), listening(listener):
@@ -208,7 +210,7 @@ class Collector:
                 handle.remove()
             for parameter in frozen:
                 parameter.requires_grad_(True)
-        return [taps[layer] for layer in self.layers]
+        return [taps[layer] for layer in self.wanted.layers]
 
     @torch.no_grad()
     def fold(self, taps: list[Tap], *, with_gradients: bool = True) -> None:
@@ -223,7 +225,7 @@ class Collector:
             self.cross.add(hidden, values)
         if self.queries is not None:
             for number, tap in enumerate(taps):
-                self.queries.add(number, tap.query, self.skip)
+                self.queries.add(number, tap.query, self.wanted.skip_positions)
 
     def rows(self, taps: list[Tap]) -> list[Tensor]:
         """Keys before RoPE and values of each layer, [N, n]."""
@@ -234,7 +236,7 @@ class Collector:
         return [self._rows(tap.gradient) for tap in taps]
 
     def _rows(self, x: Tensor | None) -> Tensor:
-        return token_rows(x, self.skip).to(self.model.device)  # layers may lie on several
+        return token_rows(x, self.wanted.skip_positions).to(self.model.device)  # layers may lie on several
 
     def join(self, device: torch.device) -> None:
         """Add up the moments of all processes; afterwards each has those of all. `device` talks to the others."""
@@ -260,8 +262,8 @@ class Collector:
                 "input_cross": self.cross.covariance(),
             }
         return Stats(
-            layers=self.layers,
-            kv=self.kv,
+            layers=self.wanted.layers,
+            kv=self.wanted.kv,
             tokens=self.moments.count,
             mean=self.moments.mean(),
             covariance=self.moments.covariance(),
@@ -287,7 +289,7 @@ def collect(
     device, processes = collector.model.device, PartialState()
     for number, batch in enumerate(batches):
         # In turns of `metric_every`, so that all processes have as many gradients to form.
-        if number // collector.metric_every % processes.num_processes == processes.process_index:
+        if number // collector.wanted.metric_every % processes.num_processes == processes.process_index:
             collector.add(batch.to(device), number)
         if on_tokens is not None:
             on_tokens(batch.numel())

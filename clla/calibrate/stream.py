@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from clla.artifacts.plan import KVShape
 from clla.artifacts.stats import Stats
 from clla.calibrate.basis import leading_directions
 from clla.calibrate.checkpoints import replaced
-from clla.calibrate.collect import ProbeCache, Tap, batch_generator, fewest_logits, tap_hook, token_rows
+from clla.calibrate.collect import Collection, ProbeCache, Tap, batch_generator, fewest_logits, tap_hook, token_rows
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import folded_product
 from clla.calibrate.queries import QueryPower
@@ -184,41 +183,18 @@ class StreamedCollector:
 
     Args:
         model: the source, in evaluation mode; its layers may lie on disk (`accelerate`).
-        layers: convertible layer indices.
-        kv: what each layer caches.
-        band: largest group size K.
-        rope: from `rope_settings`.
-        skip_positions: first positions of each sequence left out.
-        with_inputs: also collect the attention inputs' moments (for the `first` source).
-        with_queries: also collect the strength of queries (for the `decoupled` key).
-        seed: of the sampled labels.
-        metric_every: the metric is estimated on every n-th batch only, the first among them.
+        wanted: what is collected.
         basis: q, most coordinates in which the moments of one layer are kept.
         folder: where hidden states are spilled to; None keeps them in memory.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        layers: tuple[int, ...],
-        kv: KVShape,
-        band: int,
-        rope: dict[str, Any] | None,
-        skip_positions: int = 8,
-        with_inputs: bool = False,
-        with_queries: bool = False,
-        seed: int = 0,
-        metric_every: int = 1,
-        basis: int | None = None,
-        folder: Path | None = None,
+        self, model: PreTrainedModel, wanted: Collection, *, basis: int | None = None, folder: Path | None = None
     ) -> None:
-        self.model, self.layers, self.kv = model, layers, kv
-        self.band, self.skip, self.seed, self.with_inputs = min(band, len(layers)), skip_positions, seed, with_inputs
-        self.basis = basis if basis is not None and basis < kv.values else None
-        self.metric_every = metric_every
-        self.rope = rope_of(model, rope)
-        self.queries = QueryPower(model, layers, rope) if with_queries else None
+        self.model, self.wanted, self.band = model, wanted, min(wanted.band, len(wanted.layers))
+        self.basis = basis if basis is not None and basis < wanted.kv.values else None
+        self.rope = rope_of(model, wanted.rope)
+        self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.stack, self.spill = LayerStack(model), Spill(folder)
         self.attention = attention_modules(model)
         self.device = model.device
@@ -264,13 +240,13 @@ class StreamedCollector:
         """Leave the gradient of the last layer's output in `gradient-<batch>`, of the batches that have one."""
         top = len(self.stack)
         for b, ids in enumerate(batches):
-            if b % self.metric_every:
+            if b % self.wanted.metric_every:
                 self.spill.drop(f"hidden-{top}-{b}")
                 continue
             hidden = self.spill.get(f"hidden-{top}-{b}").to(self.device).detach().requires_grad_()
             with torch.enable_grad():
                 logits = self.stack.logits(ids.to(self.device), hidden)
-            logits.backward(sampled_label_gradient(logits, batch_generator(self.seed, b)))
+            logits.backward(sampled_label_gradient(logits, batch_generator(self.wanted.seed, b)))
             assert hidden.grad is not None
             self.spill.put(f"gradient-{b}", hidden.grad)
             self.spill.drop(f"hidden-{top}-{b}")
@@ -279,34 +255,37 @@ class StreamedCollector:
         found = self._empty()
         count = 0
         for number in reversed(range(len(self.stack))):
-            own = self.layers.index(number) if number in self.layers else None
-            metric, rows = torch.zeros(self.kv.values, self.kv.values, dtype=torch.float64, device=self.device), 0
+            own = self.wanted.layers.index(number) if number in self.wanted.layers else None
+            metric, rows = (
+                torch.zeros(self.wanted.kv.values, self.wanted.kv.values, dtype=torch.float64, device=self.device),
+                0,
+            )
             for b, ids in enumerate(batches):
                 tap = self._step_back(number, b, ids)
                 on_tokens(ids.numel())
                 if own is None:
                     continue
-                if b % self.metric_every == 0:
-                    gradient = token_rows(tap.gradient, self.skip)
+                if b % self.wanted.metric_every == 0:
+                    gradient = token_rows(tap.gradient, self.wanted.skip_positions)
                     metric += gradient.mT @ gradient
                     rows += len(gradient)
-                self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.skip).float())
+                self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.wanted.skip_positions).float())
                 if self.queries is not None:
-                    self.queries.add(own, tap.query, self.skip)
-                if self.with_inputs:
-                    self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.skip).float())
+                    self.queries.add(own, tap.query, self.wanted.skip_positions)
+                if self.wanted.with_inputs:
+                    self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.wanted.skip_positions).float())
             if own is not None:
                 count = self._finish(found, own, metric / rows, len(batches))
         found |= {} if self.queries is None else self.queries.tensors()
-        return Stats(layers=self.layers, kv=self.kv, tokens=count, made_from=made_from, **found)
+        return Stats(layers=self.wanted.layers, kv=self.wanted.kv, tokens=count, made_from=made_from, **found)
 
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
         """Run one layer on one batch once more; of those that have a gradient with a graph, to pass it through it."""
-        with_gradient = b % self.metric_every == 0
+        with_gradient = b % self.wanted.metric_every == 0
         hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_(with_gradient)
         rotation = None if self.rope is None else self.rope(torch.arange(ids.shape[1], device=self.device)[None])
         tap, taps, handles = Tap(number, rotation), {}, []
-        if number in self.layers:
+        if number in self.wanted.layers:
             taps[number] = tap
             handles.append(self.attention[number].register_forward_pre_hook(tap_hook(tap), with_kwargs=True))
         try:
@@ -333,17 +312,17 @@ class StreamedCollector:
             self.spill.put(f"values-{own}-{b}", self._held("values", own, b) - mean.float())
         if self.basis is not None:
             covariance = self._product("values", own, own, batches) / count
-            basis = leading_directions(covariance.float(), fisher.float(), self.basis, seed=self.seed)
+            basis = leading_directions(covariance.float(), fisher.float(), self.basis, seed=self.wanted.seed)
             found["reading"][own], found["writing"][own] = basis.reading.cpu(), basis.writing.cpu()
             found["dropped"][own] = basis.dropped
             fisher = basis.writing.mT.double() @ fisher @ basis.writing.double()
             for b in range(batches):
                 self.spill.put(f"values-{own}-{b}", self._held("values", own, b) @ basis.reading.mT)
         found["fisher"][own] = fisher.cpu()
-        reach = range(min(self.band, len(self.layers) - own))
+        reach = range(min(self.band, len(self.wanted.layers) - own))
         for j in reach:
             found["covariance"][own, j] = (self._product("values", own, own + j, batches) / count).cpu()
-        if self.with_inputs:
+        if self.wanted.with_inputs:
             centre = self._total("inputs", None, batches) / count
             found["input_mean"][own] = centre.cpu()
             for b in range(batches):
@@ -374,7 +353,7 @@ class StreamedCollector:
 
     def _empty(self) -> dict[str, Tensor]:
         """Where the moments go, on the CPU in fp32."""
-        layers, n, band = len(self.layers), self.kv.values, self.band
+        layers, n, band = len(self.wanted.layers), self.wanted.kv.values, self.band
         q, text_config = self.basis or n, self.model.config.get_text_config()
         shapes: dict[str, tuple[int, ...]] = {
             "mean": (layers, n),
@@ -383,7 +362,7 @@ class StreamedCollector:
         }
         if self.basis is not None:
             shapes |= {"reading": (layers, q, n), "writing": (layers, n, q), "dropped": (layers,)}
-        if self.with_inputs:
+        if self.wanted.with_inputs:
             h = text_config.hidden_size
             shapes |= {
                 "input_mean": (layers, h),

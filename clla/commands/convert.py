@@ -16,6 +16,8 @@ from clla.commands.options import (
     RUN,
     AsJson,
     Device,
+    Evaluate,
+    Overwrite,
     RecipeName,
     ReportTo,
     as_object,
@@ -55,16 +57,14 @@ def convert(
             help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN, parser=path
         ),
     ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)
-    ] = True,
+    evaluate: Evaluate = True,
     max_shard_size: Annotated[
         Optional[str], typer.Option(help="Of the weight files, e.g. '5GB'.", rich_help_panel=OUTPUT)
     ] = None,
     codec_only: Annotated[
         bool, typer.Option(help="Save the codec without the source's weights.", rich_help_panel=OUTPUT)
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
+    overwrite: Overwrite = False,
     push_to_hub: Annotated[Optional[str], typer.Option(help="Upload as this repo id.", rich_help_panel=OUTPUT)] = None,
     private: Annotated[bool, typer.Option(help="Make the repository private.", rich_help_panel=OUTPUT)] = False,
     as_json: AsJson = False,

@@ -8,18 +8,15 @@ from typing import Annotated, Optional
 import typer
 
 from clla import console
-from clla.commands.options import AsJson, Device, Dtype, errors, integers, start
+from clla.commands.options import AsJson, Device, Dtype, SequenceLength, SourceModel, Text, errors, integers, start
 from clla.recipe import LARGEST
 
 
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint: a directory or user/repo\\[@revision].")],
-    text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
+    text: Text = "bundled",
     num_samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Samples of text.")] = 4,
-    sequence_length: Annotated[
-        Optional[int],
-        typer.Option(min=2, max=LARGEST, help="Tokens per sample; default: 2048, or what the model takes."),
-    ] = None,
+    sequence_length: SequenceLength = None,
     chunk: Annotated[
         Optional[int], typer.Option(min=1, max=LARGEST, help="Tokens per step; default: the exact window.")
     ] = None,
@@ -39,9 +36,7 @@ def evaluate(
         ),
     ] = None,
     retrieval_trials: Annotated[int, typer.Option(min=1, max=LARGEST, help="Number of codes.")] = 8,
-    source_model: Annotated[
-        Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
-    ] = None,
+    source_model: SourceModel = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,

@@ -8,6 +8,7 @@ import platform
 import re
 import tempfile
 import traceback
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,49 +28,10 @@ def explained(error: Exception) -> CllaError:
     """Any exception as one that a user can act on."""
     if isinstance(error, CllaError):
         return error
-    if is_memory(error):
-        return CllaError(
-            f"out of memory: {reason(error)}",
-            expected="a machine, or a GPU, on which the model and what is computed with it have room",
-            remedy="lower the numbers of tokens, contexts or sequences, pass --dtype bfloat16, or use a larger machine",
-        )
-    number = _os_error(error)
-    if number in FULL or NOT_WRITTEN.search(str(error)):
-        return CllaError(
-            f"what was made could not be written: {reason(error)}",
-            expected="room on the disk, and no limit on the size of files below what is written",
-            remedy="free some space, raise the quota, or choose a place on another disk",
-        )
-    if isinstance(error, OSError):
-        return CllaError(
-            reason(error),
-            expected="a path that exists and may be read, or written to",
-            remedy="check the path, and who may read and write there",
-        )
-    if is_safetensors(error):
-        return CllaError(
-            f"a file of weights cannot be read or written: {reason(error)}",
-            expected="a whole .safetensors file",
-            remedy="copy or download the model again, or remove the work directory",
-        )
-    if isinstance(error, UnicodeError):
-        return CllaError(
-            f"text that is no Unicode: {reason(error)}",
-            expected="UTF-8 in files, names and options",
-            remedy="convert it to UTF-8, or rename the file",
-        )
-    if isinstance(error, RecursionError):
-        return CllaError(
-            f"something is nested too deep to be read: {reason(error)}",
-            expected="files as models and recipes have them",
-            remedy="look for a file with thousands of brackets within each other",
-        )
-    if isinstance(error, ImportError):
-        return CllaError(
-            f"a package is missing or broken: {reason(error)}",
-            expected="packages that can be imported; clla doctor looks at them",
-            remedy=f"pip install --force-reinstall {(error.name or 'clla').partition('.')[0]}",
-        )
+    for applies, got, expected, remedy in KINDS:
+        if applies(error):
+            package = (getattr(error, "name", None) or "clla").partition(".")[0]
+            return CllaError(f"{got}{reason(error)}", expected=expected, remedy=remedy.format(package=package))
     return InternalError(
         f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:500]} (raised in {_raised_in(error)})",
         expected="a result, or a message that says what is wrong with the input",
@@ -78,16 +40,66 @@ def explained(error: Exception) -> CllaError:
     )
 
 
+def _is(*classes: type[Exception]) -> Callable[[Exception], bool]:
+    return lambda error: isinstance(error, classes)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk is full; torch tells of it in words of its own, and libraries in Rust wrap the number."""
+    found = OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    return number in FULL or NOT_WRITTEN.search(str(error)) is not None
+
+
+# Which exceptions, what was got (before the exception's reason), what was expected, the remedy; the first that applies.
+KINDS: tuple[tuple[Callable[[Exception], bool], str, str, str], ...] = (
+    (
+        is_memory,
+        "out of memory: ",
+        "a machine, or a GPU, on which the model and what is computed with it have room",
+        "lower the numbers of tokens, contexts or sequences, pass --dtype bfloat16, or use a larger machine",
+    ),
+    (
+        _is_full,
+        "what was made could not be written: ",
+        "room on the disk, and no limit on the size of files below what is written",
+        "free some space, raise the quota, or choose a place on another disk",
+    ),
+    (
+        _is(OSError),
+        "",
+        "a path that exists and may be read, or written to",
+        "check the path, and who may read and write there",
+    ),
+    (
+        is_safetensors,
+        "a file of weights cannot be read or written: ",
+        "a whole .safetensors file",
+        "copy or download the model again, or remove the work directory",
+    ),
+    (
+        _is(UnicodeError),
+        "text that is no Unicode: ",
+        "UTF-8 in files, names and options",
+        "convert it to UTF-8, or rename the file",
+    ),
+    (
+        _is(RecursionError),
+        "something is nested too deep to be read: ",
+        "files as models and recipes have them",
+        "look for a file with thousands of brackets within each other",
+    ),
+    (
+        _is(ImportError),
+        "a package is missing or broken: ",
+        "packages that can be imported; clla doctor looks at them",
+        "pip install --force-reinstall {package}",
+    ),
+)
+
+
 def wants_traceback() -> bool:
     return os.environ.get(VARIABLE, "") not in ("", "0")
-
-
-def _os_error(error: Exception) -> int | None:
-    """Its number, also of one that a library in Rust wraps in a class of its own."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = OS_ERROR.search(str(error))
-    return int(found[1]) if found else None
 
 
 def _raised_in(error: Exception) -> str:

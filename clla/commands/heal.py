@@ -16,6 +16,8 @@ from clla.commands.options import (
     AsJson,
     Device,
     Dtype,
+    Evaluate,
+    Overwrite,
     ReportTo,
     errors,
     path,
@@ -48,10 +50,8 @@ def heal(
     work_dir: Annotated[
         Optional[Path], typer.Option(help="Keep text and states here.", rich_help_panel=RUN, parser=path)
     ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)
-    ] = True,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)] = False,
+    evaluate: Evaluate = True,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     **changes: Any,
 ) -> None:

@@ -68,6 +68,16 @@ RecipeName = Annotated[
 ]
 ReportTo = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)]
+Text = Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")]
+SequenceLength = Annotated[
+    Optional[int],
+    typer.Option(min=2, max=LARGEST, help="Tokens per sample; default: 2048, or what the model takes."),
+]
+SourceModel = Annotated[
+    Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
+]
+Evaluate = Annotated[bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)]
+Overwrite = Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)]
 PANELS = {"budget": PLAN, "plan": PLAN, "calibration": CALIBRATION, "heal": HEAL, "runtime": RUN}
 
 
@@ -275,7 +285,9 @@ def integers(text: str, option: str = "--contexts") -> tuple[int, ...]:
 
 
 def show_healing(healing: Any, after: Any) -> None:
-    """Tables and verdict of a healing run."""
-    for table in healing.tables(after):
+    """Table and verdict of a healing run."""
+    from clla.evaluate.report import healing_table
+
+    if table := healing_table(healing.before, after):
         console.show(table)
     console.results.print(healing.verdict)

@@ -85,10 +85,9 @@ def _one(explorer: Any, chosen: Any, plot: Path | None, save: Path | None, as_js
 
 
 def _sweep(explorer: Any, recipes: list[Any], plot: Path | None, as_json: bool) -> None:
-    from rich.table import Table
-
     from clla.evaluate.figures import draw_frontier
     from clla.plan.explore import summary
+    from clla.tables import Table
 
     rows = [summary(recipe.budget.kv_budget, explorer.plan(recipe)) for recipe in recipes]
     if plot is not None:
@@ -97,11 +96,9 @@ def _sweep(explorer: Any, recipes: list[Any], plot: Path | None, as_json: bool) 
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table()
-    for title in ("budget", "bytes/token", "latents", "window", "groups", "rank", "mean bits", "predicted loss"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(
+    titles = ("budget", "bytes per token", "latents", "window", "groups", "rank", "mean bits", "predicted loss")
+    cells = [
+        (
             row["budget"],
             f"{row['bytes_per_token']:,.0f}",
             f"{row['row_bytes']:,}",
@@ -111,4 +108,6 @@ def _sweep(explorer: Any, recipes: list[Any], plot: Path | None, as_json: bool) 
             f"{row['mean_bits']:.2f}",
             f"{row['predicted_loss']:.4g}",
         )
-    console.show(table)
+        for row in rows
+    ]
+    console.show(Table.of(titles, cells, words=0))

@@ -72,22 +72,14 @@ def _as_json(what: Any, outgoing: Any, done: Any) -> dict[str, Any]:
 
 
 def _tables(what: Any, outgoing: Any) -> list[Any]:
-    from rich.table import Table
+    from clla.tables import Table
 
     kind = "private" if what.private else "public"
     where = what.repo_id + (f", branch {what.revision}" if what.revision else "")
-    sent = Table("file", "bytes", title=f"To {where} ({kind} where it is new)", show_footer=False)
-    sent.columns[1].justify = "right"
-    for name in sorted(outgoing.files):
-        sent.add_row(name, f"{outgoing.size(name):,}")
-    sent.add_section()
-    sent.add_row(f"{len(outgoing.files)} files", f"{outgoing.total:,}")
-    tables = [sent]
-    if outgoing.base is not None:
-        sent.caption = f"The codec alone; its weights are those of {outgoing.base.repo}"
+    rows = [(name, f"{outgoing.size(name):,}") for name in sorted(outgoing.files)]
+    rows.append((f"{len(outgoing.files)} files", f"{outgoing.total:,}"))
+    caption = f"The codec alone; its weights are those of {outgoing.base.repo}" if outgoing.base is not None else ""
+    tables = [Table.of(("file", "bytes"), rows, title=f"To {where} ({kind} where it is new)", caption=caption)]
     if outgoing.left_out:
-        left = Table("left out", "why")
-        for name, why in outgoing.left_out.items():
-            left.add_row(name, why)
-        tables.append(left)
+        tables.append(Table.of(("left out", "why"), outgoing.left_out.items(), words=2))
     return tables

@@ -17,16 +17,13 @@ from clla.errors import UsageError
 def ls() -> None:
     """List the built-in recipes."""
     with errors(interrupted="nothing was written"):
-        from rich.table import Table
-
         from clla.recipe import load_recipe
         from clla.recipes import builtin_recipes
+        from clla.tables import Table
 
-        table = Table("name", "KV budget", "description")
-        for name in builtin_recipes():
-            recipe = load_recipe(name)
-            table.add_row(name, recipe.budget.kv_budget, recipe.description)
-        console.show(table)
+        recipes = {name: load_recipe(name) for name in builtin_recipes()}
+        rows = [(name, recipe.budget.kv_budget, recipe.description) for name, recipe in recipes.items()]
+        console.show(Table.of(("name", "KV budget", "description"), rows, words=3))
 
 
 def show(

@@ -6,15 +6,16 @@ import json
 import webbrowser
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from clla import console
-from clla.commands.options import OUTPUT, AsJson, Device, Dtype, errors, path, start
-from clla.recipe import LARGEST
+from clla.commands.options import OUTPUT, AsJson, errors, path, start, with_settings
+from clla.report.options import Options
 
 
+@with_settings(Options)
 def report(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
     output: Annotated[
@@ -29,47 +30,19 @@ def report(
         ),
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.", rich_help_panel=OUTPUT)] = False,
-    samples: Annotated[
-        Optional[int],
-        typer.Option(min=0, max=LARGEST, help="Built-in prompts to continue; default: 3, with --prompt none."),
-    ] = None,
     prompt: Annotated[Optional[list[str]], typer.Option(help="Continue this, too; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens to write after each prompt.")] = 160,
-    text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
-    num_samples: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Samples of text that errors of layers are measured on; 0: none.")
-    ] = 2,
-    sequence_length: Annotated[
-        Optional[int],
-        typer.Option(min=2, max=LARGEST, help="Tokens per sample; default: 2048, or what the model takes."),
-    ] = None,
-    source_model: Annotated[
-        Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
-    ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
     """Write one HTML page about a converted model: plan, quality, memory, errors of layers, samples."""
     with errors(as_json, interrupted="no page was written; the checkpoint is as it was"):
+        options = Options.checked(**settings)
         start()
         from clla.hub.revision import beside
-        from clla.report import Options, make_page
+        from clla.report.run import make_page
 
         page = (output or beside(checkpoint, "-report.html")).resolve()
-        options = Options(
-            html=page,
-            samples=samples if samples is not None else 0 if prompt else 3,
-            prompts=tuple(prompt or ()),
-            new_tokens=max_new_tokens,
-            text=text,
-            windows=num_samples,
-            window_length=sequence_length,
-            teacher=source_model,
-            device=device,
-            dtype=dtype,
-        )
-        data = make_page(checkpoint, options)
+        data = make_page(checkpoint, page, options, prompts=tuple(prompt or ()))
         if as_json:
             found = {
                 "output": str(page),

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rich.table import Table
-
-from clla.evaluate.figures import OWN_COLOUR, SOURCE_COLOUR, axes_of
+from clla.evaluate.figures import OWN_COLOUR, SOURCE_COLOUR, axes_of, save
+from clla.tables import Table
 
 SLACK = 1e-3  # of a budget, when it is said to be kept
 
@@ -66,19 +65,17 @@ def recommend(rows: Sequence[Row], budget: float) -> Row | None:
     return min(within, key=lambda row: (row.kl, row.bytes_per_token), default=None)
 
 
-def comparison_table(rows: Sequence[Row], *, context: int, long_context: int) -> Table:
-    """For the terminal; rows of the Pareto front are marked."""
+def comparison_table(rows: Sequence[Row], *, context: int, long_context: int, caption: str) -> Table:
+    """All rows; those of the Pareto front are marked."""
     front = set(map(id, pareto(rows)))
-    table = Table(title=f"Quality at {context} tokens, measured bytes per token; ● no other is smaller and better")
-    titles = ("", "method", "setting", f"bytes at {context}", f"at {long_context}", "of source", "perplexity", "KL")
-    left = ("", "method", "setting", "training")
-    for title in (*titles, "code NLL", "exact", "training"):
-        table.add_column(title, no_wrap=True, justify="left" if title in left else "right")
-    for row in rows:
-        table.add_row(
+    titles = ("", "method", "setting", "training", f"bytes at {context}", f"at {long_context}", "of source",
+              "perplexity", "KL", "code NLL", "exact")  # fmt: skip
+    cells = [
+        (
             "●" if id(row) in front else "",
             row.method,
             row.setting,
+            "yes" if row.trained else "no",
             f"{row.bytes_per_token:,.0f}",
             f"{row.long_bytes_per_token:,.0f}",
             f"{100 * row.share:.1f} %",
@@ -86,13 +83,15 @@ def comparison_table(rows: Sequence[Row], *, context: int, long_context: int) ->
             f"{row.kl:.4f}",
             "" if row.retrieval_nll is None else f"{row.retrieval_nll:.2f}",
             "" if row.retrieval_exact is None else f"{100 * row.retrieval_exact:.0f} %",
-            "yes" if row.trained else "no",
         )
-    return table
+        for row in rows
+    ]
+    title = f"Quality at {context} tokens, measured bytes per token; ● no other is smaller and better"
+    return Table.of(titles, cells, title=title, caption=caption, words=4)
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line a row, the fields of `Row` as columns."""
+    """One line per row, the fields of `Row` as columns."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
         writer.writeheader()
@@ -100,14 +99,14 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_comparison(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """KL against bytes, both logarithmic, a mark a method, the Pareto front as a line.
+    """KL against bytes, both logarithmic, a mark per method, the Pareto front as a line.
 
     Args:
         rows: without the source, whose KL is zero.
         path: PNG or SVG to write.
         title: above the picture.
     """
-    figure, axes = axes_of(8, 5)
+    axes = axes_of(8, 5)
     marks = "osD^vP*Xh<>p8d"
     floor = 1e-5  # a lossless setting has no logarithm
     for i, method in enumerate(dict.fromkeys(row.method for row in rows)):
@@ -124,10 +123,6 @@ def draw_comparison(rows: Sequence[Row], path: Path, *, title: str) -> None:
         linestyle="--",
         label="Pareto front",
     )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("KV cache, measured bytes per token")
-    axes.set_ylabel("KL to the source, nats per token")
-    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    figure.savefig(path, dpi=120)
+    what = {"x": "KV cache, measured bytes per token", "y": "KL to the source, nats per token"}
+    save(axes, path, **what, title=title, log="xy")

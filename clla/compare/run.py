@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor
 
 from clla import console
@@ -30,6 +29,7 @@ from clla.source.lengths import reach_of
 from clla.source.model import open_source
 from clla.storage.filenames import COMPARISON
 from clla.storage.files import write_text
+from clla.tables import Table
 from clla.text.reading import check_text
 from clla.text.sequences import evaluation_windows
 from clla.text.vocabulary import check_tokens
@@ -64,20 +64,19 @@ class Comparison:
         return [(budget, recommend(self.rows[1:], budget)) for budget in self.options.budgets]
 
     def tables(self) -> list[Table]:
-        advice = Table("budget", "least KL", "of source", "KL", title="Recommendation, from the table above")
-        for budget, row in self.recommendations():
-            if row is None:
-                advice.add_row(f"{100 * budget:g} %", "no setting keeps to it", "", "")
-            else:
-                advice.add_row(f"{100 * budget:g} %", row.name, f"{100 * row.share:.1f} %", f"{row.kl:.4f}")
-        found = [comparison_table(self.rows, context=self.context, long_context=self.long_context)]
-        found[0].caption = f"{self.options.samples} windows of the text, {UNSEEN[self.unseen]}"
+        """All settings, those left out, and which to take at each budget."""
+        advice = [
+            (f"{100 * budget:g} %", row.name, f"{100 * row.share:.1f} %", f"{row.kl:.4f}")
+            if row is not None
+            else (f"{100 * budget:g} %", "no setting keeps to it")
+            for budget, row in self.recommendations()
+        ]
+        caption = f"{self.options.samples} samples of the text, {UNSEEN[self.unseen]}"
+        found = [comparison_table(self.rows, context=self.context, long_context=self.long_context, caption=caption)]
         if self.left_out:
-            gone = Table("method", "setting", "why", title="Left out")
-            for entry in self.left_out:
-                gone.add_row(*entry)
-            found.append(gone)
-        return [*found, advice]
+            found.append(Table.of(("method", "setting", "why"), self.left_out, title="Left out", words=3))
+        titles, title = ("budget", "least KL", "of source", "KL"), "Recommendation, from the table above"
+        return [*found, Table.of(titles, advice, title=title, words=2)]
 
     def to_json(self) -> dict[str, Any]:
         return {

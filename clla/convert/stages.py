@@ -21,7 +21,7 @@ from clla._version import __version__
 from clla.artifacts.codec import Codec
 from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
-from clla.calibrate.collect import Collector, collect
+from clla.calibrate.collect import Collection, Collector, collect
 from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
 from clla.checkpoint.assemble import attach, clla_block
@@ -163,18 +163,18 @@ class Run:
                 remedy="run it without accelerate launch",
             )
         calibration, plan = self.recipe.calibration, self.recipe.plan
-        options: dict[str, Any] = {
-            "layers": self.source.layers,
-            "kv": self.source.kv,
-            "band": plan.max_layers_per_group,
-            "skip_positions": calibration.skip_positions,
-            "rope": self.rope,
-            "with_inputs": needs_inputs(plan.metric, plan.source),
-            "with_queries": self.with_queries,
-            "seed": calibration.seed,
-            "metric_every": calibration.metric_every,
-        }
-        stats = self._streamed_stats(options) if streams else self._stats_at_once(options)
+        wanted = Collection(
+            layers=self.source.layers,
+            kv=self.source.kv,
+            band=plan.max_layers_per_group,
+            rope=self.rope,
+            skip_positions=calibration.skip_positions,
+            with_inputs=needs_inputs(plan.metric, plan.source),
+            with_queries=self.with_queries,
+            seed=calibration.seed,
+            metric_every=calibration.metric_every,
+        )
+        stats = self._streamed_stats(wanted) if streams else self._stats_at_once(wanted)
         if (reduction := stats.reduction) is not None:
             console.say(
                 f"Moments are kept in {reduction['coordinates']} of {reduction['of']} coordinates per layer; what "
@@ -184,30 +184,30 @@ class Run:
             stats.save(path)
         return stats
 
-    def _stats_at_once(self, options: dict[str, Any]) -> Stats:
+    def _stats_at_once(self, wanted: Collection) -> Stats:
         calibration, batches = self.recipe.calibration, self.batches()
         if isinstance(batches, list):
             total = sum(batch.numel() for batch in batches)
         else:
             length = calibration.sequence_length or DEFAULT_LENGTH
             total = -(-(calibration.tokens or 0) // length) * length
-        collector = Collector(self.model(), checkpointing=self.recipe.runtime.gradient_checkpointing, **options)
+        collector = Collector(self.model(), wanted, checkpointing=self.recipe.runtime.gradient_checkpointing)
         with console.progress("Calibrating (tokens)", total) as advance:
             return collect(collector, batches, made_from=self.stats_key, on_tokens=advance)
 
-    def _streamed_stats(self, options: dict[str, Any]) -> Stats:
+    def _streamed_stats(self, wanted: Collection) -> Stats:
         """Layer by layer; hidden states go to the work directory where they would take much of the memory."""
         batches = list(self.batches())
         tokens, layers = sum(batch.numel() for batch in batches), self.source.config.get_text_config().num_hidden_layers
         width = self.source.config.get_text_config().hidden_size * self.dtype.itemsize
-        wanted = tokens * (
+        spilled = tokens * (
             (layers + 2) * width + 4 * (self.recipe.plan.max_layers_per_group + 1) * self.source.kv.values
         )
-        in_memory = self.placement != "stream" and wanted < HIDDEN_ROOM * psutil.virtual_memory().available
+        in_memory = self.placement != "stream" and spilled < HIDDEN_ROOM * psutil.virtual_memory().available
         folder = None if in_memory else self.work / "spill"
         if folder is not None:
-            check_disk(folder, wanted, instead="read fewer --calibration-tokens")
-        collector = StreamedCollector(self.model(), basis=self.recipe.calibration.basis, folder=folder, **options)
+            check_disk(folder, spilled, instead="read fewer --calibration-tokens")
+        collector = StreamedCollector(self.model(), wanted, basis=self.recipe.calibration.basis, folder=folder)
         with console.progress("Calibrating (tokens per layer)", tokens * 2 * layers) as advance:
             return collector.collect(batches, made_from=self.stats_key, on_tokens=advance)
 

@@ -1,31 +1,33 @@
-"""A plan as tables for the terminal, and how it is written there, in cards and on pages."""
+"""A plan as tables, and how its layers and bits are written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
 
-from rich.table import Table
-
 from clla.artifacts.plan import LayerGroup, Plan
+from clla.tables import Table
+
+
+def groups_table(plan: Plan) -> Table:
+    """Layers, rank, bits, bytes and predicted loss of each layer group."""
+    total = plan.predicted_loss or 1.0
+    rows = [
+        (
+            span(group.layers),
+            bit_runs(group, plan.tier_size),
+            f"{len(group.tier_bits) * plan.tier_size:,}",
+            f"{plan.row_bytes_of(group):,}",
+            f"{100 * group.predicted_loss / total:.1f} %",
+        )
+        for group in plan.groups
+    ]
+    return Table.of(("layers", "bits:components", "rank", "bytes per token", "of loss"), rows, title="Plan", words=2)
 
 
 def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
-    """The plan for the terminal: groups, ranks, bits by tier, bytes, predicted loss; KL where it is known."""
-    table = Table(title="Plan")
-    for title in ("layers", "rank", "bits:components", "bytes/token", "share of loss"):
-        table.add_column(title, justify="right" if title not in ("layers", "bits:components") else "left")
-    total = plan.predicted_loss or 1.0
-    for group in plan.groups:
-        table.add_row(
-            span(group.layers),
-            str(len(group.tier_bits) * plan.tier_size),
-            bit_runs(group, plan.tier_size),
-            str(plan.row_bytes_of(group)),
-            f"{100 * group.predicted_loss / total:.1f} %",
-        )
+    """Groups, and the plan as a whole: bytes, what stays exact, and KL where it is known."""
     at, rows_kept = plan.at_context, plan.capacity
-    summary = Table(show_header=False, box=None)
     source = plan.source_bytes_per_token
     rows = [
         ("source KV", f"{source:,} bytes per token"),
@@ -44,9 +46,7 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
         rows.append(("predicted KL", f"{predicted_kl:.4f} nats per token if no token were exact"))
     if plan.kept_layers:
         rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by {plan.bound}"))
-    for row in rows:
-        summary.add_row(*row)
-    return [table, summary]
+    return [groups_table(plan), Table.of((), rows, words=2)]
 
 
 def bit_runs(group: LayerGroup, tier_size: int) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from clla.evaluate.source_cache import SourceCache
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE, REPORT
 from clla.storage.files import write_text
+from clla.tables import Table
 from clla.text.vocabulary import check_tokens
 
 NAMES = ("source", "int4", "converted")
@@ -60,7 +60,7 @@ class Report:
     unseen: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The report as nested objects, figures a token."""
+        """The report as nested objects, figures per token."""
         last = max(self.cache_bytes) if self.cache_bytes else None
         cache: dict[str, Any] = {"by_context": {str(k): v for k, v in self.cache_bytes.items()}}
         if last is not None:
@@ -94,42 +94,67 @@ class Report:
             unseen=data.get("unseen"),
         )
 
-    def tables(self) -> list[Table]:
-        """Tables for the terminal."""
-        what = f"{self.windows} windows of {self.context} tokens, {self.chunk} a step"
-        quality = Table(title=f"{what}, {UNSEEN[self.unseen]}")
-        for title in ("model", "perplexity", "ratio", "KL (nats)", "cache bytes/token", "of source"):
-            quality.add_column(title, justify="left" if title == "model" else "right")
-        base = self.quality["source"]
-        for name, row in self.quality.items():
-            quality.add_row(
-                LABELS[name],
+    def quality_table(self, before: Report | None = None) -> Table:
+        """Source, int4 and converted side by side; and the converted model as it was before healing."""
+        base, named = self.quality["source"], [(LABELS[name], row) for name, row in self.quality.items()]
+        if before is not None:
+            named.insert(-1, ("converted, before healing", before.quality["converted"]))
+        rows = [
+            (
+                label,
                 f"{row['perplexity']:.3f}",
                 f"{row['perplexity'] / base['perplexity']:.4f}",
-                "" if name == "source" else f"{row['kl']:.4f}",
+                f"{row['kl']:.4f}" if "kl" in row else "",
                 f"{row['bytes_per_token']:,.0f}",
                 f"{100 * row['bytes_per_token'] / base['bytes_per_token']:.1f} %",
             )
-        memory = Table(title="Cache of one sequence")
-        for title in ("context", "source bytes/token", "converted", "planned", "of source"):
-            memory.add_column(title, justify="right")
-        for context, row in self.cache_bytes.items():
-            memory.add_row(
+            for label, row in named
+        ]
+        title = f"{self.windows} samples of {self.context} tokens, {self.chunk} per step, {UNSEEN[self.unseen]}"
+        titles = ("", "perplexity", "ratio", "KL (nats per token)", "cache bytes per token", "of source")
+        return Table.of(titles, rows, title=title)
+
+    def bytes_table(self) -> Table:
+        """Bytes per token of one sequence's cache, measured and planned."""
+        rows = [
+            (
                 f"{context:,}",
                 f"{self.source_bytes[context]:,.0f}",
-                f"{row['bytes_per_token']:,.0f}",
-                f"{row['planned_bytes_per_token']:,.0f}",
+                f"{row['bytes_per_token']:,.2f}",
+                f"{row['planned_bytes_per_token']:,.2f}",
                 f"{100 * row['bytes_per_token'] / self.source_bytes[context]:.2f} %",
             )
-        tables = [quality, memory]
-        if self.retrieval:
-            codes = Table(title="Retrieval of planted codes")
-            for title in ("model", "NLL of the code (nats)", "exact"):
-                codes.add_column(title, justify="left" if title == "model" else "right")
-            for name, row in self.retrieval.items():
-                codes.add_row(LABELS[name], f"{row['nll']:.3f}", f"{100 * row['exact']:.0f} %")
-            tables.append(codes)
-        return tables
+            for context, row in self.cache_bytes.items()
+        ]
+        titles = ("tokens", "source, bytes per token", "converted", "planned", "of source")
+        return Table.of(titles, rows, title="Cache of one sequence")
+
+    def retrieval_table(self) -> Table:
+        """Planted codes, where they were asked for."""
+        rows = [(LABELS[n], f"{r['nll']:.3f}", f"{100 * r['exact']:.0f} %") for n, r in self.retrieval.items()]
+        return Table.of(("", "NLL of the code (nats)", "exact"), rows, title="Retrieval of planted codes")
+
+    def tables(self) -> list[Table]:
+        """All of them."""
+        return [self.quality_table(), self.bytes_table(), *([self.retrieval_table()] if self.retrieval else [])]
+
+
+def healing_table(before: Report | None, after: Report | None) -> Table | None:
+    """What healing brought, where both were measured."""
+    if before is None or after is None:
+        return None
+    figures: list[tuple[str, Callable[[Report, str], float | None], str]] = [
+        ("perplexity", lambda report, name: report.quality[name]["perplexity"], ".3f"),
+        ("KL (nats per token)", lambda report, name: report.quality[name].get("kl"), ".4f"),
+        ("NLL of planted codes", lambda report, name: report.retrieval.get(name, {}).get("nll"), ".3f"),
+        ("exact codes", lambda report, name: report.retrieval.get(name, {}).get("exact"), ".2f"),
+    ]
+    rows = []
+    for label, pick, form in figures:
+        found = [pick(after, "source"), pick(before, "converted"), pick(after, "converted")]
+        if found[2] is not None:
+            rows.append([label, *("" if value is None else format(value, form) for value in found)])
+    return Table.of(("", "source", "before", "after"), rows, title="Healing")
 
 
 def subjects(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -87,25 +85,6 @@ class Healing:
             "verdict": self.verdict,
             "before": self.before.to_json() if self.before else None,
         }
-
-    def tables(self, after: Report | None) -> list[Table]:
-        """Before and after, side by side."""
-        if self.before is None or after is None:
-            return []
-        table = Table(title="Healing")
-        for title in ("", "source", "before", "after"):
-            table.add_column(title, justify="right" if title else "left")
-        rows: list[tuple[str, Callable[[Report, str], float | None], str]] = [
-            ("perplexity", lambda report, name: report.quality[name]["perplexity"], ".3f"),
-            ("KL (nats)", lambda report, name: report.quality[name].get("kl"), ".4f"),
-            ("NLL of planted codes", lambda report, name: report.retrieval.get(name, {}).get("nll"), ".3f"),
-            ("exact codes", lambda report, name: report.retrieval.get(name, {}).get("exact"), ".2f"),
-        ]
-        for label, pick, form in rows:
-            found = [pick(after, "source"), pick(self.before, "converted"), pick(after, "converted")]
-            if found[2] is not None:
-                table.add_row(label, *("" if value is None else format(value, form) for value in found))
-        return [table]
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,14 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE
 from .rows_clla import PackedRows
 from .triton_clla import (
     COMPONENTS,
     LEAST,
     NAMESPACE,
     QUERY_ROWS,
-    block_levels,
-    block_scales,
+    block_components,
+    block_latents,
     block_table,
     decoder_part,
     flat_layout,
@@ -31,13 +30,9 @@ from .triton_clla import (
     needs_wide_offsets,
     row_places,
     tile_of,
+    tl,
+    triton,
 )
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheel for this platform: `absorbed_clla.py` is all there is
-    triton = tl = None
 
 
 def absorbed_logits(rows: PackedRows, query: Tensor, scaling: float) -> Tensor:
@@ -86,8 +81,6 @@ def _launch(
             *out.stride()[:2],
             WIDE=needs_wide_offsets(data),
             LIMITED=used is not None,
-            STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
-            BIAS=SCALE_BIAS,
             T=tile,
             R=COMPONENTS,
             QUERIES=at_once,
@@ -142,8 +135,6 @@ def absorbed_kernel(
     out_stride_row,
     WIDE: tl.constexpr,
     LIMITED: tl.constexpr,
-    STEPS_PER_OCTAVE: tl.constexpr,
-    BIAS: tl.constexpr,
     T: tl.constexpr,
     R: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -155,7 +146,6 @@ def absorbed_kernel(
     place, row = row_places(data, token, valid, data_stride_row, False, WIDE)
     asked = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     asked_mask = asked < query_rows
-    part = tl.arange(0, R)
     data += batch * data_stride_batch
     query += batch * query_stride_batch * 8
     first, stop = tl.load(hidden + batch).to(tl.int32), count
@@ -165,13 +155,9 @@ def absorbed_kernel(
     block_count = tl.where((begin + T > first) & (begin < stop), block_count, 0)
     logits = tl.zeros((T, QUERIES), tl.float32)
     for block in range(0, block_count):
-        # Classes are whole tiers, so queries are read 8 components at a time.
-        component = tl.multiple_of(tl.load(blocks + block * 6 + 3), 8) + part
-        wanted = part < tl.multiple_of(tl.load(blocks + block * 6 + 4), 8)
-        scale = block_scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
-        level = block_levels(data, row, valid, blocks, block, row_bytes, T, R)
+        component, wanted = block_components(blocks, block, R)
+        latent = block_latents(data, row, valid, blocks, block, row_bytes, T, R).to(query.dtype.element_ty)
         asking = decoder_part(query, query_stride_row, component, wanted, asked, asked_mask)
-        latent = (level * scale[:, None]).to(query.dtype.element_ty)
         logits = tl.dot(latent, asking, logits, input_precision="ieee")
     newest = stop - tokens + asked % tokens  # the last row that each query sees
     seen = (place >= first)[:, None] & (place[:, None] <= newest[None, :])

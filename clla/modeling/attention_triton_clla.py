@@ -22,7 +22,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, Layout
+from .quantize_clla import Layout
 from .rows_clla import PackedRows
 from .triton_clla import (
     COLUMNS,
@@ -30,8 +30,8 @@ from .triton_clla import (
     LEAST,
     NAMESPACE,
     QUERY_ROWS,
-    block_levels,
-    block_scales,
+    block_components,
+    block_latents,
     block_table,
     decoder_part,
     flat_layout,
@@ -40,13 +40,9 @@ from .triton_clla import (
     processors,
     row_places,
     tile_of,
+    tl,
+    triton,
 )
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheel for this platform: `attention_clla.py` is all there is
-    triton = tl = None
 
 TOKENS = 64  # of a tile that `packed_sums` takes at a time
 QUERIES = 64  # query rows that a tile's keys are multiplied with at once, where the matrix units do it
@@ -148,8 +144,6 @@ def _launch_logits(
             INDEXED=index is not None,
             WIDE=needs_wide_offsets(data),
             LIMITED=used is not None,
-            STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
-            BIAS=SCALE_BIAS,
             HEADS=heads_at_once,
             HALF=half,
             REST=rest,
@@ -194,8 +188,6 @@ def _launch_sums(
             *out.stride()[:3],
             INDEXED=index is not None,
             WIDE=needs_wide_offsets(data),
-            STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
-            BIAS=SCALE_BIAS,
             ELEMENT=getattr(tl, str(dtype).removeprefix("torch.")),
             WEIGHT_SCALE=WEIGHT_SCALE,
             T=TOKENS,
@@ -252,11 +244,10 @@ def _splits(count: int, programs: int, device: torch.device) -> int:
 
 
 @jit()
-def _queries(query, stride_head, stride_row, head, channel, mask, column_head, column_row, column_mask):
-    """Queries [C, Q]: column q holds a query row of one head, and zeros at the channels of other heads."""
-    at = column_head[None, :] * stride_head + column_row[None, :] * stride_row + channel[:, None]
+def _queries(query, column_head, column_mask, head, channel, mask):
+    """Queries [C, Q] at `query` [Q]: a column holds a query row of one head, and zeros at channels of other heads."""
     own = (head[:, None] == column_head[None, :]) & mask[:, None] & column_mask[None, :]
-    return tl.load(query + at, mask=own, other=0.0)
+    return tl.load(query[None, :] + channel[:, None], mask=own, other=0.0)
 
 
 @jit(do_not_specialize=["count", "block_count"])
@@ -294,8 +285,6 @@ def logits_kernel(
     INDEXED: tl.constexpr,
     WIDE: tl.constexpr,
     LIMITED: tl.constexpr,
-    STEPS_PER_OCTAVE: tl.constexpr,
-    BIAS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
@@ -309,7 +298,6 @@ def logits_kernel(
     valid = token < count
     place, row = row_places(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
     data += batch * data_stride_batch
-    part = tl.arange(0, R)
     element = decoder.dtype.element_ty
 
     # Columns of the keys: head by head the first of each pair, the second, and what is not rotated.
@@ -332,11 +320,8 @@ def logits_kernel(
     if LIMITED:  # nothing to rebuild where no row is in use yet
         block_count = tl.where(tl.program_id(0) * T < tl.load(used), block_count, 0) if not INDEXED else block_count
     for block in range(0, block_count):
-        # Classes are whole tiers, so decoders are read 8 components at a time.
-        component = tl.multiple_of(tl.load(blocks + block * 6 + 3), 8) + part
-        wanted = part < tl.multiple_of(tl.load(blocks + block * 6 + 4), 8)
-        scale = block_scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
-        latent = (block_levels(data, row, valid, blocks, block, row_bytes, T, R) * scale[:, None]).to(element)
+        component, wanted = block_components(blocks, block, R)
+        latent = block_latents(data, row, valid, blocks, block, row_bytes, T, R).to(element)
         if PAIRS > 0:
             weights = decoder_part(decoder, decoder_stride, component, wanted, turned_head * D + first, turned_mask)
             keys_first = tl.dot(latent, weights, keys_first, input_precision="ieee")
@@ -369,44 +354,15 @@ def logits_kernel(
         asked = begin + tl.arange(0, QUERIES)
         asked_head, asked_row = first_head + asked // M, asked % M
         asked_mask = (asked < HEADS * M) & (asked_head < heads)
+        asked_at = query + asked_head * query_stride_head + asked_row * query_stride_row
         logits = tl.zeros((T, QUERIES), tl.float32)
         if PAIRS > 0:
-            asking = _queries(
-                query,
-                query_stride_head,
-                query_stride_row,
-                turned_head,
-                first,
-                turned_mask,
-                asked_head,
-                asked_row,
-                asked_mask,
-            )
+            asking = _queries(asked_at, asked_head, asked_mask, turned_head, first, turned_mask)
             logits = tl.dot(turned_first, asking.to(element), logits, input_precision="ieee")
-            asking = _queries(
-                query,
-                query_stride_head,
-                query_stride_row,
-                turned_head,
-                second,
-                turned_mask,
-                asked_head,
-                asked_row,
-                asked_mask,
-            )
+            asking = _queries(asked_at, asked_head, asked_mask, turned_head, second, turned_mask)
             logits = tl.dot(turned_second, asking.to(element), logits, input_precision="ieee")
         if REST > 0:
-            asking = _queries(
-                query,
-                query_stride_head,
-                query_stride_row,
-                rest_head,
-                rest,
-                rest_mask,
-                asked_head,
-                asked_row,
-                asked_mask,
-            )
+            asking = _queries(asked_at, asked_head, asked_mask, rest_head, rest, rest_mask)
             logits = tl.dot(plain_rest, asking.to(element), logits, input_precision="ieee")
         logits = tl.where(seen[:, None], logits * scaling, float("-inf"))
         to = batch * out_stride_batch + asked_head.to(tl.int64) * out_stride_head + asked_row * out_stride_row
@@ -435,8 +391,6 @@ def sums_kernel(
     out_stride_row,
     INDEXED: tl.constexpr,
     WIDE: tl.constexpr,
-    STEPS_PER_OCTAVE: tl.constexpr,
-    BIAS: tl.constexpr,
     ELEMENT: tl.constexpr,
     WEIGHT_SCALE: tl.constexpr,
     T: tl.constexpr,
@@ -458,12 +412,8 @@ def sums_kernel(
         _, row = row_places(index + batch * index_stride_batch, token, valid, data_stride_row, INDEXED, WIDE)
         at = batch * weights_stride_batch + asked.to(tl.int64)[:, None] * weights_stride_row + token[None, :]
         share = tl.load(weights + at, mask=asked_mask[:, None] & valid[None, :], other=0.0) * WEIGHT_SCALE
-        scale = block_scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE, BIAS)
-        level = block_levels(data, row, valid, blocks, block, row_bytes, T, R)
-        latent = (level * scale[:, None]).to(ELEMENT)
+        latent = block_latents(data, row, valid, blocks, block, row_bytes, T, R).to(ELEMENT)
         sums = tl.dot(share.to(ELEMENT), latent, sums, input_precision="ieee")
-    part = tl.arange(0, R)
-    component = tl.load(blocks + block * 6 + 3) + part
-    wanted = part < tl.load(blocks + block * 6 + 4)
+    component, wanted = block_components(blocks, block, R)
     to = split * out_stride_split + batch * out_stride_batch + asked.to(tl.int64)[:, None] * out_stride_row
     tl.store(out + to + component[None, :], sums / WEIGHT_SCALE, mask=asked_mask[:, None] & wanted[None, :])

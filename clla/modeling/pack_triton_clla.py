@@ -20,21 +20,13 @@ import torch
 from torch import Tensor
 
 from .quantize_clla import (
-    SCALE_BIAS,
     SCALE_OFFSETS,
-    SCALE_STEPS_PER_OCTAVE,
     JoinedLayout,
     RowLayout,
     decode_scale,
     quantization_step,
 )
-from .triton_clla import jit, on_gpu
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheel for this platform: `RowLayout.pack` is all there is
-    triton = tl = None
+from .triton_clla import BIAS, STEPS_PER_OCTAVE, jit, on_gpu, tl, triton
 
 SCALE_CODES = 256
 
@@ -96,8 +88,6 @@ def pack_rows(latents: Tensor, layout: RowLayout, out: Tensor, first_row: Union[
             length,
             *latents.stride(),
             *out.stride()[:2],
-            STEPS_PER_OCTAVE=SCALE_STEPS_PER_OCTAVE,
-            BIAS=SCALE_BIAS,
             LAST_CODE=SCALE_CODES - 1,
             TRIES=len(SCALE_OFFSETS),
             ROW_ON_DEVICE=isinstance(first_row, Tensor),
@@ -149,9 +139,7 @@ def _read(x, valid, at, stride, size):
 
 
 @jit()
-def _start(
-    x, valid, stride, size, STEPS_PER_OCTAVE: tl.constexpr, BIAS: tl.constexpr, L: tl.constexpr, R: tl.constexpr
-):
+def _start(x, valid, stride, size, L: tl.constexpr, R: tl.constexpr):
     """Scale code [L] next to the RMS, not yet cut off above; 0 for zeros and NaNs."""
     squares = tl.zeros((L, R), tl.float32)
     for begin in range(0, size, R):
@@ -212,8 +200,6 @@ def pack_kernel(
     latents_stride_component,
     out_stride_batch,
     out_stride_row,
-    STEPS_PER_OCTAVE: tl.constexpr,
-    BIAS: tl.constexpr,
     LAST_CODE: tl.constexpr,
     TRIES: tl.constexpr,
     ROW_ON_DEVICE: tl.constexpr,
@@ -237,7 +223,7 @@ def pack_kernel(
     row = slot + (tl.load(first_row) if ROW_ON_DEVICE else first_row)
     row = out + sequence * out_stride_batch + row * out_stride_row
 
-    start = _start(x, valid, latents_stride_component, size, STEPS_PER_OCTAVE, BIAS, L, R)
+    start = _start(x, valid, latents_stride_component, size, L, R)
     start = tl.minimum(start, LAST_CODE * 1.0).to(tl.int32)[:, None]
     tries = tl.arange(0, O)[None, :]
     tried = tl.maximum(start + tl.load(offsets + tries, mask=tries < TRIES, other=0), 1)

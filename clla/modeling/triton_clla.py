@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .quantize_clla import Layout, quantization_step
+from .quantize_clla import SCALE_BIAS, SCALE_STEPS_PER_OCTAVE, Layout, quantization_step
 
 try:
     import triton
@@ -23,6 +23,14 @@ QUERY_ROWS = 128  # that one program of `packed_sums` takes
 # A compiler sees each launch as one operation. Every checkpoint may bring its own copy of this module, named after its
 # folder: the operations of each copy have names of their own, made of signs that any name can be made of.
 NAMESPACE = "clla_" + hashlib.sha256(f"{__name__} {__file__}".encode()).hexdigest()[:16]
+
+
+def constant(value):
+    """A number that kernels may use as it is."""
+    return tl.constexpr(value) if tl is not None else value
+
+
+STEPS_PER_OCTAVE, BIAS = constant(SCALE_STEPS_PER_OCTAVE), constant(SCALE_BIAS)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -94,11 +102,12 @@ def row_places(index, token, valid, stride, INDEXED: tl.constexpr, WIDE: tl.cons
 
 
 @jit()
-def block_levels(data, row, valid, blocks, block, row_bytes, T: tl.constexpr, R: tl.constexpr):
-    """Levels [T, R] of a block of components, in fp32 (half integers), of rows at `row` [T] from `data`."""
-    first_byte = tl.load(blocks + block * 6 + 1)
+def block_latents(data, row, valid, blocks, block, row_bytes, T: tl.constexpr, R: tl.constexpr):
+    """Latents [T, R] of a block of components, in fp32, of rows at `row` [T] from `data`."""
+    scale_byte, first_byte = tl.load(blocks + block * 6), tl.load(blocks + block * 6 + 1)
     bits = tl.load(blocks + block * 6 + 2)
     size = tl.load(blocks + block * 6 + 4)
+    step = tl.load(blocks + block * 6 + 5).to(tl.float32, bitcast=True)
     at = tl.arange(0, R)
     byte = first_byte + (at * bits >> 3)
     shift = at * bits & 7
@@ -107,16 +116,18 @@ def block_levels(data, row, valid, blocks, block, row_bytes, T: tl.constexpr, R:
     crosses = (shift + bits > 8) & (byte + 1 < row_bytes)
     high = tl.load(data + (row[:, None] + (byte + 1)[None, :]), mask=mask & crosses[None, :], other=0).to(tl.int32)
     code = ((low | (high << 8)) >> shift[None, :]) & ((1 << bits) - 1)
-    return code.to(tl.float32) + (0.5 - (1 << (bits - 1)).to(tl.float32))
+    level = code.to(tl.float32) + (0.5 - (1 << (bits - 1)).to(tl.float32))  # half integers
+    scale = tl.load(data + (row + scale_byte), mask=valid, other=0).to(tl.float32)
+    scale = tl.where(scale > 0, tl.exp2((scale - BIAS) / STEPS_PER_OCTAVE) * step, 0.0)
+    return level * scale[:, None]
 
 
 @jit()
-def block_scales(data, row, valid, blocks, block, STEPS_PER_OCTAVE: tl.constexpr, BIAS: tl.constexpr):
-    """Step times scale [T] of a block's class."""
-    byte = tl.load(blocks + block * 6)
-    step = tl.load(blocks + block * 6 + 5).to(tl.float32, bitcast=True)
-    code = tl.load(data + (row + byte), mask=valid, other=0).to(tl.float32)
-    return tl.where(code > 0, tl.exp2((code - BIAS) / STEPS_PER_OCTAVE) * step, 0.0)
+def block_components(blocks, block, R: tl.constexpr):
+    """Numbers of a block's components [R], and which there are; classes are whole tiers, multiples of 8."""
+    part = tl.arange(0, R)
+    first, size = tl.multiple_of(tl.load(blocks + block * 6 + 3), 8), tl.multiple_of(tl.load(blocks + block * 6 + 4), 8)
+    return first + part, part < size
 
 
 @jit()

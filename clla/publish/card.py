@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -69,7 +68,7 @@ def metadata(facts: Facts) -> ModelCardData:
     origin, base = facts.origin, facts.origin.hub_id
     texts = [facts.recipe.calibration.dataset, facts.healing["config"]["dataset"] if facts.healing else "bundled"]
     datasets = list(dict.fromkeys(found.repo for text in texts if (found := hub_dataset(text))))
-    results = _results(facts.measured)
+    results = _results(facts)
     return ModelCardData(
         base_model=base,
         base_model_relation=("finetune" if facts.healing else "quantized") if base else None,
@@ -86,10 +85,11 @@ def metadata(facts: Facts) -> ModelCardData:
     )
 
 
-def _results(measured: dict[str, Any] | None) -> list[EvalResult]:
+def _results(facts: Facts) -> list[EvalResult]:
     """Perplexities of converted model and source, where the text has an id on the Hub and calibration left it out."""
-    found = hub_dataset(measured["text"]) if measured and measured.get("text") and measured["unseen"] else None
-    if found is None or measured is None:
+    report = facts.report
+    found = hub_dataset(facts.text) if facts.text and report is not None and report.unseen else None
+    if found is None or report is None:
         return []
     return [
         EvalResult(
@@ -99,10 +99,10 @@ def _results(measured: dict[str, Any] | None) -> list[EvalResult]:
             dataset_config=found.config,
             dataset_split=found.split,
             dataset_revision=found.revision,
-            dataset_args={key: measured[key] for key in ("windows", "context", "chunk")},
+            dataset_args={"windows": report.windows, "context": report.context, "chunk": report.chunk},
             metric_type="perplexity",
             metric_name=label,
-            metric_value=measured[name]["perplexity"],
+            metric_value=report.quality[name]["perplexity"],
         )
         for name, label in (("converted", "perplexity"), ("source", "perplexity of the source"))
     ]

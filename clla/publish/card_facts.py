@@ -8,6 +8,7 @@ from typing import Any
 
 from clla.artifacts.plan import Plan
 from clla.errors import CllaError
+from clla.evaluate.report import Report
 from clla.publish.origin import HUB, Origin
 from clla.recipe import Recipe
 from clla.storage.filenames import CONFIG, REPORT
@@ -23,7 +24,9 @@ class Facts:
         plan: that it runs on.
         recipe: resolved.
         origin: of its source.
-        measured: from the report; None where nothing was.
+        report: what was measured, if it was.
+        text: on which, as the recipe names it; None where not known.
+        before: what was measured before healing.
         healing: from the report; None where it was not trained.
         calibration_tokens: whose moments were taken, where known.
         adapter: the codec was saved without the source's weights.
@@ -35,7 +38,9 @@ class Facts:
     plan: Plan
     recipe: Recipe
     origin: Origin
-    measured: dict[str, Any] | None
+    report: Report | None
+    text: str | None
+    before: Report | None
     healing: dict[str, Any] | None
     calibration_tokens: int | None
     adapter: bool
@@ -69,19 +74,23 @@ def read_facts(folder: Path, name: str) -> Facts:
     try:
         recipe = Recipe.model_validate(report["recipe"])
         title = Path(recipe.provenance.model).name if recipe.provenance else "Converted model"
+        measured, healing = report["measured"], report["healing"]
+        before = (healing or {}).get("before")
         return Facts(
             name=name,
             plan=Plan.from_json(report["plan"]),
             recipe=recipe,
             origin=Origin.from_json(found) if (found := report.get("origin")) else Origin(title),
-            measured=report["measured"],
-            healing=report["healing"],
+            report=Report.from_json(measured) if measured else None,
+            text=(measured or {}).get("text"),
+            before=Report.from_json(before) if before else None,
+            healing=healing,
             calibration_tokens=report.get("calibration_tokens"),
             adapter=config.get("base_model") is not None,
             chat=(folder / "chat_template.jinja").is_file(),
             pictures=frozenset(file.name for file in folder.glob("clla_*.png")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CllaError(
             f"{path} is no valid report: {error}",
             expected="a report that clla convert or clla heal wrote",

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from clla.artifacts.plan import Plan
-from clla.evaluate.plan_tables import bit_runs, span
-from clla.evaluate.report import LABELS
+from clla.evaluate.plan_tables import groups_table
 from clla.publish.card_facts import Facts
 from clla.publish.origin import HUB
 from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE
+from clla.tables import Table
 from clla.text.reading import hub_dataset
 
 CONTEXTS = (2048, 8192, 32768)  # at which bytes are planned, and the model's own longest
@@ -57,21 +57,19 @@ def usage(facts: Facts) -> str:
 def memory(facts: Facts) -> str:
     """Bytes per token by context, planned and measured, and from where on anything is gained."""
     plan, longest = facts.plan, facts.origin.longest_context
-    found = (facts.measured or {}).get("cache", {}).get("by_context", {})
-    measured = {int(context): row["bytes_per_token"] for context, row in found.items()}
-    contexts = {c for c in (*CONTEXTS, longest or 0) if 0 < c <= (longest or c)} | measured.keys()
+    measured = facts.report.cache_bytes if facts.report else {}
     rows = []
-    for context in sorted(contexts):
+    for context in sorted({c for c in (*CONTEXTS, longest or 0) if 0 < c <= (longest or c)} | measured.keys()):
         kept = plan.kept_bytes_at(context)
         source, planned = (
             (total + kept) / context for total in (plan.source_bytes_per_token * context, plan.bytes_at(context))
         )
-        share = f"{100 * planned / source:.2f} %"
-        rows.append([f"{context:,}", f"{source:,.0f}", f"{planned:,.0f}", share, _or_empty(measured.get(context))])
+        found = f"{measured[context]['bytes_per_token']:,.0f}" if context in measured else ""
+        rows.append((f"{context:,}", f"{source:,.0f}", f"{planned:,.0f}", f"{100 * planned / source:.2f} %", found))
     parts = [
         "## Cache",
         "Bytes per token of one sequence, exact tokens and scales included:",
-        _table(["context", "source", "planned", "of the source", "measured"], rows),
+        Table.of(("context", "source", "planned", "of the source", "measured"), rows).markdown(),
         _gain(plan),
     ]
     if plan.kept_layers:
@@ -83,54 +81,30 @@ def memory(facts: Facts) -> str:
 
 def quality(facts: Facts) -> str:
     """Perplexity, KL and retrieval of source and converted model, and how they were measured."""
-    measured = facts.measured
-    if measured is None:
+    report = facts.report
+    if report is None:
         return f"## Quality\n\nNothing was measured when this was written. `clla eval {facts.name}` does."
-    before = (facts.healing or {}).get("before")
-    named = [(LABELS[key], measured[key]) for key in LABELS if key in measured]
-    if before:
-        named[-1:] = [("converted, before healing", before["converted"]), ("converted, healed", measured["converted"])]
-    base = measured["source"]["perplexity"]
-    rows = [
-        [
-            label,
-            f"{row['perplexity']:.3f}",
-            f"{row['perplexity'] / base:.4f}",
-            f"{row['kl']:.4f}" if "kl" in row else "",
-            f"{row['bytes_per_token']:,.0f}",
-        ]
-        for label, row in named
-    ]
-    seen = {True: "which calibration left out", False: "which **calibration had read too**"}.get(
-        measured["unseen"], "of which it is **not known whether calibration had read it**"
-    )
-    chunk = measured["chunk"]
+    seen = {
+        True: "which calibration left out",
+        False: "which **calibration had read too**",
+        None: "of which it is **not known whether calibration had read it**",
+    }[report.unseen]
     parts = [
         "## Quality",
-        _table(["", "perplexity", "ratio", "KL (nats per token)", "cache bytes per token"], rows),
-        f"{measured['windows']} windows of {measured['context']:,} tokens of {text_of(measured.get('text'))}, {seen}; "
-        f"each from an empty cache, {chunk:,} tokens per forward pass, read through the cache as in generation. All "
-        "rows come from one run. KL is that from the source's predictions to the row's, mean over all tokens.",
+        report.quality_table(facts.before).markdown(),
+        f"{report.windows} windows of {report.context:,} tokens of {text_of(facts.text)}, {seen}; each from an empty "
+        f"cache, {report.chunk:,} tokens per forward pass, read through the cache as in generation. All rows come from "
+        "one run. KL is that from the source's predictions to the row's, mean over all tokens.",
     ]
-    if measured["retrieval"]:
-        codes = [
-            [LABELS[name], f"{row['nll']:.3f}", f"{100 * row['exact']:.0f} %"]
-            for name, row in measured["retrieval"].items()
-        ]
-        parts += [
-            "A five-digit code planted in the text and asked for at its end:",
-            _table(["", "NLL of the code (nats)", "found exactly"], codes),
-        ]
+    if report.retrieval:
+        codes = report.retrieval_table().markdown()
+        parts += ["A five-digit code planted in the text and asked for at its end:", codes]
     return "\n\n".join([*parts, *_picture(facts, QUALITY_PICTURE, "Perplexity against cache bytes")])
 
 
 def how(facts: Facts) -> str:
     """The recipe as a sentence and as tables, and what healing did."""
     plan, recipe = facts.plan, facts.recipe
-    groups = []
-    for group in plan.groups:
-        rank, runs = len(group.tier_bits) * plan.tier_size, bit_runs(group, plan.tier_size)
-        groups.append([span(group.layers), f"{rank:,}", runs, f"{plan.row_bytes_of(group):,}"])
     tokens = facts.calibration_tokens or recipe.calibration.tokens or 0
     at = f" at {plan.at_context:,} tokens" if plan.at_context else ", latents alone"
     settings = [
@@ -149,8 +123,8 @@ def how(facts: Facts) -> str:
         "Second moments of keys and values and the Fisher metric of the loss were taken on the calibration text; they "
         "decide which layers share a latent, how long it is and how many bits each component gets. "
         "`clla_recipe.yaml` repeats the conversion, `clla_report.json` holds every figure.",
-        _table(["", ""], settings),
-        _table(["layers", "latent components", "bits:components", "bytes per token"], groups),
+        Table.of((), settings, words=2).markdown(),
+        groups_table(plan).markdown(),
     ]
     if facts.healing:
         parts += [_healing(facts.healing), *_picture(facts, HEALING_PICTURE, "Held-out KL while healing")]
@@ -159,15 +133,15 @@ def how(facts: Facts) -> str:
 
 def limits(facts: Facts) -> str:
     """What is lost, and what nobody measured."""
-    plan, measured, points = facts.plan, facts.measured, []
-    if measured:
-        rise = 100 * (measured["converted"]["perplexity"] / measured["source"]["perplexity"] - 1)
+    plan, report, points = facts.plan, facts.report, []
+    if report is not None:
+        rise = 100 * (report.quality["converted"]["perplexity"] / report.quality["source"]["perplexity"] - 1)
         points.append(
-            f"On the text above, {measured['context']:,} tokens at a time, perplexity is {abs(rise):.2f} % "
+            f"On the text above, {report.context:,} tokens at a time, perplexity is {abs(rise):.2f} % "
             f"{'above' if rise >= 0 else 'below'} the source's. Longer contexts, other texts and tasks may lose more "
             "and were not measured."
         )
-        if not measured["retrieval"]:
+        if not report.retrieval:
             points.append("Whether facts far back are still found was not measured.")
     else:
         points.append("Its loss against the source was not measured.")
@@ -248,12 +222,3 @@ def _healing(healing: dict[str, Any]) -> str:
 
 def _picture(facts: Facts, name: str, words: str) -> list[str]:
     return [f"![{words}]({name})"] if name in facts.pictures else []
-
-
-def _or_empty(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -46,6 +46,7 @@ class PageData:
         reduction: as in `Stats`.
         outlook: from `clla.plan.frontier`; empty for older checkpoints.
         healing: from `Healing.to_json`; None if not healed.
+        before: measured before healing.
         errors: of each layer by itself.
         error_text: what they were measured on.
         samples: text of both models.
@@ -71,6 +72,7 @@ class PageData:
     errors: tuple[LayerError, ...] = ()
     error_text: str = ""
     samples: tuple[Sample, ...] = ()
+    before: Report | None = None
     missing: tuple[Missing, ...] = ()
     reach: Reach = field(default_factory=Reach)
 
@@ -105,7 +107,8 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
     recipe_path = folder / RECIPE
     recipe = load_recipe(str(recipe_path)) if recipe_path.is_file() else None
     try:
-        plan, measured = Plan.from_json(config["clla"]), found.get("measured")
+        plan, measured, healing = Plan.from_json(config["clla"]), found.get("measured"), found.get("healing")
+        before = (healing or {}).get("before")
         data = PageData(
             name=_name(folder, recipe),
             shape=_shape(config.get("text_config") or {}, plan),
@@ -117,7 +120,8 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
             predicted_kl=found.get("predicted_kl"),
             reduction=found.get("reduction"),
             outlook=found.get("outlook") or {},
-            healing=found.get("healing"),
+            healing=healing,
+            before=Report.from_json(before) if before else None,
             made=made,
             version=version,
         )

@@ -13,6 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from clla.evaluate.plan_tables import groups_table
+from clla.evaluate.report import healing_table
 from clla.report import charts, plan_charts, tables, words
 from clla.report.data import PageData
 from clla.report.svg import Drawing
@@ -39,6 +41,8 @@ def render(data: PageData) -> str:
         data=data,
         tables=tables,
         words=words,
+        groups_table=groups_table,
+        healed=healing_table(data.before, data.report),
         figures=_figures(data),
         style=Markup(style),
         script=Markup(script),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from clla.evaluate.report import UNSEEN, before_and_after
 from clla.evaluate.seen import fitted_of, unseen
 from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
+from clla.report.options import Options
 from clla.report.render import GENERATOR, render, write_page
 from clla.report.samples import PROMPTS, built_in, make_samples
 from clla.source.device import pick_device
-from clla.source.lengths import Reach
 from clla.storage.places import check_file, holding
 from clla.text.reading import check_text
 from clla.text.sequences import evaluation_windows
@@ -30,91 +30,67 @@ from clla.text.vocabulary import check_tokens
 LONGEST = 2048  # tokens of a window, where the model takes as many
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is on a page, and how it is measured.
-
-    Attributes:
-        html: file to write.
-        samples: built-in prompts to continue.
-        prompts: others.
-        new_tokens: to write after each.
-        text: to measure on.
-        windows: of it; 0 measures nothing.
-        window_length: tokens per window; default 2048, or what the model takes.
-        teacher: source model, where the weights were trained; default: from the recipe.
-        device: `auto`, `cpu`, …
-        dtype: `auto`, `float32`, …
-    """
-
-    html: Path
-    samples: int = 3
-    prompts: tuple[str, ...] = ()
-    new_tokens: int = 160
-    text: str = "bundled"
-    windows: int = 2
-    window_length: int | None = None
-    teacher: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-
-
-def make_page(name: str, options: Options) -> PageData:
+def make_page(name: str, html: Path, options: Options, *, prompts: tuple[str, ...] = ()) -> PageData:
     """Write the page of a checkpoint.
 
     Weights are only loaded where something is to be measured or written.
 
     Args:
         name: directory or Hub id.
+        html: file to write.
         options: what is on the page.
+        prompts: to continue beside the built-in ones.
 
     Raises:
         CllaError: it is no converted checkpoint, or damaged, or the file is not ours to replace.
     """
-    _check_page(options.html)
-    if not 0 <= options.samples <= len(PROMPTS):
+    _check_page(html)
+    built = options.num_prompts if options.num_prompts is not None else 0 if prompts else 3
+    if built > len(PROMPTS):
         raise UsageError(
-            f"--samples {options.samples}", expected=f"0 to {len(PROMPTS)} built-in prompts", remedy="add --prompt"
+            f"--num-prompts {built}", expected=f"0 to {len(PROMPTS)} built-in prompts", remedy="add --prompt"
         )
-    if any(not prompt.strip() for prompt in options.prompts):
+    if any(not prompt.strip() for prompt in prompts):
         raise UsageError("the prompt is empty", expected="some text", remedy='pass --prompt "…"')
-    if options.windows or options.samples or options.prompts:
+    if options.num_samples or built or prompts:
         check_text(options.text)
     folder = checkpoint_folder(name)
     reach = checkpoint_reach(folder)
-    reach.check_option("--sequence-length", options.window_length)
+    reach.check_option("--sequence-length", options.sequence_length)
     today = datetime.now(UTC).date().isoformat()
     data = read_checkpoint(folder, made=today, version=__version__)
     data = replace(data, missing=what_is_missing(data), reach=reach)
-    if options.windows or options.samples or options.prompts:
-        data = _measured(data, folder, reach, options)
-    data = replace(data, missing=data.missing + _not_wanted(data, options))
-    with holding(options.html):
-        write_page(options.html, render(data))
+    if options.num_samples or built or prompts:
+        data = _measured(data, folder, options, prompts, built)
+    lacking = _not_wanted(data, quality=options.num_samples > 0, samples=bool(built or prompts))
+    data = replace(data, missing=data.missing + lacking)
+    with holding(html):
+        write_page(html, render(data))
     return data
 
 
-def _measured(data: PageData, folder: Path, reach: Reach, options: Options) -> PageData:
+def _measured(data: PageData, folder: Path, options: Options, prompts: tuple[str, ...], built: int) -> PageData:
     """What takes the model: quality, where the conversion did not measure it, errors of layers, samples."""
     loaded = load_checkpoint(str(folder), device=pick_device(options.device), dtype=options.dtype)
     source, missing = _source(loaded, data, options)
     data = replace(data, missing=data.missing + missing)
-    length = options.window_length or reach.fit(LONGEST)
-    windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.windows), length=length)
+    reach = data.reach
+    length = options.sequence_length or reach.fit(LONGEST)
+    windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.num_samples), length=length)
     check_tokens(windows, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
-    if options.windows:
+    if options.num_samples:
         known = unseen(options.text, fitted_of(folder), left_out=options.text == "bundled")
         data = _with_errors(data, loaded, source, windows, options.text, known)
-    if source is not None and (options.samples or options.prompts):
-        prompts = [*options.prompts, *built_in(loaded.tokenizer, windows.flatten(), options.samples, reach)]
-        with console.progress("Writing samples (prompts)", len(prompts)) as advance:
+    if source is not None and (built or prompts):
+        chosen = [*prompts, *built_in(loaded.tokenizer, windows.flatten(), built, reach)]
+        with console.progress("Writing samples (prompts)", len(chosen)) as advance:
             samples = make_samples(
                 source,
                 loaded.model,
                 loaded.tokenizer,
                 data.plan,
-                prompts,
-                new_tokens=options.new_tokens,
+                chosen,
+                new_tokens=options.max_new_tokens,
                 reach=reach,
                 on_sample=advance,
             )
@@ -156,9 +132,9 @@ def _with_errors(
 def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTrainedModel | None, tuple[Missing, ...]]:
     """The source to compare with; without one the page says so, unless the user named it."""
     try:
-        return teacher_of(loaded, data.recipe or Recipe(), options.teacher, loaded.model.device), ()
+        return teacher_of(loaded, data.recipe or Recipe(), options.source_model, loaded.model.device), ()
     except CllaError as error:
-        if options.teacher is not None:
+        if options.source_model is not None:
             raise
         how = f"{error.remedy}: --source-model names it."
         return None, (Missing("Text of the source beside the converted model's", error.got + ".", how),)
@@ -170,16 +146,16 @@ def _described(windows: Tensor, text: str, known: bool | None) -> str:
     return f"{many} of {windows.shape[1]:,} tokens of {own}"
 
 
-def _not_wanted(data: PageData, options: Options) -> tuple[Missing, ...]:
+def _not_wanted(data: PageData, *, quality: bool, samples: bool) -> tuple[Missing, ...]:
     """What is not there because it was not asked for."""
     lacking = []
-    if data.report is None and not options.windows:
+    if data.report is None and not quality:
         how = "clla report without --num-samples 0 measures it."
         lacking.append(Missing("Perplexity and KL", "The conversion did not measure them (--no-eval).", how))
-    if not options.windows:
+    if not quality:
         lacking.append(Missing("Errors of layers", "Nothing was measured.", "clla report without --num-samples 0."))
-    if not options.samples and not options.prompts:
-        lacking.append(Missing("Samples of text", "None were asked for.", "clla report with --samples 3."))
+    if not samples:
+        lacking.append(Missing("Samples of text", "None were asked for.", "clla report with --num-prompts 3."))
     return tuple(lacking)
 
 

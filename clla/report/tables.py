@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from clla.artifacts.plan import Plan
-from clla.evaluate.plan_tables import bit_runs
-from clla.evaluate.report import LABELS, Report
 from clla.report import words
 from clla.report.charts import Measured
 from clla.report.data import PageData
 from clla.report.samples import Sample
+from clla.tables import Table
 
 SIZES = (1e9, 8e9, 24e9, 80e9)
 ENDLESS = 1 << 50  # tokens
@@ -24,14 +23,6 @@ class Tile:
     value: str
     title: str
     note: str
-
-
-@dataclass(frozen=True)
-class TableRows:
-    """Attributes: titles of the columns, the first of which names the rows; rows."""
-
-    titles: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def headline(data: PageData) -> str:
@@ -72,51 +63,13 @@ def tiles(data: PageData) -> list[Tile]:
     return found
 
 
-def quality_table(report: Report) -> TableRows:
-    """Source, int4 and converted side by side."""
-    base = report.quality["source"]
-    rows = [
-        (
-            LABELS[name],
-            f"{row['perplexity']:.3f}",
-            f"{row['perplexity'] / base['perplexity']:.4f}",
-            "" if name == "source" else f"{row['kl']:.4f}",
-            f"{row['bytes_per_token']:,.0f}",
-            words.percent(row["bytes_per_token"] / base["bytes_per_token"]),
-        )
-        for name, row in report.quality.items()
-    ]
-    return TableRows(("", "perplexity", "ratio", "KL", "bytes per token", "of source"), tuple(rows))
-
-
-def retrieval_table(report: Report) -> TableRows:
-    """Planted codes, where they were asked for."""
-    rows = tuple((LABELS[n], f"{r['nll']:.3f}", f"{100 * r['exact']:.0f} %") for n, r in report.retrieval.items())
-    return TableRows(("planted codes", "NLL, nats", "exact"), rows)
-
-
-def bytes_table(report: Report) -> TableRows:
-    """Bytes measured and planned."""
-    rows = tuple(
-        (
-            f"{context:,}",
-            f"{report.source_bytes[context]:,.0f}",
-            f"{row['bytes_per_token']:,.2f}",
-            f"{row['planned_bytes_per_token']:,.2f}",
-        )
-        for context, row in report.cache_bytes.items()
-    )
-    return TableRows(("tokens", "source, B a token", "measured", "planned"), rows)
-
-
 def measured_points(data: PageData) -> list[Measured]:
     """Points of the picture of quality."""
     if data.report is None:
         return []
     found = []
-    before = (data.healing or {}).get("before")
-    if before:
-        row = before["converted"]
+    if data.before is not None:
+        row = data.before.quality["converted"]
         found.append(Measured("before", "before healing", row["bytes_per_token"], row["kl"]))
     for name, row in data.report.quality.items():
         if name != "source":
@@ -131,10 +84,9 @@ def frontier(data: PageData) -> list[tuple[float, float]]:
     report, expected = data.report, data.outlook.get("frontier") or {}
     if report is None or not expected.get("row_bytes"):
         return []
-    before = (data.healing or {}).get("before")
-    if data.healing is not None and not before:
+    if data.healing is not None and data.before is None:
         return []
-    kl = before["converted"]["kl"] if before else report.quality["converted"]["kl"]
+    kl = (data.before or report).quality["converted"]["kl"]
     kept = data.plan.kept_bytes_at(report.context)
     return [
         ((data.plan.bytes_at(report.context, row) + kept) / report.context, loss * kl)
@@ -142,7 +94,7 @@ def frontier(data: PageData) -> list[tuple[float, float]]:
     ]
 
 
-def fits_table(plan: Plan) -> TableRows:
+def fits_table(plan: Plan) -> Table:
     """How long one sequence may be for its cache to fit."""
 
     def longest(nbytes: Callable[[int], float], room: float) -> int:
@@ -158,10 +110,10 @@ def fits_table(plan: Plan) -> TableRows:
         own = longest(lambda c: plan.bytes_at(c) + plan.kept_bytes_at(c), room)
         times = f"{own / source:.1f} ×" if source and own < ENDLESS else ""
         rows.append((words.size(room), f"{source:,}", f"{own:,}" if own < ENDLESS else "any", times))
-    return TableRows(("cache memory", "source, tokens", "converted, tokens", ""), tuple(rows))
+    return Table.of(("cache memory", "source, tokens", "converted, tokens", ""), rows)
 
 
-def parts_table(data: PageData) -> TableRows:
+def parts_table(data: PageData) -> Table:
     """What the bytes per token consist of."""
     plan, context = data.plan, data.context
     whole = plan.bytes_at(context) + plan.kept_bytes_at(context)
@@ -172,26 +124,10 @@ def parts_table(data: PageData) -> TableRows:
     if plan.kept_bytes_at(context):
         parts.append((f"{words.count(len(plan.kept_layers), 'layer')} kept as they are", plan.kept_bytes_at(context)))
     rows = [(name, f"{nbytes / context:,.0f}", words.percent(nbytes / whole)) for name, nbytes in parts]
-    return TableRows((f"at {context:,} tokens", "bytes per token", "share"), tuple(rows))
+    return Table.of((f"at {context:,} tokens", "bytes per token", "share"), rows)
 
 
-def plan_table(plan: Plan) -> TableRows:
-    """Groups as the command line prints them."""
-    total, rows = plan.predicted_loss or 1.0, []
-    for group in plan.groups:
-        rows.append(
-            (
-                words.span(group.layers),
-                f"{len(group.tier_bits) * plan.tier_size:,}",
-                bit_runs(group, plan.tier_size),
-                f"{plan.row_bytes_of(group):,}",
-                words.percent(group.predicted_loss / total),
-            )
-        )
-    return TableRows(("layers", "rank", "bits:components", "bytes per token", "of loss"), tuple(rows))
-
-
-def layer_table(data: PageData) -> TableRows:
+def layer_table(data: PageData) -> Table:
     """Errors of every layer."""
     rows = tuple(
         (
@@ -202,20 +138,7 @@ def layer_table(data: PageData) -> TableRows:
         )
         for e in data.errors
     )
-    return TableRows(("layer", "keys", "values", "attention output"), rows)
-
-
-def healing_table(data: PageData) -> TableRows | None:
-    """Before and after, where both were measured."""
-    before = (data.healing or {}).get("before")
-    if not before or data.report is None:
-        return None
-    own = data.report.quality
-    rows = (
-        ("perplexity", *(f"{row['perplexity']:.3f}" for row in (own["source"], before["converted"], own["converted"]))),
-        ("KL, nats per token", "", f"{before['converted']['kl']:.4f}", f"{own['converted']['kl']:.4f}"),
-    )
-    return TableRows(("", "source", "before", "after"), rows)
+    return Table.of(("layer", "keys", "values", "attention output"), rows)
 
 
 def parted_exactly(sample: Sample, data: PageData) -> bool:
