@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to|failed to) allocate|bad_alloc", re.IGNORECASE)
+OS_ERROR = re.compile(r"os error (\d+)")  # as safetensors and tokenizers tell of it
+NOT_WRITTEN = re.compile(r"PytorchStreamWriter|unexpected pos \d+ vs \d+")  # torch, of a file that takes no more
 SCRATCH = ("spill", "offload-")  # in a work directory, of no use to a later run
 
 
@@ -70,6 +72,18 @@ def is_memory(error: BaseException) -> bool:
 def is_safetensors(error: BaseException) -> bool:
     """Whether it is safetensors' own error, by its name: commands import no library to tell what failed."""
     return type(error).__name__ == "SafetensorError"
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number of what the system refused, also where a library has a class of its own for it.
+
+    0 where there is no number; None where it was not the system.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if found := OS_ERROR.search(str(error)):
+        return int(found[1])
+    return 0 if is_safetensors(error) or NOT_WRITTEN.search(str(error)) else None
 
 
 @contextmanager

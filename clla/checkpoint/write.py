@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,34 @@ UNLISTED = (MODEL_CARD, PLAN_PICTURE, QUALITY_PICTURE, HEALING_PICTURE, "__pycac
 PARTIAL, OLD = ".partial", ".old"  # of directories beside the output, with a random part before
 KEPT = ("stats-*", "plan-*", "codec-*", "spectra-*", "heal", "spill", "offload-*")  # in a work directory
 FREE_SPACE_MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a checkpoint is made, as against what it becomes.
+
+    Attributes:
+        output: its directory.
+        device: `auto`, `cpu`, `cuda`, …
+        overwrite: replace a directory that is not empty.
+        resume: take up the finished stages of an interrupted run.
+        work_dir: where parts of the run are kept; kept after the run if given.
+        report: measure before and after.
+        tracker: of accelerate, for healing.
+    """
+
+    output: Path
+    device: str = "auto"
+    overwrite: bool = False
+    resume: bool = False
+    work_dir: Path | None = None
+    report: bool = True
+    tracker: str | None = None
+
+    @property
+    def work(self) -> Path:
+        """Where parts of the run are kept."""
+        return self.work_dir or self.output.with_name(self.output.name + ".work")
 
 
 def check_output(path: Path, source: Path, *, overwrite: bool) -> None:

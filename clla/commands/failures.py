@@ -5,19 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import re
 import tempfile
 import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from clla.errors import CllaError, is_memory, is_safetensors, reason
+from clla.errors import NOT_WRITTEN, CllaError, is_memory, is_safetensors, reason, system_error
 
 VARIABLE = "CLLA_TRACEBACK"  # set to 1, it prints the traceback of any error
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers tell of it
-NOT_WRITTEN = re.compile(r"PytorchStreamWriter|unexpected pos \d+ vs \d+")  # torch, of a disk that is full
 
 
 class InternalError(CllaError):
@@ -45,10 +42,8 @@ def _is(*classes: type[Exception]) -> Callable[[Exception], bool]:
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether a disk is full; torch tells of it in words of its own, and libraries in Rust wrap the number."""
-    found = OS_ERROR.search(str(error))
-    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-    return number in FULL or NOT_WRITTEN.search(str(error)) is not None
+    """Whether a disk is full; torch tells of it in words of its own."""
+    return system_error(error) in FULL or NOT_WRITTEN.search(str(error)) is not None
 
 
 # Which exceptions, what was got (before the exception's reason), what was expected, the remedy; the first that applies.

@@ -17,6 +17,7 @@ from clla.artifacts.plan import Plan
 from clla.checkpoint.assemble import attach
 from clla.checkpoint.checksums import WEIGHTS, base_checksums
 from clla.checkpoint.write import (
+    RunOptions,
     check_kept,
     check_memory,
     check_output,
@@ -28,7 +29,8 @@ from clla.checkpoint.write import (
 )
 from clla.convert.stages import Run, moment_bytes, resolve, stats_bytes
 from clla.errors import UsageError, resumable
-from clla.evaluate.report import Report, before_and_after, write_report
+from clla.evaluate.report import Report, before_and_after
+from clla.evaluate.report_file import ReportFile
 from clla.evaluate.seen import fitted_text, unseen
 from clla.heal.run import Healing, HealOptions, check_healing, heal_and_measure
 from clla.heal.sharding import launched_sharded
@@ -49,31 +51,17 @@ from clla.text.sequences import report_text
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a conversion runs, as against what it makes.
+class Options(RunOptions):
+    """How a conversion runs.
 
     Attributes:
-        output: directory of the checkpoint.
-        device: `auto`, `cpu`, `cuda`, …
-        overwrite: replace a directory that is not empty.
-        resume: take up the finished stages of an interrupted run.
-        work_dir: where stats, plan and codec are kept; kept after the run if given.
         codec_only: save the codec without the source's weights.
         dry_run: stop after the plan.
-        report: measure before and after.
-        tracker: of accelerate, for healing.
         max_shard_size: bytes of a weight file; by default 5 GB, or one layer where layers are read from disk.
     """
 
-    output: Path
-    device: str = "auto"
-    overwrite: bool = False
-    resume: bool = False
-    work_dir: Path | None = None
     codec_only: bool = False
     dry_run: bool = False
-    report: bool = True
-    tracker: str | None = None
     max_shard_size: int | None = None
 
 
@@ -118,7 +106,7 @@ def convert(name: str, recipe: Recipe, options: Options) -> Conversion:
     """
     processes, device = start_processes(pick_device(options.device))
     launched_sharded()  # refuses what cannot be, before weights are read
-    places = {options.output, _work_path(options)} if options.work_dir else {options.output}
+    places = {options.output, options.work} if options.work_dir else {options.output}
     with holding(*places) if processes.is_main_process else nullcontext():
         return _prepared(name, recipe, options, processes, device)
 
@@ -153,7 +141,7 @@ def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialSta
         )
     if not options.dry_run:
         ours = options.resume and _is_result(options.output, recipe)
-        if ours and not options.overwrite and not _work_path(options).exists():
+        if ours and not options.overwrite and not options.work.exists():
             raise UsageError(
                 f"{options.output} is complete: there is nothing to resume",
                 expected="an interrupted run",
@@ -223,34 +211,29 @@ def _convert(
             max_shard_size=options.max_shard_size or run.shard_size,
         )
         write_text(folder / RECIPE, recipe.to_yaml())
-        write_report(
-            folder,
+        ReportFile(
             plan,
             recipe,
             report,
-            predicted_kl=codec.predicted_kl,
-            reduction=stats.reduction,
-            outlook=codec.outlook,
+            text,
             healing=healing.to_json() if healing else None,
             origin=origin_of(source).to_json(),
             calibration_tokens=stats.tokens,
-            text=text,
             fitted=[one.to_json() for one in fitted],
-        )
+            predicted_kl=codec.predicted_kl,
+            reduction=stats.reduction,
+            outlook=codec.outlook,
+        ).save(folder)
         write_card(folder, options.output.name)
     if options.work_dir is None:
         shutil.rmtree(work)
     return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
 
 
-def _work_path(options: Options) -> Path:
-    return options.work_dir or options.output.with_name(options.output.name + ".work")
-
-
 @contextmanager
 def _work_dir(options: Options, processes: PartialState) -> Iterator[Path]:
     """Where an unfinished run keeps its parts; gone afterwards if it has none, or after a dry run that made it."""
-    work = _work_path(options)
+    work = options.work
     if not processes.is_main_process:
         yield work
         return
@@ -287,7 +270,7 @@ def _is_result(output: Path, recipe: Recipe) -> bool:
 
 def _bytes_needed(source: Source, recipe: Recipe, options: Options) -> dict[Path, int]:
     """Size of what will be written: stats, unless they are there, and the weights as they are now."""
-    work = _work_path(options)
+    work = options.work
     kept = sum(file.stat().st_size for file in work.glob("stats-*.safetensors"))
     needed = {work: max(0, stats_bytes(source, recipe) - kept)}
     if not options.dry_run:

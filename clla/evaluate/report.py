@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clla.artifacts.plan import Plan
-from clla.evaluate.figures import draw_healing, draw_plan, draw_quality
 from clla.evaluate.measured_cache import with_kept_bytes
 from clla.evaluate.memory import measured_bytes
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.retrieval import make_trials, retrieve
 from clla.evaluate.source_cache import SourceCache
 from clla.modeling.modeling_clla import CllaForCausalLM
-from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE, REPORT
-from clla.storage.files import write_text
 from clla.tables import Table
 from clla.text.vocabulary import check_tokens
 
@@ -240,56 +235,3 @@ def before_and_after(
         retrieval=codes,
         unseen=unseen,
     )
-
-
-def write_report(
-    folder: Path,
-    plan: Plan,
-    recipe: Any,
-    report: Report | None,
-    *,
-    predicted_kl: float,
-    reduction: dict[str, float] | None = None,
-    outlook: dict[str, Any] | None = None,
-    healing: dict[str, Any] | None = None,
-    origin: dict[str, Any] | None = None,
-    calibration_tokens: int | None = None,
-    text: str = "bundled",
-    fitted: Sequence[dict[str, Any]] | None = None,
-) -> None:
-    """`clla_report.json`, and the plan, the quality and the healing as pictures.
-
-    Args:
-        folder: of the checkpoint.
-        plan: what it runs on.
-        recipe: resolved.
-        report: what was measured, if it was.
-        predicted_kl: nats per token, of the plan.
-        reduction: `coordinates` of a layer's moments, `of` how many values, and the `kl` that this alone costs; None
-            where the moments are whole.
-        outlook: spectra and the loss at other budgets, for `clla report`.
-        healing: what training did, if it was trained.
-        origin: of the source, from `Origin.to_json`.
-        calibration_tokens: whose moments were taken, where known.
-        text: that was measured on, as the recipe names it.
-        fitted: texts that the model was calibrated and healed on, from `FittedText.to_json`; None where not known.
-    """
-    data = {
-        "plan": plan.to_json(),
-        "origin": origin,
-        "calibration_tokens": calibration_tokens,
-        "fitted": fitted,
-        "predicted_kl": predicted_kl,
-        "reduction": reduction,
-        "outlook": outlook or None,
-        "recipe": recipe.model_dump(mode="json"),
-        "measured": {**report.to_json(), "text": text} if report else None,
-        "healing": healing,
-    }
-    write_text(folder / REPORT, json.dumps(data, indent=1))
-    draw_plan(plan, folder / PLAN_PICTURE)
-    if healing is not None:
-        draw_healing({"": healing["history"]}, folder / HEALING_PICTURE)
-    if report is not None:
-        points = {LABELS[name]: (row["bytes_per_token"], row["perplexity"]) for name, row in report.quality.items()}
-        draw_quality(points, folder / QUALITY_PICTURE, title=f"{report.context} tokens of context")

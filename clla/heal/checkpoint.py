@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
-from clla.checkpoint.write import check_kept, check_output, check_work_dir, finished_directory, tidy, write_checkpoint
+from clla.checkpoint.write import (
+    RunOptions,
+    check_kept,
+    check_output,
+    check_work_dir,
+    finished_directory,
+    tidy,
+    write_checkpoint,
+)
 from clla.errors import resumable
-from clla.evaluate.report import Report, write_report
+from clla.evaluate.report import Report
+from clla.evaluate.report_file import ReportFile
 from clla.evaluate.seen import fitted_of, unseen
 from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
 from clla.heal.sharding import launched_sharded
@@ -23,37 +31,23 @@ from clla.publish.card import write_card
 from clla.recipe import SHORTEST, Recipe
 from clla.source.device import pick_device, start_processes
 from clla.storage.filenames import RECIPE, REPORT
-from clla.storage.files import read_json, write_text
+from clla.storage.files import write_text
 from clla.storage.places import expanded, holding
 from clla.text.reading import check_text
 from clla.text.sequences import report_text, report_windows
 
 
 @dataclass(frozen=True)
-class CheckpointOptions:
+class CheckpointOptions(RunOptions):
     """How a checkpoint is healed.
 
     Attributes:
-        output: directory of the healed checkpoint.
-        device: `auto`, `cpu`, …
         dtype: of the teacher and of everything that is not trained.
         teacher: the source; needed only where the checkpoint's weights are no longer the source's.
-        overwrite: replace what is in `output`.
-        resume: take up an interrupted run.
-        work_dir: where states are kept; kept after the run if given.
-        report: measure before and after.
-        tracker: of accelerate.
     """
 
-    output: Path
-    device: str = "auto"
     dtype: str = "auto"
     teacher: str | None = None
-    overwrite: bool = False
-    resume: bool = False
-    work_dir: Path | None = None
-    report: bool = True
-    tracker: str | None = None
 
 
 def heal_checkpoint(
@@ -84,7 +78,7 @@ def _heal(
         tidy(options.output)
     check_work_dir(options.work_dir, options.output)
     check_output(options.output, expanded(path), overwrite=options.overwrite)
-    work = options.work_dir or options.output.with_name(options.output.name + ".work")
+    work = options.work
     if options.work_dir is None and work.exists():
         check_kept(work)
     if changes.get("dataset") not in (None, "self"):
@@ -114,34 +108,23 @@ def _heal(
             loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
         )
     recipe = recipe.model_copy(update={"heal": healing.config})
-    earlier = _earlier_report(folder)
+    # What the conversion wrote down; a checkpoint without says what it can.
+    earlier = ReportFile.load(folder) if (folder / REPORT).is_file() else ReportFile(loaded.plan, recipe)
     if not processes.is_main_process:
         return recipe, report, healing
     needed = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
     with finished_directory(options.output, needed=needed) as out:
         write_checkpoint(out, model, loaded.tokenizer, base_model=None, dtype=stored)
         write_text(out / RECIPE, recipe.to_yaml())
-        write_report(
-            out,
-            loaded.plan,
-            recipe,
-            report,
-            predicted_kl=float(earlier.get("predicted_kl") or 0.0),
-            reduction=earlier.get("reduction"),
-            outlook=earlier.get("outlook"),
-            healing=healing.to_json(),
-            origin=earlier.get("origin"),
-            calibration_tokens=earlier.get("calibration_tokens"),
+        replace(
+            earlier,
+            recipe=recipe,
+            report=report,
             text=report_text(text),
+            healing=healing.to_json(),
             fitted=None if fitted is None else [one.to_json() for one in fitted],
-        )
+        ).save(out)
         write_card(out, options.output.name)
     if options.work_dir is None:
         shutil.rmtree(work)
     return recipe, report, healing
-
-
-def _earlier_report(folder: Path) -> dict[str, Any]:
-    """What the conversion wrote down; empty for a checkpoint without."""
-    path = folder / REPORT
-    return read_json(path) if path.is_file() else {}

@@ -39,7 +39,7 @@ def render(folder: Path, name: str) -> str:
         CllaError: the folder has no valid report.
     """
     facts = read_facts(folder, name)
-    share = 100 * facts.plan.row_bytes / facts.plan.source_bytes_per_token
+    share = 100 * facts.made.plan.row_bytes / facts.made.plan.source_bytes_per_token
     title = f"# {facts.origin.title}, keys and values at {share:.2f} %"
     sections = (title, usage(facts), memory(facts), quality(facts), how(facts), limits(facts), CITATION)
     return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
@@ -66,12 +66,15 @@ def retargeted(text: str, repo_id: str) -> str:
 def metadata(facts: Facts) -> ModelCardData:
     """What the Hub sorts and links by; results only of data sets that have an id there."""
     origin, base = facts.origin, facts.origin.hub_id
-    texts = [facts.recipe.calibration.dataset, facts.healing["config"]["dataset"] if facts.healing else "bundled"]
+    texts = [
+        facts.made.recipe.calibration.dataset,
+        facts.made.healing["config"]["dataset"] if facts.made.healing else "bundled",
+    ]
     datasets = list(dict.fromkeys(found.repo for text in texts if (found := hub_dataset(text))))
     results = _results(facts)
     return ModelCardData(
         base_model=base,
-        base_model_relation=("finetune" if facts.healing else "quantized") if base else None,
+        base_model_relation=("finetune" if facts.made.healing else "quantized") if base else None,
         license=origin.license,
         license_name=origin.license_name,
         license_link=origin.license_link,
@@ -87,8 +90,8 @@ def metadata(facts: Facts) -> ModelCardData:
 
 def _results(facts: Facts) -> list[EvalResult]:
     """Perplexities of converted model and source, where the text has an id on the Hub and calibration left it out."""
-    report = facts.report
-    found = hub_dataset(facts.text) if facts.text and report is not None and report.unseen else None
+    report = facts.made.report
+    found = hub_dataset(facts.made.text) if facts.made.text and report is not None and report.unseen else None
     if found is None or report is None:
         return []
     return [

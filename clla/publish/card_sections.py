@@ -37,7 +37,7 @@ vllm serve {name}
 
 def usage(facts: Facts) -> str:
     """What it is, and how to load it."""
-    plan, groups = facts.plan, len(facts.plan.groups)
+    plan, groups = facts.made.plan, len(facts.made.plan.groups)
     shared = f"{groups} layer groups share a quantized latent each" if groups > 1 else "All layers share one latent"
     parts = [
         f"{facts.source} with its key-value cache compressed by `clla`: Cross-Layer Latent Attention "
@@ -56,8 +56,8 @@ def usage(facts: Facts) -> str:
 
 def memory(facts: Facts) -> str:
     """Bytes per token by context, planned and measured, and from where on anything is gained."""
-    plan, longest = facts.plan, facts.origin.longest_context
-    measured = facts.report.cache_bytes if facts.report else {}
+    plan, longest = facts.made.plan, facts.origin.longest_context
+    measured = facts.made.report.cache_bytes if facts.made.report else {}
     rows = []
     for context in sorted({c for c in (*CONTEXTS, longest or 0) if 0 < c <= (longest or c)} | measured.keys()):
         kept = plan.kept_bytes_at(context)
@@ -81,7 +81,7 @@ def memory(facts: Facts) -> str:
 
 def quality(facts: Facts) -> str:
     """Perplexity, KL and retrieval of source and converted model, and how they were measured."""
-    report = facts.report
+    report = facts.made.report
     if report is None:
         return f"## Quality\n\nNothing was measured when this was written. `clla eval {facts.name}` does."
     seen = {
@@ -91,10 +91,10 @@ def quality(facts: Facts) -> str:
     }[report.unseen]
     parts = [
         "## Quality",
-        report.quality_table(facts.before).markdown(),
-        f"{report.windows} windows of {report.context:,} tokens of {text_of(facts.text)}, {seen}; each from an empty "
-        f"cache, {report.chunk:,} tokens per forward pass, read through the cache as in generation. All rows come from "
-        "one run. KL is that from the source's predictions to the row's, mean over all tokens.",
+        report.quality_table(facts.made.before).markdown(),
+        f"{report.windows} windows of {report.context:,} tokens of {text_of(facts.made.text)}, {seen}; each from an "
+        f"empty cache, {report.chunk:,} tokens per forward pass, read through the cache as in generation. All rows come "
+        "from one run. KL is that from the source's predictions to the row's, mean over all tokens.",
     ]
     if report.retrieval:
         codes = report.retrieval_table().markdown()
@@ -104,8 +104,8 @@ def quality(facts: Facts) -> str:
 
 def how(facts: Facts) -> str:
     """The recipe as a sentence and as tables, and what healing did."""
-    plan, recipe = facts.plan, facts.recipe
-    tokens = facts.calibration_tokens or recipe.calibration.tokens or 0
+    plan, recipe = facts.made.plan, facts.made.recipe
+    tokens = facts.made.calibration_tokens or recipe.calibration.tokens or 0
     at = f" at {plan.at_context:,} tokens" if plan.at_context else ", latents alone"
     settings = [
         ["budget", f"{recipe.budget.kv_budget} of the source's cache{at}"],
@@ -126,14 +126,14 @@ def how(facts: Facts) -> str:
         Table.of((), settings, words=2).markdown(),
         groups_table(plan).markdown(),
     ]
-    if facts.healing:
-        parts += [_healing(facts.healing), *_picture(facts, HEALING_PICTURE, "Held-out KL while healing")]
+    if facts.made.healing:
+        parts += [_healing(facts.made.healing), *_picture(facts, HEALING_PICTURE, "Held-out KL while healing")]
     return "\n\n".join(parts)
 
 
 def limits(facts: Facts) -> str:
     """What is lost, and what nobody measured."""
-    plan, report, points = facts.plan, facts.report, []
+    plan, report, points = facts.made.plan, facts.made.report, []
     if report is not None:
         rise = 100 * (report.quality["converted"]["perplexity"] / report.quality["source"]["perplexity"] - 1)
         points.append(
@@ -146,8 +146,8 @@ def limits(facts: Facts) -> str:
     else:
         points.append("Its loss against the source was not measured.")
     points.append(
-        f"It was fitted to {text_of(facts.recipe.calibration.dataset)}. Other languages and kinds of text lie further "
-        "from what the latents keep best."
+        f"It was fitted to {text_of(facts.made.recipe.calibration.dataset)}. Other languages and kinds of text lie "
+        "further from what the latents keep best."
     )
     if plan.capacity is not None:
         points.append("Latents that were dropped are gone: what they held cannot be retrieved later.")
@@ -181,8 +181,8 @@ def _exact(plan: Plan) -> str:
 def _weights(facts: Facts) -> str:
     if facts.adapter:
         return "This repository holds the codec alone; the weights are the base model's."
-    trained = facts.healing["config"]["train"] if facts.healing else "codec"
-    if facts.plan.decoupled and not facts.healing:
+    trained = facts.made.healing["config"]["train"] if facts.made.healing else "codec"
+    if facts.made.plan.decoupled and not facts.made.healing:
         return "The weights are those of the source. **Keys are decoupled: of no use before `clla heal` trained them.**"
     if trained == "codec":
         return "The model's weights are those of the source."

@@ -49,17 +49,12 @@ def draw_quality(points: Sequence[Measured], frontier: Sequence[Point], source_b
     least = min(p.nbytes for p in points) / 2
     frontier = [(b, kl) for b, kl in frontier if least <= b <= source_bytes and kl > 0]
     kls = [p.kl for p in points] + [kl for _, kl in frontier]
-    x = Scale(least, source_bytes * 1.25, LEFT, width - 12, log=True)
-    y = Scale(max(min(kls), 1e-3 * max(p.kl for p in points)) / 2, max(kls) * 2, TALL - 48, 30, log=True)
+    titles, low = ("cache, bytes per token", "KL to the source, nats per token"), max(p.kl for p in points) / 1e3
+    most = 8 if width > 500 else 5
+    x = Scale(least, source_bytes * 1.25, LEFT, width - 12, log=True, title=titles[0], most=most)
+    y = Scale(max(min(kls), low) / 2, max(kls) * 2, TALL - 48, 30, log=True, title=titles[1])
     drawing = Drawing(width, TALL, "KL to the source against cache bytes per token")
-    drawing.axes(
-        x, y,
-        x_title="cache, bytes per token",
-        y_title="KL to the source, nats per token",
-        x_format=words.short,
-        y_format=words.short,
-        most=(8 if width > 500 else 5, 6),
-    )  # fmt: skip
+    drawing.axes(x, y)
     drawing.line("source-line", (x(source_bytes), y.start), (x(source_bytes), y.stop))
     drawing.text("label source", x(source_bytes) - 6, y.stop + 10, "source", "end")
     drawing.path("expected", [(x(b), y(kl)) for b, kl in frontier if y.holds(kl)])
@@ -106,17 +101,11 @@ def draw_memory(plan: Plan, contexts: Sequence[int], width: int) -> Drawing:
 
     source, own = zip(*map(both, lengths), strict=True)
     drawing = Drawing(width, TALL, "Cache of one sequence against its length, source and converted")
-    x = Scale(low, high, LEFT + 8, width - 12, log=True)
-    y = Scale(min(*source, *own) / 3, max(*source, *own) * 1.5, TALL - 48, 30, log=True)
-    drawing.axes(
-        x, y,
-        x_title="tokens in one sequence",
-        y_title="cache",
-        x_format=words.tokens,
-        y_format=words.size,
-        x_ticks=_doublings(low, high, 8 if width > 500 else 5),
-        most=(8, 6),
-    )  # fmt: skip
+    what, places = "tokens in one sequence", _doublings(low, high, 8 if width > 500 else 5)
+    x = Scale(low, high, LEFT + 8, width - 12, log=True, title=what, write=words.tokens, places=places)
+    ends = min(*source, *own) / 3, max(*source, *own) * 1.5
+    y = Scale(*ends, TALL - 48, 30, log=True, title="cache", write=words.size)
+    drawing.axes(x, y)
     drawing.path("curve source", [(x(c), y(v)) for c, v in zip(lengths, source, strict=True)])
     drawing.path("curve own", [(x(c), y(v)) for c, v in zip(lengths, own, strict=True)])
     middle = 33
@@ -137,23 +126,16 @@ def draw_layers(errors: Sequence[LayerError], plan: Plan, width: int) -> Drawing
     drawing = Drawing(width, TALL, "Relative error of the keys, values and attention output of each layer")
     place = {error.layer: i for i, error in enumerate(errors)}
     top = max(max(e.key, e.value, e.output or 0.0) for e in errors)
-    x = Scale(-0.6, len(errors) - 0.4, LEFT, width - 12)
-    y = Scale(0, max(top * 1.12, 1e-6), TALL - 48, 30)
+    names = {i: str(error.layer) for i, error in enumerate(errors)}
+    places = range(0, len(errors), -(-len(errors) // (16 if width > 500 else 7)))
+    x = Scale(-0.6, len(errors) - 0.4, LEFT, width - 12, title="layer", write=lambda i: names[round(i)], places=places)
+    y = Scale(0, max(top * 1.12, 1e-6), TALL - 48, 30, title="relative error", write=words.percent)
     for number, group in enumerate(plan.groups):
         inside = [place[layer] for layer in group.layers if layer in place]
         if inside and number % 2 == 0:
             start, stop = x(min(inside) - 0.5), x(max(inside) + 0.5)
             drawing.rect("band", start, y.stop, stop - start, y.start - y.stop)
-    step = -(-len(errors) // (16 if width > 500 else 7))
-    names = {i: str(error.layer) for i, error in enumerate(errors)}
-    drawing.axes(
-        x, y,
-        x_title="layer",
-        y_title="relative error",
-        x_format=lambda i: names[round(i)],
-        y_format=words.percent,
-        x_ticks=list(range(0, len(errors), step)),
-    )  # fmt: skip
+    drawing.axes(x, y)
     for kind in ("value", "key", "output"):
         points = [(x(i), y(v), e.layer, v) for i, e in enumerate(errors) if (v := getattr(e, kind)) is not None]
         drawing.path(f"curve {kind}", [(a, b) for a, b, _, _ in points])
@@ -168,16 +150,10 @@ def draw_healing(history: Sequence[dict[str, Any]], width: int) -> Drawing:
     drawing = Drawing(width, TALL, "KL to the source against the tokens trained on")
     held = [(p["tokens"], p["held_out"]) for p in history if p["held_out"] is not None]
     seen = [(p["tokens"], p["kl"]) for p in history if p["kl"] is not None and p["tokens"]]
-    x = Scale(0, max(max((t for t, _ in held + seen), default=1), 1), LEFT, width - 16)
-    y = Scale(0, max(max((k for _, k in held + seen), default=1e-6) * 1.1, 1e-9), TALL - 48, 30)
-    drawing.axes(
-        x, y,
-        x_title="tokens trained on",
-        y_title="KL to the source, nats per token",
-        x_format=words.short,
-        y_format=words.short,
-        most=(6 if width > 500 else 4, 6),
-    )  # fmt: skip
+    far, high = (max((point[i] for point in held + seen), default=0) for i in (0, 1))
+    x = Scale(0, max(far, 1), LEFT, width - 16, title="tokens trained on", most=6 if width > 500 else 4)
+    y = Scale(0, max(high * 1.1, 1e-9), TALL - 48, 30, title="KL to the source, nats per token")
+    drawing.axes(x, y)
     drawing.path("curve training", [(x(t), y(k)) for t, k in seen])
     drawing.path("curve own", [(x(t), y(k)) for t, k in held])
     for tokens, kl in held:

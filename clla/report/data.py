@@ -12,6 +12,7 @@ from clla.checkpoint.load import check_folder
 from clla.errors import CorruptArtifactError
 from clla.evaluate.layer_errors import LayerError
 from clla.evaluate.report import Report
+from clla.evaluate.report_file import ReportFile
 from clla.recipe import Recipe, load_recipe
 from clla.report.samples import Sample
 from clla.source.lengths import Reach
@@ -101,37 +102,33 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
     """
     check_folder(folder)
     config = read_json(folder / CONFIG)
-    found, path = {}, folder / REPORT
-    if path.is_file():
-        found = read_json(path)
     recipe_path = folder / RECIPE
     recipe = load_recipe(str(recipe_path)) if recipe_path.is_file() else None
     try:
-        plan, measured, healing = Plan.from_json(config["clla"]), found.get("measured"), found.get("healing")
-        before = (healing or {}).get("before")
-        data = PageData(
+        plan = Plan.from_json(config["clla"])
+        found = ReportFile.load(folder) if (folder / REPORT).is_file() else ReportFile(plan, recipe or Recipe())
+        return PageData(
             name=_name(folder, recipe),
             shape=_shape(config.get("text_config") or {}, plan),
             plan=plan,
             recipe=recipe,
             recipe_text=recipe_path.read_text(encoding="utf-8") if recipe is not None else "",
             healed=config["clla"].get("healed") or "",
-            report=Report.from_json(measured) if measured else None,
-            predicted_kl=found.get("predicted_kl"),
-            reduction=found.get("reduction"),
-            outlook=found.get("outlook") or {},
-            healing=healing,
-            before=Report.from_json(before) if before else None,
+            report=found.report,
+            predicted_kl=found.predicted_kl,
+            reduction=found.reduction,
+            outlook=found.outlook,
+            healing=found.healing,
+            before=found.before,
             made=made,
             version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptArtifactError(
-            f"{folder} holds no report and plan that can be read: {error!r}",
-            expected="config.json and clla_report.json as clla wrote them",
+            f"{folder / CONFIG} holds no plan that can be read: {error!r}",
+            expected="config.json as clla wrote it",
             remedy="copy or download the checkpoint again, or convert the source model again",
         ) from error
-    return data
 
 
 def what_is_missing(data: PageData) -> tuple[Missing, ...]:

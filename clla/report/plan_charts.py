@@ -18,7 +18,7 @@ GAP = 4.0  # between groups
 
 
 def draw_plan(plan: Plan, width: int) -> Drawing:
-    """A row a layer from the first down; layers of a group have the same bar, its components by their bits."""
+    """One row per layer from the first down; layers of a group have the same bar, its components by their bits."""
     wide = width > 500
     owner: dict[int, LayerGroup | None] = dict.fromkeys(plan.kept_layers)
     owner |= {layer: group for group in plan.groups for layer in group.layers}
@@ -26,7 +26,7 @@ def draw_plan(plan: Plan, width: int) -> Drawing:
     height = min(max(ROWS_HEIGHT / len(owner), ROW_HEIGHTS[0]), ROW_HEIGHTS[1])
     left, right, top = 46, (150 if wide else 58), 22
     ranks = [len(group.tier_bits) * plan.tier_size for group in plan.groups]
-    x = Scale(0, max([*ranks, plan.tier_size]), left, width - right)
+    x = Scale(0, max([*ranks, plan.tier_size]), left, width - right, most=6 if wide else 4)
     bottom = top + height * len(owner) + GAP * (len(blocks) - 1)
     shown = f"{words.count(len(plan.groups), 'group')} of layers, components of each by their bits"
     drawing = Drawing(width, bottom + 38, f"The plan: {shown}")
@@ -53,7 +53,7 @@ def draw_plan(plan: Plan, width: int) -> Drawing:
     for places in middles.values():
         for place in places if len(places) > 1 else []:  # layers of one group that others part
             drawing.path("axis", [(left, place), (left - 4, place), (left - 4, places[-1])])
-    for value in x.ticks(6 if wide else 4):
+    for value in x.ticks:
         drawing.line("grid", (x(value), bottom), (x(value), bottom + 4))
         drawing.text("num", x(value), bottom + 17, words.short(value), "middle")
     drawing.line("axis", (left, bottom), (x.stop, bottom))
@@ -126,18 +126,11 @@ def draw_spectrum(
     where = words.layers(group.layers)
     label = f"{where}: rank {rank:,} of {spectrum['components']:,}"
     drawing = Drawing(width, 230, f"Worth of the latent components of {label}")
-    x = Scale(0, max(spectrum["components"], 1), 58, width - 8)
-    y = Scale(bounds[0] / total, bounds[1] / total, 190, 40, log=True)
+    x = Scale(0, max(spectrum["components"], 1), 58, width - 8, title="component", most=5)
+    y = Scale(bounds[0] / total, bounds[1] / total, 190, 40, log=True, write=_power, most=5)
     drawing.text("head", 2, 12, label)
     drawing.text("quiet", 2, 28, words.percent(_share_of_loss(plan, group)) + " of the predicted loss")
-    drawing.axes(
-        x, y,
-        x_title="component",
-        y_title="",
-        x_format=words.short,
-        y_format=_power,
-        most=(5, 5),
-    )  # fmt: skip
+    drawing.axes(x, y)
     runs = [*runs_of(group, plan.tier_size), (0, rank, int(spectrum["component"][-1]) + 1)]
     lost: list[Point] = []
     for bits, first, stop in (run for run in runs if run[2] > run[1]):

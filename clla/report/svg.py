@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from clla.report import words
+
 Point = tuple[float, float]
 TICK, TITLE = 15, 30  # px below the frame, of numbers and of an axis's title
 
@@ -24,6 +26,10 @@ class Scale:
         low, high: values at the ends, low < high; positive for a logarithmic scale.
         start, stop: their px.
         log: whether it is logarithmic.
+        title: what it measures.
+        write: how its numbers are written.
+        most: numbers along its axis.
+        places: of the numbers, instead of round values.
     """
 
     low: float
@@ -31,6 +37,10 @@ class Scale:
     start: float
     stop: float
     log: bool = False
+    title: str = ""
+    write: Callable[[float], str] = words.short
+    most: int = 6
+    places: Sequence[float] | None = None
 
     def __call__(self, value: float) -> float:
         low, high, value = (self._scaled(v) for v in (self.low, self.high, value))
@@ -44,9 +54,12 @@ class Scale:
         slack = 1e-6 * abs(self.stop - self.start)
         return min(self.start, self.stop) - slack <= self(value) <= max(self.start, self.stop) + slack
 
-    def ticks(self, most: int) -> list[float]:
-        """At most so many round values within the scale."""
-        return self._log_ticks(most) if self.log else self._linear_ticks(most)
+    @property
+    def ticks(self) -> Sequence[float]:
+        """Where its numbers stand."""
+        if self.places is not None:
+            return self.places
+        return self._log_ticks(self.most) if self.log else self._linear_ticks(self.most)
 
     def _linear_ticks(self, most: int) -> list[float]:
         rough = (self.high - self.low) / max(1, most - 1)
@@ -130,37 +143,18 @@ class Drawing:
             corners = ((x, y - wide), (x + wide, y), (x, y + wide), (x - wide, y))
             self.add("path", cls, tip=tip, d="M" + "L".join(f"{_number(a)} {_number(b)}" for a, b in corners) + "Z")
 
-    def axes(
-        self,
-        x: Scale,
-        y: Scale,
-        *,
-        x_title: str,
-        y_title: str,
-        x_format: Callable[[float], str],
-        y_format: Callable[[float], str],
-        x_ticks: Sequence[float] | None = None,
-        most: tuple[int, int] = (7, 6),
-    ) -> None:
-        """Grid, numbers and titles; the title of y stands above its axis.
-
-        Args:
-            x, y: scales, y with its start below.
-            x_title, y_title: what they measure.
-            x_format, y_format: of their numbers.
-            x_ticks: instead of round values.
-            most: numbers along x and y.
-        """
+    def axes(self, x: Scale, y: Scale) -> None:
+        """Grid, numbers and titles; the title of y, whose start is below, stands above its axis."""
         bottom, top, left = y.start, y.stop, x.start
-        for value in y.ticks(most[1]):
+        for value in y.ticks:
             self.line("grid", (left, y(value)), (x.stop, y(value)))
-            self.text("num", left - 6, y(value) + 4, y_format(value), "end")
-        for value in x.ticks(most[0]) if x_ticks is None else x_ticks:
+            self.text("num", left - 6, y(value) + 4, y.write(value), "end")
+        for value in x.ticks:
             self.line("grid", (x(value), bottom), (x(value), bottom + 4))
-            self.text("num", x(value), bottom + TICK + 2, x_format(value), "middle")
+            self.text("num", x(value), bottom + TICK + 2, x.write(value), "middle")
         self.line("axis", (left, bottom), (x.stop, bottom))
-        self.text("title", (left + x.stop) / 2, bottom + TITLE + 4, x_title, "middle")
-        self.text("title", 2, top - 10, y_title)
+        self.text("title", (left + x.stop) / 2, bottom + TITLE + 4, x.title, "middle")
+        self.text("title", 2, top - 10, y.title)
 
     def markup(self) -> Markup:
         return Markup(ElementTree.tostring(self.root, encoding="unicode"))  # the tree has escaped all text

@@ -129,15 +129,10 @@ def parts_table(data: PageData) -> Table:
 
 def layer_table(data: PageData) -> Table:
     """Errors of every layer."""
-    rows = tuple(
-        (
-            str(e.layer),
-            words.percent(e.key),
-            words.percent(e.value),
-            "" if e.output is None else words.percent(e.output),
-        )
+    rows = [
+        [str(e.layer), *("" if part is None else words.percent(part) for part in (e.key, e.value, e.output))]
         for e in data.errors
-    )
+    ]
     return Table.of(("layer", "keys", "values", "attention output"), rows)
 
 

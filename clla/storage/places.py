@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from clla.errors import CllaError, UsageError, is_safetensors
+from clla.errors import CllaError, UsageError, system_error
 
 LOCK = ".clla-lock"
 PICTURES = (".png", ".svg", ".pdf")
@@ -195,7 +194,7 @@ def writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
     except CllaError:
         raise
     except Exception as error:  # safetensors, tokenizers and torch have classes of their own for what is an OSError
-        if not _of_the_system(error):
+        if system_error(error) is None:
             raise
         room = f"about {needed / 1e9:.2f} GB free" if needed else "enough free space"
         raise CllaError(
@@ -203,8 +202,3 @@ def writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
             expected=f"{room} in {path.parent}, within quotas and limits, and the right to write there",
             remedy="free some space or lift the limit; a run goes on with --resume",
         ) from error
-
-
-def _of_the_system(error: Exception) -> bool:
-    known = isinstance(error, OSError) or is_safetensors(error)
-    return known or re.search(r"os error \d+|PytorchStreamWriter|inline_container", str(error)) is not None

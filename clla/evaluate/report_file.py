@@ -1,0 +1,104 @@
+"""`clla_report.json`: what a checkpoint was made from, what was measured, and what healing did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clla.artifacts.plan import Plan
+from clla.errors import CllaError, CorruptArtifactError
+from clla.evaluate.figures import draw_healing, draw_plan, draw_quality
+from clla.evaluate.report import LABELS, Report
+from clla.recipe import Recipe
+from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE, REPORT
+from clla.storage.files import read_json, write_text
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """The fields of the file; those without a default are in all of them.
+
+    Attributes:
+        plan: what the checkpoint runs on.
+        recipe: resolved.
+        report: what was measured, if it was.
+        text: that was measured on, as the recipe names it.
+        healing: what training did, from `Healing.to_json`; None if there was none.
+        origin: of the source, from `Origin.to_json`.
+        calibration_tokens: whose moments were taken, where known.
+        fitted: texts that the model was calibrated and healed on, from `FittedText.to_json`; None where not known.
+        predicted_kl: nats per token, of the plan.
+        reduction: `coordinates` of a layer's moments, `of` how many values, and the `kl` that this alone costs; None
+            where the moments are whole.
+        outlook: spectra and the loss at other budgets, for `clla report`.
+    """
+
+    plan: Plan
+    recipe: Recipe
+    report: Report | None = None
+    text: str | None = None
+    healing: dict[str, Any] | None = None
+    origin: dict[str, Any] | None = None
+    calibration_tokens: int | None = None
+    fitted: list[dict[str, Any]] | None = None
+    predicted_kl: float | None = None
+    reduction: dict[str, float] | None = None
+    outlook: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Report | None:
+        """What was measured before healing."""
+        found = (self.healing or {}).get("before")
+        return Report.from_json(found) if found else None
+
+    def save(self, folder: Path) -> None:
+        """Write the file, and plan, quality and healing as pictures beside it."""
+        data = {
+            **{name: value for name, value in vars(self).items() if name not in ("report", "text")},
+            "plan": self.plan.to_json(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "measured": {**self.report.to_json(), "text": self.text} if self.report else None,
+        }
+        write_text(folder / REPORT, json.dumps(data, indent=1))
+        draw_plan(self.plan, folder / PLAN_PICTURE)
+        if self.healing is not None:
+            draw_healing({"": self.healing["history"]}, folder / HEALING_PICTURE)
+        if self.report is not None:
+            rows = self.report.quality.items()
+            points = {LABELS[name]: (row["bytes_per_token"], row["perplexity"]) for name, row in rows}
+            draw_quality(points, folder / QUALITY_PICTURE, title=f"{self.report.context} tokens of context")
+
+    @classmethod
+    def load(cls, folder: Path) -> ReportFile:
+        """Read the file of a checkpoint.
+
+        Raises:
+            CllaError: there is none.
+            CorruptArtifactError: it cannot be read, or is none that clla wrote.
+        """
+        path = folder / REPORT
+        if not path.is_file():
+            raise CllaError(
+                f"{folder} has no {path.name}",
+                expected="a checkpoint written by clla convert",
+                remedy="check the path, or convert a model first",
+            )
+        data = read_json(path)
+        try:
+            measured = data.pop("measured")
+            names = cls.__dataclass_fields__
+            known = {name: value for name, value in data.items() if name in names and value is not None}
+            known |= {"plan": Plan.from_json(data["plan"]), "recipe": Recipe.model_validate(data["recipe"])}
+            if measured:
+                known |= {"report": Report.from_json(measured), "text": measured.get("text")}
+            found = cls(**known)
+            _ = found.before  # it can be read
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptArtifactError(
+                f"{path} is no valid report: {error!r}",
+                expected="a report that clla convert or clla heal wrote",
+                remedy="copy or download the checkpoint again, or convert the source model again",
+            ) from error
+        return found
