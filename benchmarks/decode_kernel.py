@@ -150,7 +150,7 @@ def make_absorbed(
     """Packed random rows with rotary keys, and absorbed queries [B, H·M, 1, r + p]."""
     draw, layout = _drawing(device, dtype, seed), shape.joined
     data = torch.cat([random_rows(part, context, batch, draw, device) for part in layout.parts], dim=-1)
-    rows = AbsorbedRows(data, layout, shape.layout.rank, dtype, torch.zeros(batch, dtype=torch.int64, device=device))
+    rows = AbsorbedRows(data, layout, dtype, torch.zeros(batch, dtype=torch.int64, device=device))
     return rows, draw(batch, shape.query_heads, 1, layout.rank)
 
 
@@ -285,7 +285,7 @@ def check(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, f
     rows, query = make_absorbed(shape, 200, 2, device, dtype=dtype)
     rows.hidden[1] += 37
     sums = rows.sums(query, shape.scaling)
-    twin = AbsorbedRows(rows.data, rows.layout, rows.rank, torch.float32, rows.hidden)
+    twin = AbsorbedRows(rows.data, rows.layout, torch.float32, rows.hidden)
     with _kernels(False):
         errors["absorbed"] = _error(sums, twin.sums(query.float(), shape.scaling))
     if not all(error <= TOLERANCE[dtype] for error in errors.values()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,6 @@ class Table:
     def of(cls, titles: Iterable[str], rows: Iterable[Iterable[str]], **options: str | int) -> Table:
         """A table of any rows."""
         return cls(tuple(titles), tuple(tuple(row) for row in rows), **options)  # type: ignore[arg-type]
-
-    def with_rows(self, *rows: tuple[str, ...]) -> Table:
-        """The same with more rows at its end."""
-        return replace(self, rows=self.rows + rows)
 
     def markdown(self) -> str:
         """As GitHub's Markdown has tables."""

@@ -120,7 +120,7 @@ def test_attention_is_that_of_a_loop_over_tokens_and_heads(family: str) -> None:
                     logits.append(logit * scaling)
                     seen.append(values @ z + mean)
                 expected[b, t, head] = torch.stack(logits).softmax(0) @ torch.stack(seen)
-    rows = AbsorbedRows(codec.packed, codec.layout, 16, torch.float32, torch.zeros(2, dtype=torch.long))
+    rows = AbsorbedRows(codec.packed, codec.layout, torch.float32, torch.zeros(2, dtype=torch.long))
     sums = rows.sums(absorbed_query(still, rotary, codec.decoder[1, :16]), scaling)
     found = decoded_sums(sums, codec.decoder[1, 16:], codec.mean[1, 16:], 2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

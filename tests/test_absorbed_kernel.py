@@ -68,7 +68,7 @@ class Problem:
         """As a forward pass makes them."""
         hidden = torch.tensor(self.hidden, device=self.device)
         used = None if self.used is None else torch.tensor([self.used], device=self.device)
-        return AbsorbedRows(self.data, self.layout, self.layout.parts[0].rank, self.dtype, hidden, used)
+        return AbsorbedRows(self.data, self.layout, self.dtype, hidden, used)
 
     def naive(self) -> Tensor:
         """[B, H_q, T, r] in fp64, query by query."""
@@ -236,7 +236,7 @@ def case_of(heads: int, rank: int, tile: tuple[int, int], *, new: int = 1, dtype
     layout = JoinedLayout(RowLayout((6, 4, 3, 2), rank // 4), RowLayout((6,) * 8, ROPE_TIER))
     data = torch.empty(16, 8192, layout.row_bytes, dtype=torch.uint8, device="meta")
     query = torch.empty(16, heads, new, layout.rank, dtype=dtype, device="meta")
-    rows = AbsorbedRows(data, layout, rank, dtype, torch.zeros(16, dtype=torch.int64, device="meta"))
+    rows = AbsorbedRows(data, layout, dtype, torch.zeros(16, dtype=torch.int64, device="meta"))
     with pytest.MonkeyPatch.context() as patch, by(True):
         patch.setattr(absorbed_triton_clla, "tile_of", lambda *_: tile)
         loose = ("count", "block_count")

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from .absorbed_triton_clla import absorbed_logits
 from .attention_triton_clla import packed_sums
-from .quantize_clla import Layout
 from .rotary_clla import Rotation, rotate
-from .rows_clla import PackedRows, Workspace
+from .rows_clla import PackedRows
 
 
 def rotary_key(hidden: Tensor, codec: Any, pairs: "tuple[int, ...]", rotation: Rotation) -> Tensor:
@@ -90,24 +89,13 @@ def absorbed_query(still: Tensor, rotary: Tensor, decoder: Tensor) -> Tensor:
 class AbsorbedRows(PackedRows):
     """Rows [z ; c] of one layer group, which absorbed queries meet as one head.
 
-    Args:
-        data, dtype, hidden, used, workspace: as of `PackedRows`; the dtype is that of the queries.
-        layout: of a row, a `JoinedLayout` of r and p components.
-        rank: r.
+    Arguments are those of `PackedRows`: a `JoinedLayout` of r and p components, and the dtype of the queries.
     """
 
-    def __init__(
-        self,
-        data: Tensor,
-        layout: Layout,
-        rank: int,
-        dtype: torch.dtype,
-        hidden: Tensor,
-        used: "Optional[Tensor]" = None,
-        workspace: "Optional[Workspace]" = None,
-    ) -> None:
-        super().__init__(data, layout, dtype, hidden, used, workspace)
-        self.rank = rank
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.layout.parts[0].rank
 
     def sums(self, query: Tensor, scaling: float) -> Tensor:
         """Σ p·z [B, H_q, T, r] in fp32; of queries that may see nothing, zeros.

@@ -94,7 +94,7 @@ class DecoupledGroup(LatentGroup):
         if self._absorbed is None:
             assert self.held is not None
             data, dtype = self.held.rows[:, : self.kept], self.codec.decoder.dtype
-            rows = AbsorbedRows(data, self.layout, self.rank, dtype, self._padding, workspace=self._workspace)
+            rows = AbsorbedRows(data, self.layout, dtype, self._padding, workspace=self._workspace)
             self._absorbed = rows
         sums = self._absorbed.sums(absorbed_query(still, rotary, for_keys), scaling)
         return decoded_sums(sums, for_values, mean, self.heads)

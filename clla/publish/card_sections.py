@@ -93,8 +93,8 @@ def quality(facts: Facts) -> str:
         "## Quality",
         report.quality_table(facts.made.before).markdown(),
         f"{report.windows} windows of {report.context:,} tokens of {text_of(facts.made.text)}, {seen}; each from an "
-        f"empty cache, {report.chunk:,} tokens per forward pass, read through the cache as in generation. All rows come "
-        "from one run. KL is that from the source's predictions to the row's, mean over all tokens.",
+        f"empty cache, {report.chunk:,} tokens per forward pass, read through the cache as in generation. All rows "
+        "come from one run. KL is that from the source's predictions to the row's, mean over all tokens.",
     ]
     if report.retrieval:
         codes = report.retrieval_table().markdown()

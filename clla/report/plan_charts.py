@@ -140,8 +140,7 @@ def draw_spectrum(
         tip = f"{words.count(bits, 'bit')}: components {first:,} to {stop - 1:,}" if bits else "not kept"
         outline = [(x(c), y(max(w, y.low))) for c, w in part]
         edge = [(outline[-1][0], y.start), (outline[0][0], y.start)]
-        steps = "L".join(f"{a:.1f} {b:.1f}" for a, b in outline + edge)
-        drawing.add("path", f"b{bits}", tip=tip, d=f"M{steps}Z")
+        drawing.path(f"b{bits}", outline + edge, closed=True, tip=tip)
         lost += [(x(c), y(left)) for c, w in part if (left := w * ERROR_SHARE[bits]) >= y.low]
         if bits and x(stop) - x(first) >= 11 and y.start - outline[-1][1] >= 16:
             drawing.text(f"on b{bits}-on", (x(first) + x(stop)) / 2, y.start - 6, str(bits), "middle", tip)

@@ -126,10 +126,10 @@ class Drawing:
     def text(self, cls: str, x: float, y: float, text: str, anchor: str = "start", tip: str = "") -> None:
         self.add("text", cls, tip=tip, text=text, x=x, y=y, text_anchor=anchor)
 
-    def path(self, cls: str, points: Iterable[Point], *, closed: bool = False) -> None:
+    def path(self, cls: str, points: Iterable[Point], *, closed: bool = False, tip: str = "") -> None:
         steps = [f"{_number(x)} {_number(y)}" for x, y in points]
         if steps:
-            self.add("path", cls, d="M" + "L".join(steps) + ("Z" if closed else ""))
+            self.add("path", cls, tip=tip, d="M" + "L".join(steps) + ("Z" if closed else ""))
 
     def mark(self, shape: str, cls: str, at: Point, tip: str = "", size: float = 4.5) -> None:
         """A point: a `circle`, `square` or `diamond`."""
@@ -140,8 +140,7 @@ class Drawing:
             self.add("rect", cls, tip=tip, x=x - size, y=y - size, width=2 * size, height=2 * size)
         else:
             wide = 1.3 * size
-            corners = ((x, y - wide), (x + wide, y), (x, y + wide), (x - wide, y))
-            self.add("path", cls, tip=tip, d="M" + "L".join(f"{_number(a)} {_number(b)}" for a, b in corners) + "Z")
+            self.path(cls, ((x, y - wide), (x + wide, y), (x, y + wide), (x - wide, y)), closed=True, tip=tip)
 
     def axes(self, x: Scale, y: Scale) -> None:
         """Grid, numbers and titles; the title of y, whose start is below, stands above its axis."""

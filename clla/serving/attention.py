@@ -232,7 +232,7 @@ class DecoupledReader(GroupReader):
         self._put(torch.cat(found, dim=-1), latents)
 
     def _opened(self, side: Side, data: Tensor) -> AbsorbedRows:
-        return AbsorbedRows(data, self.layout, self.rank, self.decoder.decoder.dtype, side.hidden(self.sinks))
+        return AbsorbedRows(data, self.layout, self.decoder.decoder.dtype, side.hidden(self.sinks))
 
     def _split(self, index: int, query: Tensor, side: Side) -> tuple[Tensor, Tensor]:
         """Position-free and rotary part of queries [S, T, H_q, d], tokens behind heads."""
