@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,6 +34,11 @@ from clla.source.families import kv_shape, split_layers
 def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
     """Random token ids [batch, length]."""
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mostly_slow(names: Iterable[Any], *fast: Any) -> list[Any]:
+    """Parameters of a matrix of tests, of which `make test` runs only those of these few names."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
 def stats_of(

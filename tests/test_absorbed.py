@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import pico
-from helpers import stats_of, strict_of, tokens
+from helpers import mostly_slow, stats_of, strict_of, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -147,7 +147,7 @@ def test_rotary_keys_turn_each_with_its_own_frequency() -> None:
 # --- the model ---
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "llama", "smollm3"))
 def test_all_components_reproduce_the_source(family: str) -> None:
     """Full rank, 16 bits and every pair in the rotary key: nothing is lost, decoded or absorbed."""
     model, _ = source_and_stats(family)

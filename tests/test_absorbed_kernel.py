@@ -100,6 +100,7 @@ def test_any_number_of_rows(count: int, kernel_device: str) -> None:
     check(Problem(count=count, hidden=(0, min(7, count)), device=kernel_device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_width_of_both_parts(bits: int, kernel_device: str) -> None:
     """48 components, so that a second block begins within the class and is not full."""

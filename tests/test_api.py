@@ -149,6 +149,7 @@ def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "MODEL-clla-healed" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every public function has one; they run in the order of a conversion, in the directory of the models."""
     pico_of(pico_config("llama", max_position_embeddings=32_768)).save_pretrained(tmp_path / "MODEL")

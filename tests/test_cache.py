@@ -158,6 +158,7 @@ def test_more_tokens_than_a_static_cache_was_made_for_are_refused_at_once() -> N
     run("group", cache, tokens(1, 60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["group", "strict", "evict"])
 def test_masks_of_any_dtype_mean_the_same(name: str) -> None:
     """More tokens than a mask of 8 bits or fp16 could count."""
@@ -369,6 +370,7 @@ def test_the_attention_may_change_between_calls(name: str, of_source: bool) -> N
 # Bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_no_cache_is_larger_than_the_sources(name: str) -> None:
     """Token by token until many are in latents. Slots and scores of rows are counted apart.

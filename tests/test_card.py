@@ -201,6 +201,7 @@ def test_without_a_report_nothing_is_claimed(pico_dir: Path, text_file: Path, tm
     check_figures(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, options, words",
     [
@@ -248,6 +249,7 @@ def test_a_source_from_the_hub_is_named_and_its_licence_carried_over(
     assert origin_of(open_source("maker/pico-1b")).license is None
 
 
+@pytest.mark.slow
 def test_results_on_a_hub_data_set_come_back_from_the_metadata(healed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     folder.mkdir()
@@ -272,6 +274,7 @@ def test_results_on_a_hub_data_set_come_back_from_the_metadata(healed: Path, tmp
     assert card.data.eval_results is None and "calibration had read too" in card.text
 
 
+@pytest.mark.slow
 def test_another_place_is_named_and_edits_stay(measured: Path) -> None:
     before = (measured / "README.md").read_text() + '\nmeasured by me, "measured" twice; see measured-not.\n'
     after = retargeted(before, "me/pico-clla")
@@ -282,6 +285,7 @@ def test_another_place_is_named_and_edits_stay(measured: Path) -> None:
     assert retargeted("# My own card\n", "me/pico-clla") == "# My own card\n"
 
 
+@pytest.mark.slow
 def test_the_command_prints_or_writes(measured: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(measured, tmp_path / "measured")
     done = clla("card", folder)
@@ -296,6 +300,7 @@ def test_the_command_prints_or_writes(measured: Path, tmp_path: Path) -> None:
         render(folder, "x")
 
 
+@pytest.mark.slow
 def test_a_report_of_an_earlier_version_gives_a_card(measured: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(measured, tmp_path / "measured")
     report = read_json(folder / "clla_report.json")

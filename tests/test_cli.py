@@ -56,6 +56,7 @@ def test_help_answers_without_torch() -> None:
     assert "--kv-budget" in done.stdout
 
 
+@pytest.mark.slow
 def test_eviction_goes_below_the_latents(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
     """A budget with eviction: the saved model keeps to it, measured, and a context is asked for."""
     folder = tmp_path / "evicting"

@@ -83,6 +83,7 @@ def test_every_method_is_in_the_table(folder: Path) -> None:
     assert (folder / "comparison.png").stat().st_size > 10_000 and (folder / "comparison.svg").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_quick_leaves_variants_out(pico_dir: Path, text_file: Path, tmp_path: Path, folder: Path) -> None:
     arguments = ["compare", pico_dir, "--quick", "--methods", "kivi,minicache", "--dataset", text_file]
     arguments += ["--text", text_file, *SMALL, "--retrieval-trials", "0", "-o", tmp_path]
@@ -95,6 +96,7 @@ def test_quick_leaves_variants_out(pico_dir: Path, text_file: Path, tmp_path: Pa
         assert 0 < sum(r["method"] == method for r in quick) < sum(r["method"] == method for r in everything)
 
 
+@pytest.mark.slow
 def test_dialled_methods_keep_to_their_budget(folder: Path) -> None:
     """Measured bytes at the context, with what buffers hold at that moment."""
     rows = json.loads((folder / "comparison.json").read_text())["rows"]
@@ -103,6 +105,7 @@ def test_dialled_methods_keep_to_their_budget(folder: Path) -> None:
         assert shares and max(shares) <= 0.51, (name, shares)
 
 
+@pytest.mark.slow
 def test_advice_is_that_of_the_table(folder: Path) -> None:
     data = json.loads((folder / "comparison.json").read_text())
     for budget, advice in data["recommended"].items():

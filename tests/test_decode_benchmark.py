@@ -57,6 +57,7 @@ def test_a_dry_run_reports_every_case(
     assert float(fields[13]) == pytest.approx(last["sdpa"] / last["chosen"], abs=0.005)
 
 
+@pytest.mark.slow
 def test_settings_are_swept(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_choosing_all_tokens_is_reading_all(benchmark: ModuleType) -> None:
     assert not torch.allclose(benchmark.read_chosen(shape, inputs, 8), expected, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [torch.nan, 3.0])
 def test_wrong_kernels_are_not_timed(
     wrong: float, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 import torch
 from conftest import pico
-from helpers import converted_of, plan_of, stats_of, tokens
+from helpers import converted_of, mostly_slow, plan_of, stats_of, tokens
 from kernel_compile import Case, check_fits, compile_all, launched
 from test_quantize import classes_of, scale_of, step_of
 from torch import Tensor
@@ -237,7 +237,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", mostly_slow(GEOMETRIES, *list(GEOMETRIES)[:2]))
 def test_heads_and_rotations(name: str, kernel_device: str) -> None:
     check(Problem(**GEOMETRIES[name], device=kernel_device))
 
@@ -269,6 +269,7 @@ def test_rows_that_are_not_in_use_yet(used: int, kernel_device: str) -> None:
     check(Problem(used=used, device=kernel_device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [None, 20])
 @pytest.mark.parametrize("own_turns", [False, True])
 def test_chosen_rows_in_any_order(used: int | None, own_turns: bool, kernel_device: str) -> None:
@@ -347,6 +348,7 @@ def test_offsets_are_wide_where_they_must_be() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["SmolLM2", "a quarter rotary", "no rotation"])
 @pytest.mark.usefixtures("bf16_products")

@@ -138,6 +138,7 @@ def trained_loss(model: Any, folder: Any, *, own_loss: bool = False, **options: 
     return {"loss": found["loss"], "grad_norm": found["grad_norm"], **{"eval": trainer.evaluate()["eval_loss"]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -255,6 +256,7 @@ def test_a_layer_computed_again_is_refused() -> None:
 # Outputs over chunks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 1, 30, torch.tensor([0, 33, 59])], ids=str)
 @pytest.mark.parametrize("by_config", [False, True], ids=["asked", "by config"])
 def test_outputs_over_chunks_are_those_of_one_pass(keep: Any, by_config: bool) -> None:

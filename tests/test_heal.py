@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FAMILY_CONFIGS, byte_tokenizer, pico
-from helpers import clla, converted_of, finish, plan_of, stats_of, tokens, two_processes
+from helpers import clla, converted_of, finish, mostly_slow, plan_of, stats_of, tokens, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -154,7 +154,7 @@ def test_heads_give_the_models_logits(name: str) -> None:
     torch.testing.assert_close(logits_head(model)(hidden), model(ids).logits)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS.keys() - UNOBSERVED))
+@pytest.mark.parametrize("name", mostly_slow(sorted(FAMILY_CONFIGS.keys() - UNOBSERVED), "llama", "gemma2", "gpt2"))
 @pytest.mark.parametrize(("source", "window"), [("group", 16), ("first", 16), ("first", 0)])
 def test_parallel_student_is_the_converted_model(name: str, source: str, window: int) -> None:
     """Few bits with the `first` source, whose latents are the student's own; full rank with `group`."""
@@ -317,6 +317,7 @@ def test_no_more_logits_than_asked_for_live_at_once() -> None:
 # --- stage 1 ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ("group", "first"))
 def test_stage_one_brings_attention_outputs_nearer(source: str) -> None:
     distiller = distiller_of(converted(source=source, bits=(2,)))
@@ -408,6 +409,7 @@ def test_a_run_taken_up_again_equals_an_unbroken_one(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("step")] == ["step-00000060"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_sliding_layers_and_checkpointing_train_on_the_cache(checkpointing: bool, tmp_path: Path) -> None:
     """Kept layers hold no graph between chunks; recomputed layers still see the cache, so both give one result."""
@@ -459,6 +461,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(bool(p.isfinite().all()) for p in distiller.student.parameters())
 
 
+@pytest.mark.slow
 def test_damaged_states_are_named(unbroken: tuple[Distiller, Progress, Path], tmp_path: Path) -> None:
     distiller, _, folder = unbroken
     cut, flipped = tmp_path / "cut.safetensors", tmp_path / "flipped.safetensors"
@@ -470,6 +473,7 @@ def test_damaged_states_are_named(unbroken: tuple[Distiller, Progress, Path], tm
             load_trained(distiller, path)
 
 
+@pytest.mark.slow
 def test_half_written_states_are_passed_over(unbroken: tuple[Distiller, Progress, Path], tmp_path: Path) -> None:
     (tmp_path / "step-00000010").mkdir()
     (tmp_path / "step-00000020.partial").mkdir()

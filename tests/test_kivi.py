@@ -57,6 +57,7 @@ def settled(x: Tensor, cache_tokens: int, *, of_keys: bool, bits: int, residual:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("head_dim", (16, 32, 64))
 @pytest.mark.parametrize(("bits", "sinks"), ((2, 0), (3, 5), (4, 1)))

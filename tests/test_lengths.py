@@ -185,7 +185,7 @@ def test_defaults_keep_to_the_positions(converted: Path) -> None:
         "heal CONVERTED --sequence-length 161",
         "generate CONVERTED --max-new-tokens 155 --prompt abcdef",
         "generate CONVERTED --prompt " + "x" * 161,
-        "report CONVERTED --num-samples 0 --samples 0 --prompt " + "x" * 161,
+        "report CONVERTED --num-samples 0 --num-prompts 0 --prompt " + "x" * 161,
     ],
 )
 def test_lengths_beyond_the_positions_are_refused(

@@ -110,6 +110,7 @@ def config_cases() -> list[Any]:
     return some(cases, 24) + [pytest.param("llama", changes, id=name) for name, changes in listed.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), config_cases())
 def test_damaged_configs(family: str, changes: dict[str, Any], copy: Callable[[str], Path], text_file: Path) -> None:
     path = copy(family) / "config.json"
@@ -179,6 +180,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGED_WEIGHTS)
 def test_damaged_weights(damage: str, copy: Callable[[str], Path], text_file: Path) -> None:
     folder = copy("llama")

@@ -181,6 +181,7 @@ def test_solve_obeys_budget_cover_and_order(num_layers: int, largest: int, seed:
         assert set(choice.bits) <= set(widths) and len(choice.bits) <= len(candidates[segment].tiers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_more_budget_never_hurts(seed: int) -> None:
     candidates = random_candidates(4, 3, 2, seed)
@@ -297,6 +298,7 @@ def planned(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ("group", "first"))
 @pytest.mark.parametrize("planner", sorted(PLANNERS))
 @pytest.mark.parametrize("max_layers_per_group", (1, 2, 3, 5))

@@ -222,6 +222,7 @@ def test_models_come_back_as_they_went(
         ok(client("generate", f"ada/{name}", "--prompt", "the cold lake", "--max-new-tokens", 4))
 
 
+@pytest.mark.slow
 def test_dry_run_shows_all_and_asks_nobody(client: Client, hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder)
@@ -290,6 +291,7 @@ def test_second_push_sends_no_big_file_and_branches_are_read(
     names_no_place(files, text_file.parent, tmp_path, client.home, checkpoint.parent)
 
 
+@pytest.mark.slow
 def test_broken_upload_goes_on_where_it_was(
     client: Client, hub: Hub, checkpoint: Path, codec_alone: Path, source: dict[str, str]
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import pico, pico_config, pico_of
-from helpers import converted_of, kept_bytes, plan_of, stats_of, tokens
+from helpers import converted_of, kept_bytes, mostly_slow, plan_of, stats_of, tokens
 from test_model import full_rank, lossy, source_and_stats
 from torch import Tensor
 from transformers import CompileConfig
@@ -89,7 +89,7 @@ def test_equals_the_sources_attention_over_decoded_tokens(step: int, source: str
     assert len(reads) >= 4 * (20 // step) and set(reads) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, *list(FAMILIES)[:2]))
 def test_families_read_alike(family: str, reads: list[int]) -> None:
     """Whatever their rotation, norms and heads; those whose attention is not ordinary simply do not read."""
     model = pico(family)

@@ -52,6 +52,7 @@ def test_rows_cover_contexts_and_batches(run: dict[str, Any]) -> None:
             assert row["ratio"][key] == pytest.approx(row["converted"][key] / row["source"][key])
 
 
+@pytest.mark.slow
 def test_bytes_are_those_planned(run: dict[str, Any]) -> None:
     """And the source's are keys and values of every token."""
     for row in run["rows"]:
@@ -61,6 +62,7 @@ def test_bytes_are_those_planned(run: dict[str, Any]) -> None:
         assert converted["cache_bytes_per_token"] == converted["cache_bytes"] / tokens_held
 
 
+@pytest.mark.slow
 def test_generate_starts_from_the_longest_context(run: dict[str, Any]) -> None:
     generated = run["generate"]
     assert generated["context"] == 300
@@ -69,6 +71,7 @@ def test_generate_starts_from_the_longest_context(run: dict[str, Any]) -> None:
     assert generated["source"]["first_token"] > 0
 
 
+@pytest.mark.slow
 def test_largest_batch_keeps_to_the_limit(run: dict[str, Any]) -> None:
     """One sequence more would not fit: every sequence takes as much as the others."""
     most = run["largest_batch"]
@@ -80,6 +83,7 @@ def test_largest_batch_keeps_to_the_limit(run: dict[str, Any]) -> None:
     assert most["ratio"]["batch"] == most["converted"]["batch"] / most["source"]["batch"] > 1
 
 
+@pytest.mark.slow
 def test_what_it_ran_on_is_named(run: dict[str, Any]) -> None:
     machine, settings = run["machine"], run["settings"]
     assert machine["device"] == "cpu" and machine["name"] and machine["torch"] == torch.__version__
@@ -98,6 +102,7 @@ def test_the_table_has_both_models() -> None:
     assert "largest batch" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_shape_keeps_its_budget() -> None:
     found = bench("--shape", "tiny", "--kv-budget", "12.5%", "--max-layers-per-group", 3, "--contexts", "200")
     assert found["settings"]["layer_groups"] == [3, 3] and found["settings"]["dtype"] in ("bfloat16", "float32")
@@ -106,6 +111,7 @@ def test_a_shape_keeps_its_budget() -> None:
     assert row["cache_bytes"] == pytest.approx(row["planned_bytes"], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("budget", [0.03, 0.0625, 0.25, 0.45])
 def test_plans_of_shapes_spend_their_budget(name: str, budget: float) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILY_CONFIGS, OTHER_CONFIGS, SIZES, byte_tokenizer, pico
-from helpers import clla, converted_of, finish, plan_of, tokens, two_processes
+from helpers import clla, converted_of, finish, mostly_slow, plan_of, tokens, two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -32,6 +32,7 @@ from clla.source.families import kv_shape, split_layers
 from clla.source.placement import choose_placement, layers_on_disk
 
 OF_THE_TOKENS = {"gemma3n_text", "gemma4_text"}  # every layer has embeddings of its own
+STREAMED = sorted({**FAMILY_CONFIGS, **OTHER_CONFIGS}.keys() - OF_THE_TOKENS)
 
 SMALL = ["--calibration-tokens", "1024", "--sequence-length", "128", "--budget-context", "0", "--kv-budget", "10%"]
 SMALL += ["--exact-window", "16", "--no-eval", "--device", "cpu"]
@@ -54,7 +55,7 @@ def tensors(stats: Stats) -> dict[str, Tensor]:
 # --- layer by layer ---
 
 
-@pytest.mark.parametrize("name", sorted({**FAMILY_CONFIGS, **OTHER_CONFIGS}.keys() - OF_THE_TOKENS))
+@pytest.mark.parametrize("name", mostly_slow(STREAMED, "llama", "gpt2", "qwen3_moe"))
 def test_streamed_stats_are_the_ordinary_ones(name: str) -> None:
     model = pico(name)
     wanted = wanted_of(model)

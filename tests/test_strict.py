@@ -233,7 +233,7 @@ def test_exported_models_run_as_deepseek_v3(wide_dir: Path, text_file: Path, tmp
         model = CllaForCausalLM.from_pretrained(strict, dtype=torch.float32).eval()
         cache, found = model.new_cache(), exported(ids).logits
         for group in cache.groups:
-            group.layout = RawLayout(group.layout.rank)
+            group.layout = RawLayout(*(part.rank for part in group.layout.parts))
         expected, stored = model(ids, past_key_values=cache).logits, model(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, stored, rtol=0.2, atol=0.2)  # 16 bits, of latents that calibration did not see

@@ -26,10 +26,11 @@ SAME, ROUNDINGS = 0.01, 3.0
 
 
 class RawLayout:
-    """Stands for `RowLayout`, but keeps every bit of fp32."""
+    """Stands for `RowLayout` and `JoinedLayout`, but keeps every bit of fp32."""
 
-    def __init__(self, values: int) -> None:
-        self.rank, self.row_bytes = values, 4 * values
+    def __init__(self, *ranks: int) -> None:
+        self.rank, self.row_bytes = sum(ranks), 4 * sum(ranks)
+        self.parts: tuple[RawLayout, ...] = tuple(map(RawLayout, ranks)) if len(ranks) > 1 else (self,)
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.float().contiguous().view(torch.uint8)

@@ -88,7 +88,7 @@ def difference(model: CllaForCausalLM, exported: PreTrainedModel) -> float:
     """KL of an exported model to the converted one on latents as they are, nats per token, over random tokens."""
     cache = model.new_cache()
     for group in cache.groups:
-        group.layout = RawLayout(group.layout.rank)
+        group.layout = RawLayout(*(part.rank for part in group.layout.parts))
     generator = torch.Generator().manual_seed(0)
     ids: Tensor = torch.randint(0, model.config.text_config.vocab_size, (1, CHECK_TOKENS), generator=generator)
     ids = ids.to(model.device)
