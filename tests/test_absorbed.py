@@ -160,6 +160,7 @@ def test_all_components_reproduce_the_source(family: str) -> None:
     assert cache.groups[0].encoded == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama-mha", "cohere", "smollm3"])
 def test_steps_are_absorbed_and_equal_a_whole_pass(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of two layers, few components, few bits: lossy, and the same in both forms."""

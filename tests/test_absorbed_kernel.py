@@ -108,12 +108,14 @@ def test_every_width_of_both_parts(bits: int, kernel_device: str) -> None:
     check(Problem(rotary=(bits,) * 6, count=9, device=kernel_device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier_size", [8, 24])
 def test_parts_have_tiers_and_scales_of_their_own(tier_size: int, kernel_device: str) -> None:
     check(Problem(tiers=MIXED, tier_size=tier_size, rotary=(8, 8, 8, 5, 2), count=5, device=kernel_device))
     check(Problem(tiers=(3, 2), tier_size=tier_size, rotary=MIXED, count=5, device=kernel_device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "new"), [(1, 1), (9, 1), (3, 5), (5, 4), (33, 1), (9, 15)])
 def test_any_number_of_queries(heads: int, new: int, kernel_device: str) -> None:
     """135 are more than one program takes."""
@@ -147,6 +149,7 @@ def test_what_nobody_may_see_changes_nothing(kernel_device: str) -> None:
         assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
 def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second sequence begins behind the first tiles."""

@@ -200,6 +200,7 @@ def check(problem: Problem, *, index: Tensor | None = None, turned: bool = True,
                 close(attention_triton_clla.packed_sums(rows, weights), sums, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 31, 33, 130])
 def test_any_number_of_rows(count: int, kernel_device: str) -> None:
     check(Problem(count=count, hidden=(0, min(7, count)), device=kernel_device))
@@ -242,6 +243,7 @@ def test_heads_and_rotations(name: str, kernel_device: str) -> None:
     check(Problem(**GEOMETRIES[name], device=kernel_device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
 def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton_clla, "tile_of", lambda *_: tile)

@@ -75,6 +75,7 @@ SOURCE_PARTS = {f"source.model.layers.{i}": ("cpu", "disk")[i % 2] for i in rang
     "source.lm_head": "disk", "codec": "disk"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"device_map": "auto", "max_memory": {"cpu": "200KB"}}, {"device_map": {"source": "cpu", "codec": "cpu"}},
@@ -120,6 +121,7 @@ def homes(device_map: dict[str, Any], names: list[str]) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory",
     [

@@ -244,6 +244,7 @@ def test_exported_models_run_as_deepseek_v3(wide_dir: Path, text_file: Path, tmp
     assert clla("export", strict, "-o", out, "--overwrite").exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("rank", [32, 64])
 def test_exported_weights_give_the_same_logits(heads: int, rank: int) -> None:
