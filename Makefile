@@ -36,7 +36,8 @@ test-slow: install  # whole matrices, kills, several processes, real models
 test-all: test test-slow
 
 models-page: install  # docs/models.md, from what the tests find
-	$(BIN)/python -m pytest -q --write-models $(addprefix tests/test_,families.py family_commands.py language_model.py models_page.py)
+	$(BIN)/python -m pytest -q --write-models tests/checkpoint/test_language_model.py \
+		$(addprefix tests/end_to_end/test_,families.py family_commands.py models_page.py)
 
 test-wheel: install  # the wheel in an environment of its own, used as a new user does
 	$(BIN)/python docs/fresh_install.py --torch "$(TORCH)"

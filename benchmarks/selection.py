@@ -1,4 +1,4 @@
-"""Quality against the number of old tokens that a new one reads in full, one token a step.
+"""Quality against the number of old tokens that a new one reads in full, one token per step.
 
 python benchmarks/selection.py CHECKPOINT [--text FILE] [--context 3584] [--tokens 96] [--select 256,512,1024,2048]
 """

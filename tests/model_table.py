@@ -1,4 +1,4 @@
-"""docs/models.md, and whether it says what the checks of tests/test_families.py and test_family_commands.py find.
+"""docs/models.md, and whether it says what the checks of tests/end_to_end (families, family_commands) find.
 
 A test run changes nothing: a cell or a page that differs from what was found fails it. `make models-page` writes.
 """

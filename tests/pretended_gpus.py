@@ -18,8 +18,8 @@ from itertools import pairwise, product
 from typing import Any
 
 import torch
+from conversions import form
 from helpers import tokens
-from test_cache import form
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -140,7 +140,7 @@ class KiviCache(MeasuredCache):
 
     Args:
         config: the model's config.
-        bits: 2, 3 or 4 a component.
+        bits: 2, 3 or 4 per component.
         residual: newest tokens kept exact, a multiple of `group_size`.
         group_size: tokens per group of keys and channels a group of values; heads that are smaller are one group.
         sinks: first tokens kept exact.

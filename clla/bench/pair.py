@@ -47,7 +47,7 @@ class Pair:
 
         Args:
             static: the converted cache is told its length beforehand.
-            source_chunk: tokens a call of the source's prefill; None for all at once.
+            source_chunk: tokens per call of the source's prefill; None for all at once.
         """
         converted: Any = self.converted
         source, config = converted.source, converted.config.text_config

@@ -37,7 +37,7 @@ class Contender:
     Attributes:
         model: called with input_ids and a cache.
         new_cache: an empty cache for one batch, given how many tokens it will see.
-        chunk: tokens a call of the prefill; None for all at once.
+        chunk: tokens per call of the prefill; None for all at once.
         generate_options: given to `generate` beside the prompt, for the same number of tokens.
     """
 

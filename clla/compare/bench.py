@@ -25,7 +25,7 @@ from clla.recipe import Recipe
 from clla.source.model import Source
 
 SINKS = 4
-BYTES_CHUNK = 2048  # tokens a call where only bytes are measured, which do not depend on it
+BYTES_CHUNK = 2048  # tokens per call where only bytes are measured, which do not depend on it
 
 
 @dataclass(frozen=True)

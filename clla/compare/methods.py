@@ -47,8 +47,8 @@ def stored(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """What people run in production: smaller formats of the source's cache."""
     config = bench.source.config
     yield Setting("fp8 a tensor", Subject(bench.model, lambda: SourceCache(config, "fp8")))
-    yield Setting("fp8 a token and head", Subject(bench.model, lambda: SourceCache(config, "fp8-token-head")))
-    yield Setting("int4 a token and head", Subject(bench.model, lambda: SourceCache(config, "int4")))
+    yield Setting("fp8 per token and head", Subject(bench.model, lambda: SourceCache(config, "fp8-token-head")))
+    yield Setting("int4 per token and head", Subject(bench.model, lambda: SourceCache(config, "int4")))
 
 
 def kivi(bench: Bench, budgets: list[float]) -> Iterator[Setting]:

@@ -157,7 +157,7 @@ def run_methods(
         options: budgets and what is measured.
 
     Returns:
-        A row a setting, the source first; method, setting and reason of what was left out.
+        One row per setting, the source first; method, setting and reason of what was left out.
     """
     config, dtype = bench.source.config, bench.source.dtype
     source = Setting(str(dtype).removeprefix("torch."), Subject(bench.model, lambda: SourceCache(config, dtype)))

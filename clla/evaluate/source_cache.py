@@ -1,4 +1,4 @@
-"""The source model's own cache as it is served: in its checkpoint's dtype, in fp8, or in int4 a token.
+"""The source model's own cache as it is served: in its checkpoint's dtype, in fp8, or in int4 per token.
 
 What is claimed is what is stored: tensors of the dtype, packed nibbles with fp16 scale and minimum per token
 and head (asymmetric min-max, 4.5 bits per component at head dim 64), or fp8 e4m3 codes with either one scale for

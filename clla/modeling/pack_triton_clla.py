@@ -7,7 +7,7 @@ cache but for the first, so that classes of any size take the same few registers
 Rows equal those of `RowLayout.pack` but where fp32 cannot tell two scales or two levels apart: sums are
 taken in another order, and the search multiplies by the reciprocal of the step. Codes are divided as there.
 
-Shape legend: B batch, T tokens, r components, K rows, N bytes per row, C classes, L tokens a program, R components at
+Shape legend: B batch, T tokens, r components, K rows, N bytes per row, C classes, L tokens per program, R components at
 a time, O scales tried at once, G = R/8.
 """
 

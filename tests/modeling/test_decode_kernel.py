@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -17,7 +14,7 @@ import torch
 from conftest import pico
 from helpers import converted_of, mostly_slow, plan_of, stats_of, tokens
 from kernel_compile import Case, check_fits, compile_all, launched
-from test_quantize import classes_of, scale_of, step_of
+from packed_rows import MIXED, POISON, WIDTHS, by, close, latents_of, random_rows
 from torch import Tensor
 
 from clla.bench.shapes import random_plan, shape_config
@@ -28,34 +25,7 @@ from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns
 from clla.modeling.rows_clla import PackedRows
 
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
-MIXED = (16, *(8,) * 4, 7, 6, 5, 4, 3, 2, 1, 1)  # 8 bits: scales of 16 and 16 components
-POISON = 0xAB
 SCALING = 0.3
-
-
-def latents_of(rows: Tensor, tiers: tuple[int, ...], tier_size: int) -> Tensor:
-    """[B, K, r] in fp64 of rows [B, K, N], bit by bit."""
-    classes = classes_of(tiers, tier_size)
-    data, parts, start = rows.cpu().numpy(), [], len(classes)
-    scales = np.vectorize(scale_of, otypes=[float])(data[..., :start])
-    for number, (bits, part) in enumerate(classes):
-        size = part.stop - part.start
-        stream = data[..., start : start + size * bits // 8]
-        each = np.unpackbits(stream, axis=-1, bitorder="little").reshape(*stream.shape[:2], size, bits)
-        codes = (each.astype(np.float64) * 2.0 ** np.arange(bits)).sum(-1)
-        parts.append((codes + 0.5 - 2 ** (bits - 1)) * step_of(bits, size) * scales[..., number, None])
-        start += size * bits // 8
-    return torch.from_numpy(np.concatenate(parts, -1))
-
-
-def random_rows(layout: RowLayout, batch: int, count: int) -> Tensor:
-    """[B, K, N] of random bits, with scales of ordinary sizes and a few zeros among them."""
-    drawn = torch.randint(0, 256, (batch, count, layout.row_bytes), dtype=torch.uint8)
-    scales = drawn[..., : len(layout.classes)]
-    scales.copy_(torch.randint(112, 137, scales.shape))
-    scales[torch.rand(scales.shape) < 0.05] = 0
-    return drawn
 
 
 @dataclass
@@ -154,14 +124,6 @@ class Problem:
         return around.to(self.device)[..., 1:-3]
 
 
-@contextmanager
-def by(kernels: bool) -> Iterator[None]:
-    """Rows are read by kernels, or by their twin."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_clla, "on_gpu", lambda x: kernels)
-        yield
-
-
 def written(problem: Problem, rows: LatentRows, *, turned: bool = True) -> Tensor:
     """Logits that were written into a part of a larger tensor, whose rest is seen to stay."""
     shape = (len(problem.hidden), problem.heads, problem.per_head, rows.count)
@@ -173,12 +135,6 @@ def written(problem: Problem, rows: LatentRows, *, turned: bool = True) -> Tenso
     out.fill_(7.0)
     assert bool((around == 7.0).all())
     return found
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """To so many parts of the largest; the same infinities."""
-    size = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 1.0
-    torch.testing.assert_close(found.cpu().double(), expected.cpu().double(), rtol=0, atol=tolerance * size)
 
 
 def check(problem: Problem, *, index: Tensor | None = None, turned: bool = True, tolerance: float = 3e-6) -> None:

@@ -99,7 +99,7 @@ def test_tokens_kept_are_whole_and_the_newest_among_them(chunk: int) -> None:
 
 
 def test_heads_choose_for_themselves_and_find_what_is_looked_for() -> None:
-    """One older token a head has all of the window's attention; kernel 1, so that it comes without neighbours."""
+    """One older token per head has all of the window's attention; kernel 1, so that it comes without neighbours."""
     query, key, value = (torch.zeros(1, heads, 40, D) for heads in (H, H, H))
     query[..., 0] = 1
     for head, wanted in enumerate((3, 17, 30)):

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 import torch
 from kernel_compile import Case, check_fits, compile_all
-from test_quantize import check_class, classes_of, gaussian, naive_codes, naive_row
+from packed_rows import check_class, classes_of, gaussian, naive_codes, naive_row
 from torch import Tensor
 from transformers.dynamic_module_utils import get_imports
 

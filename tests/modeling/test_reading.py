@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import pico, pico_config, pico_of
+from conversions import full_rank, lossy, source_and_stats
 from helpers import converted_of, kept_bytes, mostly_slow, plan_of, stats_of, tokens
-from test_model import full_rank, lossy, source_and_stats
 from torch import Tensor
 from transformers import CompileConfig
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_rows import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    check_class,
+    classes_of,
+    gaussian,
+    naive_codes,
+    naive_row,
+    naive_try,
+    rounding,
+    scale_of,
+    start_codes,
+    step_of,
+)
 from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
@@ -23,49 +36,6 @@ from clla.plan.rate import ERROR_SHARE, gaussian_error
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 TIER_SIZES = (8, 16, 32)
 MIXED = (16, 8, 8, 7, 6, 5, 4, 4, 3, 2, 1, 1)
-SMALLEST_SCALE = 2.0 ** (-127 / 8)  # code 1
-LARGEST_SCALE = 2.0 ** (127 / 8)  # code 255
-
-
-def step_of(bits: int, size: int) -> float:
-    """Step at scale 1 of a class of `size` components."""
-    return 2.2 * math.sqrt(size) / 65536 if bits == 16 else GAUSSIAN_STEP[bits]
-
-
-def scale_of(scale_code: int) -> float:
-    return 2.0 ** ((scale_code - 128) / 8) if scale_code else 0.0
-
-
-def classes_of(tier_bits: tuple[int, ...], tier_size: int) -> list[tuple[int, slice]]:
-    """Bits and components of each run of equal widths; runs of 8 bits are cut before tiers 1, 3, 7, 15, …"""
-    found, first = [], 0
-    for bits, run in groupby(tier_bits):
-        last = first + len(list(run))
-        marks = [first, *(t for t in (1, 3, 7, 15, 31, 63) if bits == 8 and first < t < last), last]
-        found += [(bits, slice(a * tier_size, b * tier_size)) for a, b in pairwise(marks)]
-        first = last
-    return found
-
-
-def naive_row(scale_codes: list[int], codes: list[int], tier_bits: tuple[int, ...], tier_size: int) -> list[int]:
-    """A scale for every class, then every class's codes as one long number, lowest byte first."""
-    row = list(scale_codes)
-    for bits, part in classes_of(tier_bits, tier_size):
-        number = sum(code << (bits * i) for i, code in enumerate(codes[part]))
-        row += number.to_bytes(len(codes[part]) * bits // 8, "little")
-    return row
-
-
-def naive_codes(row: list[int], tier_bits: tuple[int, ...], tier_size: int) -> tuple[list[int], list[int]]:
-    """Scale codes and component codes in a row."""
-    classes = classes_of(tier_bits, tier_size)
-    codes, rest = [], bytes(row[len(classes) :])
-    for bits, part in classes:
-        size = part.stop - part.start
-        number, rest = int.from_bytes(rest[: size * bits // 8], "little"), rest[size * bits // 8 :]
-        codes += [number >> (bits * i) & (2**bits - 1) for i in range(size)]
-    assert not rest
-    return row[: len(classes)], codes
 
 
 def naive_values(scale_codes: list[int], codes: list[int], tier_bits: tuple[int, ...], tier_size: int) -> list[float]:
@@ -75,70 +45,6 @@ def naive_values(scale_codes: list[int], codes: list[int], tier_bits: tuple[int,
         step = step_of(bits, part.stop - part.start) * scale_of(scale_code)
         values += [(code - 2 ** (bits - 1) + 0.5) * step for code in codes[part]]
     return values
-
-
-@dataclass
-class Tried:
-    """One scale code tried on one class: error of each component, and how far fp32 may be off in their squares."""
-
-    levels: np.ndarray  # real-valued, before rounding down
-    codes: np.ndarray
-    error: np.ndarray
-
-    @property
-    def squared(self) -> float:
-        return float((self.error**2).sum())
-
-
-def naive_try(x: np.ndarray, bits: int, scale_code: int) -> Tried:
-    step, half = step_of(bits, len(x)) * scale_of(scale_code), 2 ** (bits - 1)
-    levels = x / step if step else np.zeros(len(x))
-    codes = np.clip(np.floor(levels), -half, half - 1)
-    return Tried(levels, codes + half, (codes + 0.5) * step - x)
-
-
-def rounding(x: np.ndarray, tried: Tried) -> float:
-    """How far off the squared error is when it is reckoned in fp32: 4 roundings of x, one for each square and sum."""
-    off = np.abs(x) * 2.0**-22
-    return float((2 * np.abs(tried.error) * off + off**2).sum()) + tried.squared * len(x) * 2.0**-24
-
-
-def start_codes(x: np.ndarray) -> set[int]:
-    """Code of the RMS; both neighbours where it lies between two codes to fp32 rounding."""
-    rms = math.sqrt(float((x**2).mean()))
-    if rms == 0:
-        return {0}
-    exact = math.log2(rms) * 8 + 128
-    return {min(255, max(1, round(exact + nudge))) for nudge in (-1e-4, 1e-4)}
-
-
-def tried_codes(start: int) -> set[int]:
-    return {min(255, max(1, start + offset)) for offset in SCALE_OFFSETS} if start else {0}
-
-
-def check_class(latent: np.ndarray, bits: int, scale_code: int, codes: list[int]) -> None:
-    """The scale is one of those tried, none of them leaves less error, and the codes round x / step down.
-
-    Reckoned in fp64. Where fp32 cannot tell two scales or two levels apart, either is right.
-    """
-    x = latent.astype(np.float64)
-    found = naive_try(x, bits, scale_code)
-    if scale_code == 0:
-        assert not x.any() and set(codes) == {2 ** (bits - 1)}
-        return
-
-    def no_other_is_better(start: int) -> bool:
-        others = [naive_try(x, bits, code) for code in tried_codes(start)]
-        return all(found.squared <= t.squared + rounding(x, t) + rounding(x, found) for t in others)
-
-    assert any(scale_code in tried_codes(start) and no_other_is_better(start) for start in start_codes(x))
-    tie = np.abs(found.levels - np.round(found.levels)) <= np.abs(found.levels) * 2.0**-22
-    differ = np.abs(np.array(codes) - found.codes)
-    assert (differ <= tie).all()
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("tier_size", TIER_SIZES)

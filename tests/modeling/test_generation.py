@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, pico, pico_of
+from conversions import TOLERANCE, full_rank, lossy, source_and_stats
 from helpers import converted_of, plan_of, stats_of, tokens
-from test_model import TOLERANCE, full_rank, lossy, source_and_stats
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, WatermarkingConfig
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from conftest import pico
-from helpers import converted_of, plan_of, stats_of, strict_of, tokens
+from conversions import BLOCK, CHUNK, FORMS, SINKS, form
+from helpers import tokens
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -20,31 +19,6 @@ from clla.modeling.cache_clla import CllaCache
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
-WINDOW, BLOCK, SINKS, CHUNK = 8, 8, 2, 24
-FORMS = ("group", "static", "first", "first without a window", "strict", "evict", "sliding", "hybrid")
-
-
-def form(name: str, lossless: bool = False) -> CllaForCausalLM:
-    """A small conversion of some form."""
-    return _form(name, lossless)
-
-
-@cache
-def _form(name: str, lossless: bool) -> CllaForCausalLM:
-    family = {"sliding": "qwen2-sliding", "hybrid": "lfm2"}.get(name, "llama")
-    model = pico(family)
-    if name == "strict":
-        stats = stats_of(model, with_queries=True, batches=2)
-        small = {"groups": ((0, 1), (2, 3)), "components": 16, "bits": 4, "rope_bits": 6, "rank": 48}
-        return strict_of(model, stats, **({} if lossless else small))[0]  # type: ignore[arg-type]
-    stats = stats_of(model, batches=2)
-    source = "first" if name.startswith("first") else "group"
-    window = 0 if name == "first without a window" else WINDOW
-    groups = tuple((layer,) for layer in stats.layers) if source == "first" else ()
-    small = {} if lossless else {"bits": 4, "rank": 48}
-    plan = plan_of(stats, model, **small, groups=groups, source=source, window=window, sinks=SINKS,
-                   flush_block=BLOCK)  # type: ignore[arg-type] # fmt: skip
-    return converted_of(model, replace(plan, capacity=24 if name == "evict" else None), stats, prefill_chunk=CHUNK)
 
 
 def new_cache(name: str, length: int = 120, *, lossless: bool = False) -> CllaCache:

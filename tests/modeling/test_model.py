@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
-from conftest import pico
-from helpers import converted_of, plan_of, stats_of, tokens
+from conversions import TOLERANCE, full_rank, lossy, source_and_stats
+from helpers import converted_of, plan_of, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from clla.artifacts.stats import Stats
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
-
-TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}  # 16-bit latents through four fp32 layers
-
-
-@lru_cache(maxsize=32)
-def source_and_stats(family: str) -> tuple[PreTrainedModel, Stats]:
-    model = pico(family)
-    return model, stats_of(model)
-
-
-def full_rank(family: str = "llama", source: str = "group", **options: object) -> CllaForCausalLM:
-    model, stats = source_and_stats(family)
-    groups = tuple((layer,) for layer in stats.layers) if source == "first" else ()
-    return converted_of(model, plan_of(stats, model, groups=groups, source=source, **options), stats)  # type: ignore[arg-type]
-
-
-def lossy(**options: object) -> CllaForCausalLM:
-    model, stats = source_and_stats("llama")
-    return converted_of(model, plan_of(stats, model, bits=4, rank=64, **options), stats)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

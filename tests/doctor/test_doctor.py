@@ -104,7 +104,7 @@ def test_the_remedy_names_the_cpu_build(tmp_path: Path, install: Callable[..., N
     written, _, installed = found.remedy.partition(" && pip ")
     subprocess.run(["sh", "-ec", written], cwd=tmp_path, check=True)
     assert installed == "install ./vllm-name"
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     wanted = tomllib.loads((tests / "serving" / "vllm-name" / "pyproject.toml").read_text())
     assert tomllib.loads((tmp_path / "vllm-name" / "pyproject.toml").read_text()) == wanted
     assert written.partition(" && ")[2] in (tests.parent / "docs" / "serving.md").read_text()

@@ -21,7 +21,7 @@ OWN = "masking_utils.py"
 @pytest.fixture(scope="module")
 def found() -> dict[tuple[str, ...], Any]:
     """What each case told, from a process of its own: the device that is pretended would stay."""
-    script = Path(__file__).with_name("pretended_gpus.py")
+    script = Path(__file__).parents[1] / "pretended_gpus.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

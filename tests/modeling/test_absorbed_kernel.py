@@ -13,7 +13,7 @@ import torch
 from conftest import pico
 from helpers import stats_of, strict_of, tokens
 from kernel_compile import Case, check_fits, compile_all, launched
-from test_decode_kernel import MIXED, POISON, WIDTHS, by, close, latents_of, random_rows
+from packed_rows import MIXED, POISON, WIDTHS, by, close, latents_of, random_rows
 from torch import Tensor
 
 from clla.modeling import absorbed_clla, absorbed_triton_clla, attention_triton_clla, rows_clla

@@ -84,7 +84,7 @@ class Client:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "OMP_NUM_THREADS": "1",
         }
-        worker = [sys.executable, str(Path(__file__).with_name("hub_worker.py"))]
+        worker = [sys.executable, str(Path(__file__).parents[1] / "hub_worker.py")]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(worker, env=self.env, stdin=pipe, stdout=pipe, text=True)
 

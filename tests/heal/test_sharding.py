@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from clla.heal.sharding import launched_sharded, own_parameters
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-WORKER = Path(__file__).with_name("sharded_worker.py")
+WORKER = Path(__file__).parents[1] / "sharded_worker.py"
 SMALL = ["--sequence-length", "128", "--batch-tokens", "512", "--tokens", "4096", "--device", "cpu"]
 SMALL += ["--codec-lr", "5e-4", "--weight-lr", "5e-5"]  # held-out KL falls, so it is not the start that is saved
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
 from conftest import byte_tokenizer
+from conversions import full_rank, lossy
 from helpers import tokens
-from test_model import full_rank, lossy
 
 from clla.bench.shapes import random_plan, shape_config
 from clla.checkpoint.assemble import clla_block

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import pico
+from conversions import TOLERANCE, full_rank, lossy, source_and_stats
 from helpers import converted_of, plan_of, stats_of, tokens
-from test_model import TOLERANCE, full_rank, lossy, source_and_stats
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments

@@ -22,7 +22,7 @@ from clla.cli import app
 
 OPTIONS = ["--calibration-tokens", "8192", "--sequence-length", "256", "--budget-context", "512",
            "--exact-window", "16", "--kv-budget", "25%"]  # fmt: skip
-KILLS = 10
+KILLS = 6
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")  # names of their own, which no other run repeats
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="watches processes through /proc")
@@ -150,7 +150,7 @@ def unbroken(
 
 
 @pytest.mark.slow
-def test_ten_kills(
+def test_kills_at_any_moment(
     server: Server,
     unbroken: tuple[dict[str, bytes], float, list[str]],
     pico_dir: Path,
