@@ -15,6 +15,8 @@ from helpers import clla
 from model_table import TABLE
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from clla.evaluate import figures
+
 NAMES = [*FAMILY_CONFIGS, *OTHER_CONFIGS]
 WINDOW, LENGTH = 16, 64
 PROMPT = "The lake lies under a cold light, and the mill runs by it."
@@ -38,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("commands")
     (folder / "text.txt").write_text(text(), encoding="utf-8")
     gc.freeze()  # `clla bench` collects garbage before every pass, which takes long among all that tests import
-    yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda *_, **__: None)
+        yield folder
     gc.unfreeze()
 
 
@@ -66,8 +70,7 @@ def test_commands(name: str, folder: Path) -> None:
     pico(name).save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
     lengths = ["--dataset", words, "--calibration-tokens", 512, "--sequence-length", LENGTH, "--exact-window", WINDOW]
-    made = ran("convert", name, source, "-o", out, *lengths, "--kv-budget", "20%", "--budget-context", 0)
-    check_bytes(made["measured"], made["plan"])
+    made = ran("convert", name, source, "-o", out, *lengths, "--kv-budget", "20%", "--budget-context", 0, "--no-eval")
     ran("generate", name, out, "--prompt", PROMPT, "--max-new-tokens", 2)
     window = ["--text", words, "--num-samples", 1, "--sequence-length", LENGTH]
     codes = ["--retrieval-context", 128, "--retrieval-trials", 1]
