@@ -24,7 +24,7 @@ from clla import console
 from clla.arguments import Settings
 from clla.commands.failures import explained, wants_traceback
 from clla.errors import CllaError, UsageError, is_unicode
-from clla.recipe import LARGEST, SECTIONS
+from clla.recipe import SECTIONS
 from clla.recipes import builtin_recipes
 from clla.storage.places import expanded
 
@@ -68,14 +68,6 @@ RecipeName = Annotated[
 ]
 ReportTo = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)]
-Text = Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")]
-SequenceLength = Annotated[
-    Optional[int],
-    typer.Option(min=2, max=LARGEST, help="Tokens per sample; default: 2048, or what the model takes."),
-]
-SourceModel = Annotated[
-    Optional[str], typer.Option(help="Source model, where the weights were trained; default: from the recipe.")
-]
 Evaluate = Annotated[bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)]
 Overwrite = Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)]
 PANELS = {"budget": PLAN, "plan": PLAN, "calibration": CALIBRATION, "heal": HEAL, "runtime": RUN}
@@ -271,17 +263,6 @@ def start() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     register()
-
-
-def integers(text: str, option: str = "--contexts") -> tuple[int, ...]:
-    """Positive whole numbers from a comma-separated option."""
-    try:
-        numbers = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        numbers = (0,)
-    if not numbers or any(not 1 <= number <= LARGEST for number in numbers):
-        raise UsageError(f"{option} {text}", expected="positive whole numbers, e.g. 512,2048", remedy="correct it")
-    return numbers
 
 
 def show_healing(healing: Any, after: Any) -> None:
