@@ -132,7 +132,7 @@ def compile_report(
 def compile_all(cases: Sequence[Case], archs: Sequence[int] = tuple(SHARED_LIMIT)) -> list[dict[int, dict[str, int]]]:
     """`compile_report` by compute capability for each case, from one process without interpreter and GPU."""
     here = Path(__file__).parent
-    paths = [str(here.parent), str(here), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(here.parent), str(here), str(here / "modeling"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     with tempfile.TemporaryDirectory() as cache:
         environment = {
             **os.environ,

@@ -55,12 +55,10 @@ def test_losses_and_gradients_are_those_of_a_whole_distiller(precision: str, cas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ("codec", "all"))
-def test_sharded_training_equals_one_process(what: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_sharded_training_equals_one_process(checkpoint: Path, tmp_path: Path) -> None:
     """Through accelerate's own launcher, with stage 1, checkpointed layers, steps on the cache, and once a report."""
-    command = ["heal", checkpoint, *SMALL, "--train", what, "--evaluations", "2"]
+    command = ["heal", checkpoint, *SMALL, "--train", "all", "--evaluations", "2"]
     command += ["--codec-share", "0.25", "--cache-share", "0.3", "--gradient-checkpointing"]
-    command += [] if what == "all" else ["--no-eval"]
     one, two, work = tmp_path / "one", tmp_path / "two", tmp_path / "work"
     assert clla(*command, "-o", one).exit_code == 0
     launch = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1"
@@ -74,15 +72,13 @@ def test_sharded_training_equals_one_process(what: str, checkpoint: Path, tmp_pa
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
-        trained = what == "all" or name.startswith("codec")
-        assert torch.equal(value, start[name]) == torch.equal(found[name], start[name]) == (not trained), name
+        assert not torch.equal(value, start[name]) and not torch.equal(found[name], start[name]), name
     reports = [json.loads((path / "clla_report.json").read_text()) for path in (one, two)]
     for a, b in zip(*(report["healing"]["history"] for report in reports), strict=True):
         assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
         assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-3)
-    if what == "all":
-        measured = [report["measured"]["converted"]["kl"] for report in reports]
-        assert measured[0] == pytest.approx(measured[1], rel=1e-2)
+    measured = [report["measured"]["converted"]["kl"] for report in reports]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-2)
     refused = clla(*command, "-o", tmp_path / "no", "--work-dir", work, "--resume")
     assert refused.exit_code == 2 and "another sharding" in refused.stderr
     model = AutoModelForCausalLM.from_pretrained(two, trust_remote_code=True)
@@ -92,13 +88,26 @@ def test_sharded_training_equals_one_process(what: str, checkpoint: Path, tmp_pa
 @pytest.mark.slow
 def test_a_killed_sharded_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then --resume: the same weights and moments as without the kill."""
-    command = ["-m", "clla", "heal", checkpoint, *SMALL, "--train", "all", "--no-eval", "--evaluations", "4"]
+    command = [
+        "-m",
+        "clla",
+        "heal",
+        checkpoint,
+        *SMALL,
+        "--train",
+        "all",
+        "--no-eval",
+        "--evaluations",
+        "2",
+        "--tokens",
+        "2048",
+    ]
     whole, broken, work, kept = (tmp_path / name for name in ("whole", "broken", "work", "kept"))
     finish(two_processes(*command, "-o", whole, "--work-dir", kept, **SHARDED))
     arguments = [*command, "-o", broken, "--work-dir", work]
     processes = two_processes(*arguments, **SHARDED)
     deadline = time.monotonic() + 120
-    while not list(work.glob("heal/step-0000000[2-9]")) and time.monotonic() < deadline:
+    while not list(work.glob("heal/step-0000000[2-3]")) and time.monotonic() < deadline:
         assert processes[0].poll() is None, processes[0].communicate()[0]
         time.sleep(0.01)
     for process in processes:
@@ -106,7 +115,7 @@ def test_a_killed_sharded_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     assert [process.wait() for process in processes] == [-signal.SIGKILL] * 2 and not broken.exists()
     finish(two_processes(*arguments, "--resume", **SHARDED))
     states = [next(folder.glob("heal/step-*")) for folder in (kept, work)]  # the checkpoint may be of an earlier step
-    assert states[0].name == states[1].name == "step-00000008"
+    assert states[0].name == states[1].name == "step-00000004"
     trained = [state / "trained.safetensors" for state in states]
     for one, other in ((whole / "model.safetensors", broken / "model.safetensors"), trained):
         a, b = load_file(one), load_file(other)
