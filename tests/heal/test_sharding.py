@@ -88,20 +88,8 @@ def test_sharded_training_equals_one_process(checkpoint: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_killed_sharded_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then --resume: the same weights and moments as without the kill."""
-    command = [
-        "-m",
-        "clla",
-        "heal",
-        checkpoint,
-        *SMALL,
-        "--train",
-        "all",
-        "--no-eval",
-        "--evaluations",
-        "2",
-        "--tokens",
-        "2048",
-    ]
+    command = ["-m", "clla", "heal", checkpoint, *SMALL, "--tokens", "2048", "--train", "all", "--no-eval"]
+    command += ["--evaluations", "2"]
     whole, broken, work, kept = (tmp_path / name for name in ("whole", "broken", "work", "kept"))
     finish(two_processes(*command, "-o", whole, "--work-dir", kept, **SHARDED))
     arguments = [*command, "-o", broken, "--work-dir", work]
