@@ -103,7 +103,7 @@ class CllaCache(Cache):
         select: Optional[int] = None,
     ) -> None:
         spec = config.spec
-        self.config, self.codec, self.select, self.max_cache_len = config, codec, select, max_cache_len
+        self.config, self.codec, self.select, self.most_tokens = config, codec, select, max_cache_len
         self.timeline, self._workspace = Timeline(rope), Workspace()
         self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         self.groups = [
@@ -144,9 +144,9 @@ class CllaCache(Cache):
                 f"the cache holds {held} sequences of {past} tokens, the input has {batch} sequences: pass as many, "
                 "or a new cache (batch_repeat_interleave and batch_select_indices change the sequences of this one)"
             )
-        if self.max_cache_len is not None and past + count > self.max_cache_len:
+        if self.most_tokens is not None and past + count > self.most_tokens:
             raise ValueError(
-                f"the cache was made for {self.max_cache_len} tokens and holds {past}, {count} more do not fit: make "
+                f"the cache was made for {self.most_tokens} tokens and holds {past}, {count} more do not fit: make "
                 "it with a larger max_cache_len"
             )
         if position_ids is not None and tuple(position_ids.shape) not in ((batch, count), (1, count)):
@@ -283,7 +283,7 @@ class CllaCache(Cache):
         newest = newest | (places == own[:, None])  # padding sees itself, since something must be seen
         seen = torch.cat((sinks[:, None].expand(-1, count, -1), newest), dim=2)
         hidden = (self.timeline.padding.to(device) + group.sinks).clamp(max=group.encoded)
-        used = None if self.max_cache_len is None else torch.full((1,), group.kept, device=device)
+        used = None if self.most_tokens is None else torch.full((1,), group.kept, device=device)
         bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]
         return Step(own + group.sink_slots, bias, hidden, used)
 
