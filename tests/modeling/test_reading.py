@@ -306,7 +306,7 @@ def test_static_generation_gives_the_same_tokens(options: dict[str, int]) -> Non
     expected = converted.generate(ids, **common)
     found = converted.generate(ids, **common, cache_implementation="static")
     assert torch.equal(found.sequences, expected.sequences)
-    assert found[CACHE].max_cache_len == 80 and expected[CACHE].max_cache_len is None
+    assert found[CACHE].most_tokens == 80 and expected[CACHE].most_tokens is None
 
 
 def compiling_with(backend: Any) -> CompileConfig:
