@@ -18,11 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import clla
 from clla.modeling.modeling_clla import CllaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import HALF_SLIDING, byte_tokenizer, pico_config, pico_of
 from helpers import converted_of, plan_of, stats_of, strict_of
+
+clla.register()  # in an engine its plugin does so
 
 Checkpoint = tuple[Path, CllaForCausalLM]
 NEW = 32  # greedy tokens that are compared

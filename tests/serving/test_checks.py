@@ -77,7 +77,7 @@ def test_checkpoints_that_cannot_be_served(coarse: Checkpoint, reason: str, chan
 def test_a_codec_without_its_model(coarse: Checkpoint) -> None:
     config = AutoConfig.from_pretrained(coarse[0])
     config.base_model = {"path": "somewhere"}
-    with pytest.raises(UnsupportedModelError, match="adapter-only"):
+    with pytest.raises(UnsupportedModelError, match="codec-only"):
         check_model(config)
 
 
