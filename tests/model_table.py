@@ -63,7 +63,7 @@ INTRODUCTION = """# Models
 Written from what the tests find (`make models-page`), which put a tiny model of every family through the same checks:
 
 - **full rank**: a conversion that cuts nothing reproduces the logits of the source.
-- **first source**: the same with latents read from the attention input of a group's first layer (`plan.source`).
+- **first source**: the same with latents read from a group's first layer (`plan.latent_input: first_layer`).
 - **step by step**: a prompt and then token by token give the logits of one forward pass.
 - **padding**: a sequence padded on the left, in a batch, gives the logits that it gives alone.
 - **bytes**: the latents and the exact tokens take the bytes that the plan says.

@@ -1,0 +1,1 @@
+"""Published methods, one file each, and our own on the same caches."""

@@ -1,0 +1,1 @@
+"""Moments and Fisher metric of keys and values, from a run of the source over text."""

@@ -68,7 +68,7 @@ def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int
     context, window, sinks, evict = budget.context, budget.window, budget.sinks, budget.evict
     if window == 0 and config.source == "group":
         raise UsageError(
-            "--exact-window 0 with the latent source 'group'",
+            "--exact-window 0 with --latent-input all_layers",
             expected="a window of at least 1: a group's latent is known only after its last layer",
             remedy="use --exact-window 1 or more, or --latent-input first_layer",
         )

@@ -109,7 +109,10 @@ def how(facts: Facts) -> str:
     at = f" at {plan.at_context:,} tokens" if plan.at_context else ", latents alone"
     settings = [
         ["budget", f"{recipe.budget.kv_budget} of the source's cache{at}"],
-        ["latent from", "keys and values of the whole group" if plan.source == "group" else f"`{plan.source}`"],
+        [
+            "latent from",
+            "keys and values of the whole group" if plan.source == "group" else "its first layer's attention input",
+        ],
         ["exact", f"newest {plan.window:,} to {plan.window + plan.flush_block:,} tokens, first {plan.sinks}"],
         ["metric, planner", f"{recipe.plan.metric}, {recipe.plan.planner}"],
         ["calibration", f"{tokens:,} tokens of {text_of(recipe.calibration.dataset)}, seed {recipe.calibration.seed}"],

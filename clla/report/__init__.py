@@ -1,1 +1,1 @@
-"""One HTML page about a converted checkpoint: its plan, its quality, what its layers lose, samples of its text."""
+"""One HTML page about a converted checkpoint; `clla_report.json` itself is read by `clla.evaluate.report_file`."""

@@ -12,7 +12,7 @@ class Options(Settings):
     """What is on a page, and how it is measured."""
 
     num_prompts: int | None = Field(
-        None, ge=0, le=LARGEST, description="built-in prompts to continue; default: 3, with --prompt none"
+        None, ge=0, le=LARGEST, description="built-in prompts to continue; default: 3, or 0 where --prompt is given"
     )
     max_new_tokens: int = Field(160, ge=1, le=LARGEST, description="tokens to write after each prompt")
     text: Name = Field("bundled", description="text to measure on; default: the end of the bundled text")

@@ -197,8 +197,8 @@ def _projection(source: nn.Module, attention: Attention, text: Any) -> nn.Module
     if len(found) != 1:
         raise UnsupportedModelError(
             f"vLLM computes queries, keys and values of {text.model_type!r} models by {len(found)} projections",
-            expected="one, whose input is what latents are made of (plan.source: first)",
-            remedy="convert with plan.source group, or run it with transformers: clla generate",
+            expected="one, whose input is what latents are made of (plan.latent_input: first_layer)",
+            remedy="convert with --latent-input all_layers, or run it with transformers: clla generate",
         )
     return found[0]
 

@@ -1,7 +1,7 @@
 """Which models can be converted, decided from their config before any weight is read.
 
 What attention modules are, how keys are rotated and what a layer caches is read off the model itself
-(`modeling/hooks_clla.py`, `calibrate/positions.py`), so that a family needs no code of its own. Those in the table
+(`modeling/hooks_clla.py`, `calibrate/rope_detection.py`), so that a family needs no code of its own. Those in the table
 are tested; others are tried if their config describes ordinary attention.
 """
 
