@@ -5,8 +5,9 @@ few functions ln(1 + λ/θ) follow well; summed over the components of a group e
 ln det(I + A/θ). One triangular factor gives it for a group and all that begin with the same layer. The bits that
 components take at the price, and how many exceed a worth, follow from the same sums by other weights.
 
-These are estimates: they choose the partition. Its bits are then given out with its eigenvalues (`allocation.py`). They are
-for latents from all layers of a group (`group`); those of `first` have spectra of the hidden size, whatever the group.
+These are estimates: they choose the partition. Its bits are then given out with its eigenvalues (`allocation.py`). They
+are for latents from all layers of a group (`group`); those of `first` have spectra of the hidden size, whatever
+the group.
 """
 
 from __future__ import annotations

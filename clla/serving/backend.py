@@ -1,8 +1,8 @@
 """What vLLM sees of the cache: two kinds of pages, and attention that reads both.
 
 A model's own attention layers keep exact keys and values of a bounded window (`kv_cache_spec.py`). One more layer,
-which computes nothing, keeps the packed latents of all layer groups side by side, so that a token costs exactly the bytes of
-the plan and the engine shares, evicts and counts them as it does any cache.
+which computes nothing, keeps the packed latents of all layer groups side by side, so that a token costs exactly the
+bytes of the plan and the engine shares, evicts and counts them as it does any cache.
 """
 
 from __future__ import annotations
