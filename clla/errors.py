@@ -83,7 +83,8 @@ def system_error(error: BaseException) -> int | None:
         return error.errno or 0
     if found := OS_ERROR.search(str(error)):
         return int(found[1])
-    return 0 if is_safetensors(error) or NOT_WRITTEN.search(str(error)) else None
+    known = is_safetensors(error) or NOT_WRITTEN.search(str(error)) or "inline_container" in str(error)
+    return 0 if known else None
 
 
 @contextmanager

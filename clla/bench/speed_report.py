@@ -107,11 +107,10 @@ class SpeedReport:
         machine, settings = self.machine, self.settings
         where = f"{machine['name']}, {settings['dtype']}, {machine['threads']} threads"
         title = f"{self.model}: {settings['new_tokens']} tokens decoded; peaks in MB above the weights; {where}"
-        main = [
-            (name, f"{row.context:,}", str(row.batch), *_cells(name, row, row.to_json()["ratio"]))
-            for row in self.rows
-            for name in NAMES
-        ]
+        main = []
+        for row in self.rows:
+            ratio = row.to_json()["ratio"]
+            main += [(name, f"{row.context:,}", str(row.batch), *_cells(name, row, ratio)) for name in NAMES]
         ratio, label = ratios(_figures(self.generated)), f"generate() after {self.generate_context:,} tokens"
         beside = []
         for name, done in self.generated.items():
@@ -119,11 +118,13 @@ class SpeedReport:
             if done is not None:
                 cells = [f"{done.tokens_per_s:,.1f}", _own(name, ratio, "tokens_per_s"), f"{done.first_token:.2f}"]
             beside.append((label, name, "1", *cells))
+            label = ""
         if self.largest is not None:
             ratio, label = ratios(_figures(self.largest)), f"largest batch ({self.largest_basis})"
             for name, most in self.largest.items():
                 rate = f"{most.decode_tokens_per_s:,.1f}"
                 beside.append((label, name, str(most.batch), rate, _own(name, ratio, "decode_tokens_per_s")))
+                label = ""
         titles = ("", "model", "batch", "tok/s", "ratio", "first token s")
         return [Table.of(TITLES, main, title=title), Table.of(titles, beside, words=2)]
 
