@@ -52,11 +52,6 @@ class CalibrationConfig(_Section):
     )
     batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; by default 1 on CPU, 8 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
-    metric_every: int = Field(
-        2,
-        ge=1,
-        description="estimate the Fisher metric on every n-th batch only; its backward pass dominates the cost",
-    )
     basis: int = Field(
         2048,
         ge=16,

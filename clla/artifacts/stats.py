@@ -24,9 +24,10 @@ class Stats:
         layers: indices of the L convertible layers in the model.
         kv: what each of them caches.
         tokens: positions that went into the moments.
-        mean: [L, n].
-        covariance: [L, K, q, q], centred, of layers l and l + j.
-        fisher: [L, q, q], E[g gᵀ] with g the gradient of the summed token loss.
+        mean: [L, n], E[w y], weights w of tokens of mean 1.
+        covariance: [L, K, q, q], centred, of layers l and l + j, E[√(w_l w_l+j) y_l y_l+jᵀ].
+        fisher: [L, q, q], E[g gᵀ/w] with g the gradient of the summed token loss as queries at least `window` tokens
+            away read.
         input_mean: [L, h] of the attention's input; with the next two only for the `first` source.
         input_covariance: [L, h, h].
         input_cross: [L, K, h, q], centred, of layer l's input with layer l + j's keys and values.
@@ -37,6 +38,7 @@ class Stats:
         frequencies: [L, F], radians that a token further turns a pair by; 0 in layers that do not rotate.
         rotary_channels: [F, 2], channels of a head that make up a pair.
         made_from: hash of source, data and settings.
+        window: W of `fisher`; 0 where all queries count.
     """
 
     layers: tuple[int, ...]
@@ -46,6 +48,7 @@ class Stats:
     covariance: Tensor
     fisher: Tensor
     made_from: str
+    window: int = 0
     input_mean: Tensor | None = None
     input_covariance: Tensor | None = None
     input_cross: Tensor | None = None
@@ -69,7 +72,8 @@ class Stats:
         return {"coordinates": self.width, "of": self.kv.values, "kl": float(self.dropped.sum())}
 
     def save(self, path: Path) -> None:
-        meta = {"layers": self.layers, "kv": asdict(self.kv), "tokens": self.tokens, "made_from": self.made_from}
+        meta = {"layers": self.layers, "kv": asdict(self.kv), "tokens": self.tokens, "made_from": self.made_from,
+                "window": self.window}  # fmt: skip
         save_tensors(path, tensors_of(self), "stats", meta)
 
     @classmethod

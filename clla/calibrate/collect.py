@@ -1,8 +1,13 @@
 """Run text through the source model and collect the moments that the plan rests on.
 
 Keys and values are read where the model hands them to its cache, so that biases, QK-norm, grouped
-heads and mixtures of experts need no special case. Their gradients are recorded on the way, those of keys before
-RoPE follow from those after it. No weight has a gradient, and the graph begins at the first layer's keys and values.
+heads and mixtures of experts need no special case. Their gradients are those of far queries (`far.py`), those of keys
+before RoPE follow from those after it. No weight has a gradient, and the graph begins at the first layer's keys and
+values.
+
+Errors of different tokens do not cost the same. The loss E[(gᵀe)²] of errors e is split into a factor of tokens and one
+of directions: with weights w_t = |g_t|², of mean 1, moments are E[w y yᵀ] and the metric is E[g gᵀ/w]. Between two
+layers the weight is the geometric mean of theirs.
 
 Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, L convertible layers.
 """
@@ -10,7 +15,8 @@ Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +29,7 @@ from transformers import PreTrainedModel
 from clla.artifacts.plan import KVShape
 from clla.artifacts.stats import Stats
 from clla.calibrate.checkpoints import Checkpoints
+from clla.calibrate.far import Note, far_attention
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments
 from clla.calibrate.queries import QueryPower
@@ -31,6 +38,9 @@ from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening
 from clla.modeling.rotary_clla import Rotation
 from clla.source.recording import RecordingCache
+
+CHECKED_TOKENS = 48
+LEAST_IMPORTANCE = 1e-3  # of a token, relative to the mean
 
 
 @dataclass
@@ -42,7 +52,9 @@ class Tap:
         rotation: of the keys; None if there is none.
         hidden: what the attention got, [B, T, h].
         states: keys after RoPE and values, [B, H, T, d] each.
-        gradients: of the loss, with respect to the same.
+        far: gradients are those of far queries, which attention tells; else of all queries.
+        handed: what its attention gets, whose gradients are wanted.
+        gradients: of the loss, with respect to keys and values.
         query: [B, H_q, T, d] after RoPE, where queries are listened to.
     """
 
@@ -50,21 +62,36 @@ class Tap:
     rotation: Rotation | None = None
     hidden: Tensor | None = None
     states: tuple[Tensor, Tensor] | None = None
+    far: bool = False
+    handed: tuple[Tensor, Tensor] | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)
     query: Tensor | None = None
 
     def watch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Note keys and values, and hand on their like whose gradients, if any are formed, will be noted."""
+        """Note keys and values, and hand on their like, whose gradients, if any are formed, will be noted."""
         if self.states is None:  # it is not when a checkpointed layer runs again, whose graph nobody follows
             self.states = (keys.detach(), values.detach())
         if not torch.is_grad_enabled():
-            return keys, values
+            self.handed = keys, values
+            return self.handed
         watched = []
         for number, state in enumerate((keys, values)):
             state = state.view_as(state) if state.requires_grad else state.detach().requires_grad_()
-            state.register_hook(partial(self.gradients.__setitem__, number))
+            if not self.far:
+                state.register_hook(partial(self.gradients.__setitem__, number))
             watched.append(state)
-        return watched[0], watched[1]
+        self.handed = watched[0], watched[1]
+        return self.handed
+
+    def read(self, key: Tensor) -> bool:
+        """Whether these keys are what it handed on."""
+        return self.handed is not None and self.handed[0] is key
+
+    def note(self, *gradients: Tensor) -> None:
+        """Add the gradients of keys and values [B, H, T, d] that one attention to them has told."""
+        for number, gradient in enumerate(gradients):
+            before = self.gradients.get(number)
+            self.gradients[number] = gradient if before is None else before + gradient
 
     @property
     def values(self) -> Tensor:
@@ -113,6 +140,13 @@ class ProbeCache(RecordingCache):
         tap = self.taps.get(layer_idx)
         return (key_states, value_states) if tap is None else tap.watch(key_states, value_states)
 
+    def reader(self, key: Tensor, _: Tensor) -> Note | None:
+        """Who is told the gradients of keys and values, if a tap handed them on; several layers may read the same."""
+        for tap in self.taps.values():
+            if tap.read(key):
+                return tap.note
+        return None
+
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, plain: Callable[[], Tensor]
     ) -> Tensor:
@@ -134,7 +168,8 @@ class Collection:
         with_inputs: also collect the attention inputs' moments (for latents from the first layer's input).
         with_queries: also collect the strength of queries (for the `decoupled` key).
         seed: of the sampled labels.
-        metric_every: the metric is estimated on every n-th batch only, the first among them.
+        window: W, newest tokens that will be exact: the metric counts what queries at least as far away read.
+        weighted: tokens count by their gradients; else all alike.
     """
 
     layers: tuple[int, ...]
@@ -145,7 +180,8 @@ class Collection:
     with_inputs: bool = False
     with_queries: bool = False
     seed: int = 0
-    metric_every: int = 1
+    window: int = 0
+    weighted: bool = True
 
 
 class Collector:
@@ -168,6 +204,7 @@ class Collector:
         self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.attention = attention_modules(model)
         self.checkpoints = Checkpoints(model, checkpointing)
+        self.window = wanted.window if wanted.window and self._sees_far() else 0
         self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
 
     def add(self, input_ids: Tensor, number: int = 0) -> None:
@@ -175,54 +212,77 @@ class Collector:
 
         Args:
             input_ids: the batch.
-            number: of it among all batches; its labels, and whether it has a share in the metric, follow from it.
+            number: of it among all batches, from which its labels follow.
         """
-        with_gradients = number % self.wanted.metric_every == 0
-        self.fold(self.watch(input_ids, number, with_gradients=with_gradients), with_gradients=with_gradients)
+        self.fold(self.watch(input_ids, number))
 
-    def watch(self, input_ids: Tensor, number: int = 0, *, with_gradients: bool = True) -> list[Tap]:
-        """Run one batch forward, and backward if wanted; what its layers' caches got."""
+    def watch(self, input_ids: Tensor, number: int = 0) -> list[Tap]:
+        """Run one batch forward and backward; what its layers' caches got."""
+        with self._tapped(input_ids, far=self.window > 0) as cache, torch.enable_grad(), ExitStack() as stack:
+            stack.enter_context(self.checkpoints.active(input_ids.numel()))
+            if self.queries is not None:
+                stack.enter_context(listening(cache))
+            if self.window:
+                window = near_tokens(self.window, input_ids.shape[1])
+                stack.enter_context(far_attention(self.model, window, cache.reader))
+            logits = self.model(input_ids=input_ids, use_cache=True, **{CACHE: cache}).logits
+            self._top = sampled_label_gradient(logits, batch_generator(self.wanted.seed, number), out=self._top)
+            logits.backward(self._top)
+        return list(cache.taps.values())
+
+    @contextmanager
+    def _tapped(self, input_ids: Tensor, *, far: bool) -> Iterator[ProbeCache]:
+        """A cache with a tap for each convertible layer; meanwhile no weight has a gradient."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         rotation = None if self.rope is None else self.rope(positions)
-        taps = {layer: Tap(layer, rotation) for layer in self.wanted.layers}
+        taps = {layer: Tap(layer, rotation, far=far) for layer in self.wanted.layers}
         handles = [
-            self.attention[layer].register_forward_pre_hook(tap_hook(taps[layer]), with_kwargs=True)
-            for layer in self.wanted.layers
+            self.attention[layer].register_forward_pre_hook(tap_hook(tap), with_kwargs=True)
+            for layer, tap in taps.items()
         ]
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            cache = ProbeCache(self.model.config, taps)
-            options: dict[str, Any] = {"use_cache": True, CACHE: cache}
-            listener = cache if self.queries is not None else None
-            if with_gradients:
-                with torch.enable_grad(), self.checkpoints.active(input_ids.numel()):
-                    with listening(listener):
-                        logits = self.model(input_ids=input_ids, **options).logits
-                    self._top = sampled_label_gradient(logits, batch_generator(self.wanted.seed, number), out=self._top)
-                    logits.backward(self._top)
-            else:
-                with torch.no_grad(), listening(listener):
-                    self.model(input_ids=input_ids, **options, **fewest_logits(self.model))
+            yield ProbeCache(self.model.config, taps)
         finally:
             for handle in handles:
                 handle.remove()
             for parameter in frozen:
                 parameter.requires_grad_(True)
-        return [taps[layer] for layer in self.wanted.layers]
+
+    def _sees_far(self) -> bool:
+        """Whether the model computes the same through our attention, which sees what all of its layers cache."""
+        text_config = self.model.config.get_text_config()
+        ids = torch.arange(CHECKED_TOKENS, device=self.model.device)[None] % text_config.vocab_size
+        with torch.no_grad():
+            expected = self.model(input_ids=ids, use_cache=False).logits
+        seen: set[int] = set()
+        with self._tapped(ids, far=True) as cache, torch.no_grad():
+
+            def reader(key: Tensor, value: Tensor) -> None:
+                seen.update(layer for layer, tap in cache.taps.items() if tap.read(key))
+
+            try:
+                with far_attention(self.model, 1, reader):
+                    found = self.model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
+            except ValueError:  # transformers lets nobody else compute this model's attention
+                return False
+        return seen == set(self.wanted.layers) and alike(found, expected)
 
     @torch.no_grad()
-    def fold(self, taps: list[Tap], *, with_gradients: bool = True) -> None:
+    def fold(self, taps: list[Tap]) -> None:
         """Add what the layers' caches got to the moments."""
-        values = self.rows(taps)
-        self.moments.add(values)
-        if with_gradients:
-            self.metric.add(self.gradient_rows(taps))
+        values, gradients = self.rows(taps), self.gradient_rows(taps)
+        weights = [importance(rows) for rows in gradients] if self.wanted.weighted else None
+        self.moments.add(values, weights=weights)
+        self.metric.add(
+            gradients if weights is None else [g / w.sqrt()[:, None] for g, w in zip(gradients, weights, strict=True)]
+        )
         if self.inputs is not None and self.cross is not None:
             hidden = [self._rows(tap.hidden) for tap in taps]  # [N, h] each
-            self.inputs.add(hidden)
-            self.cross.add(hidden, values)
+            self.inputs.add(hidden, weights=weights)
+            self.cross.add(hidden, values, weights=weights)
         if self.queries is not None:
             for number, tap in enumerate(taps):
                 self.queries.add(number, tap.query, self.wanted.skip_positions)
@@ -267,8 +327,9 @@ class Collector:
             tokens=self.moments.count,
             mean=self.moments.mean(),
             covariance=self.moments.covariance(),
-            fisher=self.metric.second_moment()[:, 0],
+            fisher=self.metric.second_moment()[:, 0] * self.moments.mean_weight()[:, None, None],
             made_from=made_from,
+            window=self.window,
             **inputs,
         )
 
@@ -288,14 +349,31 @@ def collect(
     """
     device, processes = collector.model.device, PartialState()
     for number, batch in enumerate(batches):
-        # In turns of `metric_every`, so that all processes have as many gradients to form.
-        if number // collector.wanted.metric_every % processes.num_processes == processes.process_index:
+        if number % processes.num_processes == processes.process_index:
             collector.add(batch.to(device), number)
         if on_tokens is not None:
             on_tokens(batch.numel())
     if processes.num_processes > 1:
         collector.join(processes.device)
     return collector.stats(made_from)
+
+
+def near_tokens(window: int, length: int) -> int:
+    """How near queries do not count in sequences of a length: W, or less, so that most of what is read is far."""
+    return min(window, length // 4)
+
+
+def importance(gradients: Tensor) -> Tensor:
+    """Weights [N] of tokens by their gradients [N, n]: |g|², and at least `LEAST_IMPORTANCE` of the batch's mean."""
+    weights = gradients.square().sum(-1)
+    mean = weights.mean()
+    return weights.clamp_min(float(LEAST_IMPORTANCE * mean)) if mean > 0 else torch.ones_like(weights)
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether two computations of the same in one dtype agree."""
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    return bool(error <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.03))
 
 
 def fewest_logits(model: PreTrainedModel) -> dict[str, int]:

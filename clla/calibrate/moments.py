@@ -16,11 +16,12 @@ STRIPS = 4  # in which products of a layer with itself are cut, so that most of 
 
 
 class BandedMoments:
-    """Mean and second moments E[a_l b_(l+j)ᵀ] for all layers l and offsets 0 <= j < `band`.
+    """Mean and second moments E[√(w_l w_l+j) a_l b_(l+j)ᵀ] for all layers l and offsets 0 <= j < `band`.
 
     Products are formed and summed in fp32 on the data's device, one for each layer with all of its neighbours, and
     folded into fp64 every `FOLD` batches, around a shift (the first batch's mean), so that centring afterwards does
-    not cancel. Of a layer with itself only blocks on and above the diagonal are formed.
+    not cancel. Rows carry √w as one more value: its products are the sums that centring needs. Of a layer with itself
+    only blocks on and above the diagonal are formed.
 
     Args:
         num_layers: L.
@@ -29,30 +30,34 @@ class BandedMoments:
     """
 
     def __init__(self, num_layers: int, left_dim: int, *, band: int, right_dim: int | None = None) -> None:
-        right_dim = right_dim or left_dim
-        self.band = band
-        self.count = 0
+        self.band, self.count = band, 0
         self._shift: tuple[Tensor, Tensor] | None = None  # [L, n_left] and [L, n_right]
-        self._sum_left = torch.zeros(num_layers, left_dim, dtype=torch.float64)
-        self._sum_right = torch.zeros(num_layers, right_dim, dtype=torch.float64)
-        self._products = torch.zeros(num_layers, band, left_dim, right_dim, dtype=torch.float64)
-        self._fresh: Tensor | None = None  # [L, n_left, K·n_right] in fp32, not folded yet
+        self._products = torch.zeros(num_layers, band, left_dim + 1, (right_dim or left_dim) + 1, dtype=torch.float64)
+        self._fresh: Tensor | None = None  # [L, n_left + 1, K·(n_right + 1)] in fp32, not folded yet
         self._waiting = 0  # batches in it
         self._square = True  # left and right are the same
 
-    def add(self, left: Sequence[Tensor], right: Sequence[Tensor] | None = None) -> None:
-        """Fold in one batch: for each layer `left` [N, n_left] and `right` [N, n_right] (default: `left`)."""
+    def add(
+        self, left: Sequence[Tensor], right: Sequence[Tensor] | None = None, *, weights: Sequence[Tensor] | None = None
+    ) -> None:
+        """Fold in one batch.
+
+        Args:
+            left: [N, n_left] of each layer.
+            right: [N, n_right]; by default `left`.
+            weights: w [N] of each layer's rows; by default 1.
+        """
         self._square = right is None
         if self._shift is None:
             means = [
                 torch.stack([x.float().mean(0) for x in rows]) for rows in (left, left if right is None else right)
             ]
             self._shift = (means[0], means[1])
-        rows = around(left, self._shift[0])  # [N, L·n]
-        others = rows if right is None else around(right, self._shift[1])
+        device = self._shift[0].device
+        roots = None if weights is None else torch.stack([w.to(device, torch.float32).sqrt() for w in weights], dim=1)
+        rows = around(left, self._shift[0], roots)  # [N, L·(n + 1)]
+        others = rows if right is None else around(right, self._shift[1], roots)
         self.count += len(rows)
-        self._sum_left += _layer_sums(rows, self._sum_left)
-        self._sum_right += _layer_sums(others, self._sum_right)
         self._multiply(rows, others)
         self._waiting += 1
         if self._waiting == FOLD:
@@ -90,48 +95,67 @@ class BandedMoments:
             device: that the processes talk through.
         """
         self._fold()
-        layers = len(self._products)
-        own = self._shift or tuple(torch.zeros(total.shape) for total in (self._sum_left, self._sum_right))
+        layers, _, n, m = self._products.shape
+        own = self._shift or (torch.zeros(layers, n - 1), torch.zeros(layers, m - 1))
         common = tuple(broadcast(shift.to(device, torch.float32).contiguous()).cpu() for shift in own)
         left, right = (a.double().cpu() - b.double() for a, b in zip(own, common, strict=True))
         for j in range(self.band):
-            stop = max(layers - j, 0)
-            a, b = left[:stop, :, None], right[j:, None, :]
-            self._products[:stop, j] += (
-                self._sum_left[:stop, :, None] * b + a * self._sum_right[j:, None, :] + self.count * a * b
-            )
-        self._sum_left += self.count * left
-        self._sum_right += self.count * right
+            self._products[: max(layers - j, 0), j] = self._moved(j, left, right)
         self._shift = (common[0], common[1])
         self.count = int(_sum(torch.tensor(self.count), device))
-        for total in (self._sum_left, self._sum_right, *self._products):
+        for total in self._products:
             total.copy_(_sum(total, device))
 
-    def mean(self) -> Tensor:
-        """Mean of the left factor, [L, n_left], fp32."""
-        assert self._shift is not None, "no data was added"
-        return (self._sum_left / self.count + self._shift[0].double().cpu()).float()
-
-    def covariance(self) -> Tensor:
-        """Centred moments, [L, K, n_left, n_right], fp32; pairs beyond the last layer are zero."""
-        self._fold()
-        left, right = self._sum_left / self.count, self._sum_right / self.count
-        out = torch.empty(self._products.shape, dtype=torch.float32)
-        for j in range(self.band):
-            stop = max(len(left) - j, 0)
-            out[:stop, j] = (self._products[:stop, j] / self.count - left[:stop, :, None] * right[j:, None, :]).float()
-            out[stop:, j] = 0
+    def _moved(self, j: int, left: Tensor, right: Tensor) -> Tensor:
+        """Products of layers l and l + j, had `left` [L, n_left] and `right` [L, n_right] been added to the rows."""
+        count = max(len(left) - j, 0)
+        out = self._products[:count, j].clone()
+        out[:, :-1] += left[:count, :, None] * out[:, -1:]
+        out[:, :, :-1] += out[:, :, -1:] * right[j:, None, :]
         return out
 
-    def second_moment(self) -> Tensor:
-        """Moments around zero, [L, K, n_left, n_right], fp32."""
+    @property
+    def _totals(self) -> Tensor:
+        """Sums of the weights, [L]."""
+        return self._products[:, 0, -1, -1]
+
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """Weighted means of left [L, n_left] and right [L, n_right], less the shifts."""
+        totals = self._totals[:, None]
+        return self._products[:, 0, :-1, -1] / totals, self._products[:, 0, -1, :-1] / totals
+
+    def mean_weight(self) -> Tensor:
+        """E[w] of each layer, [L], fp32."""
+        self._fold()
+        return (self._totals / self.count).float()
+
+    def mean(self) -> Tensor:
+        """Weighted mean of the left factor, [L, n_left], fp32."""
         assert self._shift is not None, "no data was added"
-        left = self.mean()
-        right = (self._sum_right / self.count + self._shift[1].double().cpu()).float()
-        out = self.covariance()
-        for j in range(self.band):
-            stop = max(len(left) - j, 0)
-            out[:stop, j] += left[:stop, :, None] * right[j:, None, :]
+        self._fold()
+        return (self._means()[0] + self._shift[0].double().cpu()).float()
+
+    def covariance(self) -> Tensor:
+        """Centred moments, weights of mean 1, [L, K, n_left, n_right], fp32; pairs beyond the last layer are zero."""
+        self._fold()
+        left, right = self._means()
+        return self._scaled(-left, -right)
+
+    def second_moment(self) -> Tensor:
+        """Moments around zero, weights of mean 1, [L, K, n_left, n_right], fp32."""
+        assert self._shift is not None, "no data was added"
+        self._fold()
+        left, right = (shift.double().cpu() for shift in self._shift)
+        return self._scaled(left, right)
+
+    def _scaled(self, left: Tensor, right: Tensor) -> Tensor:
+        """Moments of rows to which `left` and `right` were added, of weights of mean 1."""
+        layers, band, n, m = self._products.shape
+        out = torch.zeros(layers, band, n - 1, m - 1)
+        roots = self._totals.sqrt()
+        for j in range(min(band, layers)):
+            scales = (roots[: layers - j] * roots[j:])[:, None, None]
+            out[: layers - j, j] = (self._moved(j, left, right)[:, :-1, :-1] / scales).float()
         return out
 
 
@@ -148,16 +172,22 @@ def folded_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
-def around(layers: Sequence[Tensor], shift: Tensor) -> Tensor:
-    """Rows of all layers side by side, [N, L·n], in fp32, less `shift` [L, n]; on the shift's device."""
-    out = torch.empty(len(layers[0]), *shift.shape, device=shift.device)
+def around(layers: Sequence[Tensor], shift: Tensor, roots: Tensor | None = None) -> Tensor:
+    """Rows √w·[y - shift, 1] of all layers side by side, [N, L·(n + 1)], in fp32, on the shift's device.
+
+    Args:
+        layers: y [N, n] of each.
+        shift: [L, n].
+        roots: √w [N, L]; None for ones.
+    """
+    count, n = shift.shape
+    out = torch.empty(len(layers[0]), count, n + 1, device=shift.device)
     for number, rows in enumerate(layers):
-        torch.sub(rows.to(shift.device), shift[number], out=out[:, number])
+        torch.sub(rows.to(shift.device), shift[number], out=out[:, number, :n])
+    out[..., n] = 1
+    if roots is not None:
+        out *= roots[..., None]
     return out.flatten(1)
-
-
-def _layer_sums(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.sum(0).double().cpu().view(like.shape)
 
 
 def _strips(n: int) -> list[tuple[int, int]]:

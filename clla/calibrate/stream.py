@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,19 @@ from transformers import Cache, PreTrainedModel
 from clla.artifacts.stats import Stats
 from clla.calibrate.basis import leading_directions
 from clla.calibrate.checkpoints import replaced
-from clla.calibrate.collect import Collection, ProbeCache, Tap, batch_generator, fewest_logits, tap_hook, token_rows
+from clla.calibrate.collect import (
+    Collection,
+    ProbeCache,
+    Tap,
+    alike,
+    batch_generator,
+    fewest_logits,
+    importance,
+    near_tokens,
+    tap_hook,
+    token_rows,
+)
+from clla.calibrate.far import far_attention
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import folded_product
 from clla.calibrate.queries import QueryPower
@@ -164,6 +176,10 @@ class LayerStack:
             return self.model(input_ids=input_ids, use_cache=True, **options)
 
 
+def _name(kind: str, layer: int | None, b: int) -> str:
+    return f"{kind}-{b}" if layer is None else f"{kind}-{layer}-{b}"
+
+
 class _Caught(Exception):
     """What the first layer is called with is known."""
 
@@ -197,7 +213,7 @@ class StreamedCollector:
         self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.stack, self.spill = LayerStack(model), Spill(folder)
         self.attention = attention_modules(model)
-        self.device = model.device
+        self.device, self.window = model.device, wanted.window
 
     def collect(
         self, batches: Sequence[Tensor], *, made_from: str, on_tokens: Callable[[int], None] = lambda _: None
@@ -233,16 +249,15 @@ class StreamedCollector:
                     hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device)
                     cache = RecordingCache(self.model.config, set())
                     out = self.stack.run(number, hidden, tuple(ids.shape), cache)
+                if b == 0 and self.window and number in self.wanted.layers:
+                    self.window *= self._sees_far(number, ids, hidden, out)
                 self.spill.put(f"hidden-{number + 1}-{b}", out)
                 on_tokens(ids.numel())
 
     def _top(self, batches: Sequence[Tensor]) -> None:
-        """Leave the gradient of the last layer's output in `gradient-<batch>`, of the batches that have one."""
+        """Leave the gradient of the last layer's output in `gradient-<batch>`."""
         top = len(self.stack)
         for b, ids in enumerate(batches):
-            if b % self.wanted.metric_every:
-                self.spill.drop(f"hidden-{top}-{b}")
-                continue
             hidden = self.spill.get(f"hidden-{top}-{b}").to(self.device).detach().requires_grad_()
             with torch.enable_grad():
                 logits = self.stack.logits(ids.to(self.device), hidden)
@@ -256,60 +271,84 @@ class StreamedCollector:
         count = 0
         for number in reversed(range(len(self.stack))):
             own = self.wanted.layers.index(number) if number in self.wanted.layers else None
-            metric, rows = (
-                torch.zeros(self.wanted.kv.values, self.wanted.kv.values, dtype=torch.float64, device=self.device),
-                0,
-            )
+            n = self.wanted.kv.values
+            metric = torch.zeros(n, n, dtype=torch.float64, device=self.device)
             for b, ids in enumerate(batches):
                 tap = self._step_back(number, b, ids)
                 on_tokens(ids.numel())
                 if own is None:
                     continue
-                if b % self.wanted.metric_every == 0:
-                    gradient = token_rows(tap.gradient, self.wanted.skip_positions)
-                    metric += gradient.mT @ gradient
-                    rows += len(gradient)
+                gradient = token_rows(tap.gradient, self.wanted.skip_positions)
+                weights = importance(gradient) if self.wanted.weighted else gradient.new_ones(len(gradient))
+                gradient = gradient / weights.sqrt()[:, None]
+                metric += gradient.mT @ gradient
+                self.spill.put(f"weights-{b}", weights)
                 self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.wanted.skip_positions).float())
                 if self.queries is not None:
                     self.queries.add(own, tap.query, self.wanted.skip_positions)
                 if self.wanted.with_inputs:
                     self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.wanted.skip_positions).float())
             if own is not None:
-                count = self._finish(found, own, metric / rows, len(batches))
+                count = self._finish(found, own, metric, len(batches))
         found |= {} if self.queries is None else self.queries.tensors()
-        return Stats(layers=self.wanted.layers, kv=self.wanted.kv, tokens=count, made_from=made_from, **found)
+        return Stats(
+            layers=self.wanted.layers,
+            kv=self.wanted.kv,
+            tokens=count,
+            made_from=made_from,
+            window=self.window,
+            **found,
+        )
 
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
-        """Run one layer on one batch once more; of those that have a gradient with a graph, to pass it through it."""
-        with_gradient = b % self.wanted.metric_every == 0
-        hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_(with_gradient)
+        """Run one layer on one batch once more, with a graph, to pass the gradient through it."""
+        hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_()
+        with self._tapped(number, ids, far=self.window > 0) as (tap, cache), torch.enable_grad(), ExitStack() as stack:
+            if self.queries is not None:
+                stack.enter_context(listening(cache))
+            if self.window:
+                window = near_tokens(self.window, ids.shape[1])
+                stack.enter_context(far_attention(self.model, window, cache.reader))
+            out = self.stack.run(number, hidden, tuple(ids.shape), cache)
+            out.backward(self.spill.get(f"gradient-{b}").to(out.device))
+        assert hidden.grad is not None
+        self.spill.put(f"gradient-{b}", hidden.grad)
+        self.spill.drop(f"hidden-{number}-{b}")
+        return tap
+
+    @contextmanager
+    def _tapped(self, number: int, ids: Tensor, *, far: bool) -> Iterator[tuple[Tap, ProbeCache]]:
+        """A tap for one layer, and a cache that has it if the layer is convertible."""
         rotation = None if self.rope is None else self.rope(torch.arange(ids.shape[1], device=self.device)[None])
-        tap, taps, handles = Tap(number, rotation), {}, []
+        tap, taps, handles = Tap(number, rotation, far=far), {}, []
         if number in self.wanted.layers:
             taps[number] = tap
             handles.append(self.attention[number].register_forward_pre_hook(tap_hook(tap), with_kwargs=True))
         try:
-            cache = ProbeCache(self.model.config, taps)
-            with torch.set_grad_enabled(with_gradient), listening(cache if self.queries is not None else None):
-                out = self.stack.run(number, hidden, tuple(ids.shape), cache)
-            if with_gradient:
-                out.backward(self.spill.get(f"gradient-{b}").to(out.device))
+            yield tap, ProbeCache(self.model.config, taps)
         finally:
             for handle in handles:
                 handle.remove()
-        if with_gradient:
-            assert hidden.grad is not None
-            self.spill.put(f"gradient-{b}", hidden.grad)
-        self.spill.drop(f"hidden-{number}-{b}")
-        return tap
+
+    def _sees_far(self, number: int, ids: Tensor, hidden: Tensor, expected: Tensor) -> bool:
+        """Whether a layer computes the same through our attention, which sees what it caches."""
+        seen: list[bool] = []
+        with self._tapped(number, ids, far=True) as (tap, cache), torch.no_grad():
+            try:
+                with far_attention(self.model, 1, lambda key, _: seen.append(tap.read(key))):
+                    found = self.stack.run(number, hidden, tuple(ids.shape), cache)
+            except ValueError:  # transformers lets nobody else compute this model's attention
+                return False
+        return any(seen) and alike(found, expected)
 
     def _finish(self, found: dict[str, Tensor], own: int, fisher: Tensor, batches: int) -> int:
         """Moments of a layer that has seen all batches, with itself and the layers above; how many tokens they are."""
-        count = sum(len(self.spill.get(f"values-{own}-{b}")) for b in range(batches))
-        mean = self._total("values", own, batches) / count
-        found["mean"][own] = mean.cpu()
-        for b in range(batches):
-            self.spill.put(f"values-{own}-{b}", self._held("values", own, b) - mean.float())
+        weights = [self._held("weights", None, b) for b in range(batches)]
+        count = sum(len(w) for w in weights)
+        total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
+        fisher = fisher * total / count**2
+        roots = [(w * (count / total)).float().sqrt()[:, None] for w in weights]  # of weights of mean 1
+        found["mean"][own] = self._centre("values", own, roots, count).cpu()
         if self.basis is not None:
             covariance = self._product("values", own, own, batches) / count
             basis = leading_directions(covariance.float(), fisher.float(), self.basis, seed=self.wanted.seed)
@@ -323,10 +362,7 @@ class StreamedCollector:
         for j in reach:
             found["covariance"][own, j] = (self._product("values", own, own + j, batches) / count).cpu()
         if self.wanted.with_inputs:
-            centre = self._total("inputs", None, batches) / count
-            found["input_mean"][own] = centre.cpu()
-            for b in range(batches):
-                self.spill.put(f"inputs-{b}", self._held("inputs", None, b) - centre.float())
+            found["input_mean"][own] = self._centre("inputs", None, roots, count).cpu()
             found["input_covariance"][own] = (self._product("inputs", None, None, batches) / count).cpu()
             for j in reach:
                 found["input_cross"][own, j] = (self._product("inputs", None, own + j, batches) / count).cpu()
@@ -334,9 +370,13 @@ class StreamedCollector:
             self.spill.drop(f"values-{own + self.band - 1}-{b}")
         return count
 
-    def _total(self, kind: str, layer: int | None, batches: int) -> Tensor:
-        """Sum over tokens of a layer's rows, in fp64."""
-        return torch.stack([self._held(kind, layer, b).sum(0, dtype=torch.float64) for b in range(batches)]).sum(0)
+    def _centre(self, kind: str, layer: int | None, roots: list[Tensor], count: int) -> Tensor:
+        """Weighted mean of a layer's rows, in fp64; they are left as √w·(row - mean)."""
+        rows = [(self._held(kind, layer, b), root) for b, root in enumerate(roots)]
+        mean = torch.stack([(own * root.square()).sum(0, dtype=torch.float64) for own, root in rows]).sum(0) / count
+        for b, (own, root) in enumerate(rows):
+            self.spill.put(_name(kind, layer, b), (own - mean.float()) * root)
+        return mean
 
     def _product(self, kind: str, left: int | None, right: int | None, batches: int) -> Tensor:
         """Sum over tokens of the outer products of two layers' rows, in fp64."""
@@ -348,8 +388,7 @@ class StreamedCollector:
             yield a, a if right == left else self._held("values", right, b)
 
     def _held(self, kind: str, layer: int | None, b: int) -> Tensor:
-        name = f"{kind}-{b}" if layer is None else f"{kind}-{layer}-{b}"
-        return self.spill.get(name).to(self.device)
+        return self.spill.get(_name(kind, layer, b)).to(self.device)
 
     def _empty(self) -> dict[str, Tensor]:
         """Where the moments go, on the CPU in fp32."""

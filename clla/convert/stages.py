@@ -113,7 +113,7 @@ class Run:
         queries = ("queries",) if self.with_queries else ()
         self.stats_key = digest(
             source.revision, calibration, text, hold_out, plan.max_layers_per_group, inputs,
-            recipe.runtime.compute_dtype, *queries,
+            recipe.runtime.compute_dtype, recipe.budget.exact_window, plan.metric == "fisher", *queries,
         )  # fmt: skip
         self.plan_key = plan_digest(self.stats_key, recipe)
 
@@ -162,7 +162,8 @@ class Run:
                 expected="one process",
                 remedy="run it without accelerate launch",
             )
-        calibration, plan = self.recipe.calibration, self.recipe.plan
+        calibration, plan, exact_window = self.recipe.calibration, self.recipe.plan, self.recipe.budget.exact_window
+        assert exact_window is not None, "the recipe is resolved"
         wanted = Collection(
             layers=self.source.layers,
             kv=self.source.kv,
@@ -172,7 +173,8 @@ class Run:
             with_inputs=needs_inputs(plan.metric, plan.source),
             with_queries=self.with_queries,
             seed=calibration.seed,
-            metric_every=calibration.metric_every,
+            window=exact_window,
+            weighted=plan.metric == "fisher",
         )
         stats = self._streamed_stats(wanted) if streams else self._stats_at_once(wanted)
         if (reduction := stats.reduction) is not None:

@@ -163,6 +163,16 @@ class Explorer:
                 expected=f"--max-layers-per-group {band} or less",
                 remedy="clla convert MODEL --dry-run with that --max-layers-per-group collects more",
             )
+        window = recipe.budget.exact_window
+        if window is None:
+            recipe = recipe.override({"budget": {"exact_window": self.kept.plan.window}})
+        elif window != self.kept.plan.window and recipe.plan.metric == "fisher":
+            raise UsageError(
+                f"--exact-window {window} with statistics for a window of {self.kept.plan.window}: they count only what "
+                "queries beyond it read",
+                expected=f"--exact-window {self.kept.plan.window}",
+                remedy=f"clla convert MODEL --exact-window {window} --dry-run collects others",
+            )
         context = self.kept.plan.at_context or 0
         return settle_budget(recipe, source_bytes=self.kept.source_bytes, context=context, layers=layers)
 

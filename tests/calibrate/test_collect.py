@@ -86,20 +86,6 @@ def test_no_weight_has_a_gradient_and_the_graph_begins_at_the_first_keys() -> No
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_metric_may_come_from_some_batches_and_moments_from_all() -> None:
-    model, batches = pico(), [tokens(2, 40, seed) for seed in range(5)]
-    some = collect(collector_of(model, metric_every=2), batches, made_from="test")
-    every = collect(collector_of(model), batches, made_from="test")
-    collector = collector_of(model)
-    for number in (0, 2, 4):
-        collector.add(batches[number], number)
-    torch.testing.assert_close(some.covariance, every.covariance)
-    torch.testing.assert_close(some.mean, every.mean)
-    assert some.tokens == every.tokens
-    torch.testing.assert_close(some.fisher, collector.stats("test").fisher)
-    assert not torch.allclose(some.fisher, every.fisher, rtol=1e-3)
-
-
 @pytest.mark.parametrize("name", ("llama", "gpt2", "gemma3_text"))
 def test_layers_that_run_again_give_the_same_moments(name: str) -> None:
     model, batches = pico(name), [tokens(2, 40, seed) for seed in range(2)]

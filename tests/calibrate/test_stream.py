@@ -41,7 +41,7 @@ SMALL += ["--exact-window", "16", "--no-eval", "--device", "cpu"]
 def wanted_of(model: PreTrainedModel, band: int = 3, **options: Any) -> Collection:
     layers, _ = split_layers(model.config)
     rope = rope_settings(model, layers)
-    return Collection(layers, kv_shape(model.config), band, rope, with_inputs=True, metric_every=2, **options)
+    return Collection(layers, kv_shape(model.config), band, rope, with_inputs=True, **options)
 
 
 def batches() -> list[Tensor]:

@@ -43,7 +43,7 @@ def dry(model: Path, text: Path, work: Path, *options: str) -> Plan:
     "options",
     (
         ("--kv-budget", "12.5%"),
-        ("--kv-budget", "30%", "--exact-window", "32", "--num-sinks", "0"),
+        ("--kv-budget", "30%", "--num-sinks", "0"),
         ("--kv-budget", "90B", "--budget-context", "0"),
         ("--kv-budget", "25%", "--planner", "uniform", "--bits", "2,4"),
         ("--kv-budget", "25%", "--planner", "cluster"),
@@ -161,3 +161,8 @@ def test_a_place_without_statistics_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stats-x.safetensors").write_bytes(b"no")
     with pytest.raises(CorruptArtifactError):
         find_kept(tmp_path)
+
+
+def test_statistics_know_their_window(work: Path) -> None:
+    done = clla("plan", work, "--kv-budget", "25%", "--exact-window", "32")
+    assert done.exit_code == 2 and "--exact-window 32 --dry-run" in " ".join((done.output + done.stderr).split())
