@@ -168,8 +168,8 @@ class Explorer:
             recipe = recipe.override({"budget": {"exact_window": self.kept.plan.window}})
         elif window != self.kept.plan.window and recipe.plan.metric == "fisher":
             raise UsageError(
-                f"--exact-window {window} with statistics for a window of {self.kept.plan.window}: they count only what "
-                "queries beyond it read",
+                f"--exact-window {window} with statistics for a window of {self.kept.plan.window}, which count only "
+                "what queries beyond it read",
                 expected=f"--exact-window {self.kept.plan.window}",
                 remedy=f"clla convert MODEL --exact-window {window} --dry-run collects others",
             )

@@ -110,8 +110,8 @@ def test_far_queries_alone_count_and_what_is_passed_down_is_whole() -> None:
         values = tap.states[1]  # type: ignore[index]
         nudge = torch.randn(values.shape, generator=generator, dtype=torch.float64)
         found = float((tap.gradients[1].double() * nudge).sum())
-        losses = [nudged_loss(model, ids, labels, number, nudge * size) for size in (1e-4, -1e-4)]
-        assert found == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-4, abs=1e-6)
+        losses = [nudged_loss(model, ids, labels, number, nudge * size) for size in (1e-2, -1e-2)]
+        assert found == pytest.approx((losses[0] - losses[1]) / 2e-2, rel=1e-3)
 
 
 def nudged_loss(model: Any, ids: Tensor, labels: Tensor, layer: int, nudge: Tensor) -> float:
