@@ -27,7 +27,7 @@ from clla.recipe import CalibrationConfig
 from clla.source.device import pick_device, pick_dtype
 from clla.source.model import open_source
 
-BASIS, EVERY = CalibrationConfig().basis, CalibrationConfig().metric_every
+BASIS = CalibrationConfig().basis
 # hidden, intermediate, layers, query heads, key-value heads, head dim, vocabulary
 SHAPES = {
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49_152),
@@ -49,7 +49,7 @@ class Arithmetic:
     @property
     def floor(self) -> float:
         """Forward passes that calibration takes where every operation takes as long as one of the forward pass."""
-        return (self.forward + self.moments + (self.backward + self.metric) / EVERY) / self.forward
+        return (self.forward + self.moments + self.backward + self.metric) / self.forward
 
 
 def arithmetic(
@@ -79,7 +79,8 @@ def main() -> None:
     dtype = pick_dtype(args.dtype, source.dtype, device)
     model = source.load_model(dtype=dtype, device=device)
     ids = torch.randint(source.config.get_text_config().vocab_size, (args.batch, args.length), device=device)
-    wanted = Collection(source.layers, source.kv, args.band, rope_settings(model, source.layers))
+    rope = rope_settings(model, source.layers)
+    wanted = Collection(source.layers, source.kv, args.band, rope, window=args.window)
     collector = Collector(model, wanted, checkpointing=args.checkpointing)
     rows = measured(model, collector, ids, rounds=args.rounds, clock=CLOCKS[args.clock])
     unit = statistics.median(rows["forward"])
@@ -112,20 +113,12 @@ def measured(
     for number in range(rounds + 1):
         parts: dict[str, Callable[[], object]] = {
             "forward": lambda: _forward(model, ids),
-            "keys and values": lambda: collector.watch(ids, with_gradients=False),
             "keys, values and gradients": lambda: taps.extend(collector.watch(ids)),
-            "moments": lambda: collector.moments.add(collector.rows(taps)),
-            "metric": lambda: collector.metric.add(collector.gradient_rows(taps)),
+            "moments and metric": lambda: collector.fold(taps),
         }
         taps.clear()
         times = {name: _seconds(part, ids.device, clock) for name, part in parts.items()}
-        times["moments alone"] = times["forward"] + times["moments"]
-        times["Fisher alone"] = times["keys, values and gradients"] + times["metric"]
-        times["both"] = times["Fisher alone"] + times["moments"]
-        share = 1 / EVERY
-        times[f"both, metric from every {EVERY}"] = share * times["both"] + (1 - share) * (
-            times["keys and values"] + times["moments"]
-        )
+        times["calibration"] = times["keys, values and gradients"] + times["moments and metric"]
         if number:
             for name, seconds in times.items():
                 found.setdefault(name, []).append(seconds)
@@ -154,7 +147,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="Hub id, directory, .gguf file or 'demo'")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1, help="sequences per batch")
-    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per sequence")
+    parser.add_argument("--window", type=int, default=128, help="newest tokens that will be exact; 0: none")
     parser.add_argument("--band", type=int, default=6, help="largest group size")
     parser.add_argument("--checkpointing", default="auto", choices=("auto", "always", "never"))
     parser.add_argument("--dtype", default="auto")
