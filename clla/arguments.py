@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec, Self, TypeVar
+from typing import Annotated, ParamSpec, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
+from typing_extensions import Unpack
 
+from clla import usage
 from clla.errors import UsageError, is_unicode
 from clla.recipe import LARGEST
 
@@ -87,36 +89,63 @@ class Settings(BaseModel):
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Check the arguments of a function against its annotations; all mistakes are told at once.
 
+    Errors name the function's arguments, unless a command called it.
+
     Raises:
-        UsageError: an argument has another type or is out of range.
+        UsageError: an argument has another type or is out of range, or there is none of its name.
     """
     validated = validate_call(config=STRICT)(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return validated(*args, **kwargs)
-        except ValidationError as error:
-            if error.title != function.__name__:
-                raise
-            raise _mistakes(error) from error
+        with usage.called(f"clla.{function.__name__}") as by_user:
+            spell = partial(usage.as_arguments, names=lambda: _names(function)) if by_user else str
+            with usage.renamed(spell):
+                try:
+                    return validated(*args, **kwargs)
+                except ValidationError as error:
+                    if error.title != function.__name__:
+                        raise
+                    raise _mistakes(error) from error
 
     return call
 
 
+def _names(function: Callable[..., object]) -> dict[str, bool]:
+    """Arguments of a function, also those of `**changes`, and whether each is true or false."""
+    hints = get_type_hints(function)
+    for many in [kind for kind in hints.values() if get_origin(kind) is Unpack]:
+        hints |= get_type_hints(get_args(many)[0])
+    return {name: kind is bool for name, kind in hints.items()}
+
+
+# What pydantic calls an argument that a function does not have, or misses, and what Python says of it.
+NOT_CALLED_SO = {
+    "extra_forbidden": "got an unexpected keyword argument",
+    "unexpected_keyword_argument": "got an unexpected keyword argument",
+    "multiple_argument_values": "got multiple values for argument",
+    "missing_argument": "misses the argument",
+    "unexpected_positional_argument": "takes fewer positional arguments; too many from",
+}
+
+
 def _mistakes(error: ValidationError) -> UsageError:
     """Messages of pydantic, a line for each argument."""
-    lines: dict[str, tuple[str, list[str]]] = {}
+    lines: dict[str, list[str]] = {}
     for found in error.errors():
         name = str(found["loc"][0])
+        if said := NOT_CALLED_SO.get(found["type"]):
+            shown = _shown(found["input"]) if found["type"] == "unexpected_positional_argument" else f"'{name}'"
+            lines[f"{error.title}() {said} {shown}"] = []
+            continue
         told = re.sub(r"^Value error, ", "", found["msg"])
-        shown = _shown(found["input"])
-        lines.setdefault(f"--{name.replace('_', '-')}", (shown, []))[1].append(told[:1].lower() + told[1:])
-    texts = [f"{name} is {value}: {' or '.join(dict.fromkeys(why))}" for name, (value, why) in lines.items()]
+        given = f"--{name.replace('_', '-')} is {_shown(found['input'])}"
+        lines.setdefault(given, []).append(told[:1].lower() + told[1:])
+    texts = [": ".join(filter(None, (given, " or ".join(dict.fromkeys(why))))) for given, why in lines.items()]
     return UsageError(
         "\n  ".join(texts),
         expected="names and paths as text, and numbers in their ranges",
-        remedy="correct it; help(clla.convert_model) and clla convert --help say what is what",
+        remedy=f"correct it; {usage.help_of_it()} says what is what",
     )
 
 

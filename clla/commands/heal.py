@@ -25,10 +25,10 @@ from clla.commands.options import (
     start,
     with_options,
 )
-from clla.recipe import HealConfig
+from clla.recipe import OPTIONS_OF
 
 
-@with_options({name: ("heal", name) for name in HealConfig.model_fields})
+@with_options(OPTIONS_OF["heal"])
 def heal(
     checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo\\[@revision].")],
     output: Annotated[

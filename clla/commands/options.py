@@ -188,8 +188,8 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Commands(TyperGroup):
-    """All commands, and what goes wrong before one of them begins."""
+class Checked(TyperGroup):
+    """A group of commands, and what goes wrong before one of them begins."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         console.write_anything()

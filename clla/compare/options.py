@@ -42,7 +42,7 @@ class Options(Settings):
             UsageError: they cannot be read, or there is none.
         """
         found = self.budget or ("25%,6.25%" if self.quick else "50%,25%,12.5%,6.25%,3%")
-        shares = [parse_budget(part, source_bytes=1.0) for part in found.split(",") if part.strip()]
+        shares = [parse_budget(part, source_bytes=None, option="--budgets") for part in found.split(",") if part.strip()]
         if not shares:
             raise UsageError(f"--budget {found!r} names no share", expected="e.g. 25%,6.25%", remedy="correct it")
         return shares

@@ -77,7 +77,7 @@ def token_batches(
         raise DatasetError(
             f"the text is shorter than one sequence ({len(buffer)} tokens)",
             expected=f"at least {sequence_length} tokens",
-            remedy="pass a longer --dataset or a smaller --sequence-length",
+            remedy="give a longer text to fit the model on, or shorter sequences",
         )
     stacked = torch.tensor(sequences)
     return list(stacked.split(batch_size))
