@@ -238,16 +238,16 @@ def heal_model(
 def evaluate_model(
     checkpoint: Place,
     *,
-    text: Name = "bundled",
+    text: MeasuredText = "bundled",
     num_samples: Count = 4,
-    sequence_length: Annotated[Count, Field(ge=2)] | None = None,
+    sequence_length: SampleLength = None,
     chunk: Count | None = None,
     attend_top_k: Count | None = None,
     contexts: Annotated[Sequence[Count], Field(min_length=1)] | None = None,
     retrieval: bool = True,
-    source_model: Name | None = None,
-    device: Word = "auto",
-    dtype: Dtype = "auto",
+    source_model: SourceModel = None,
+    device: Device = "auto",
+    dtype: WeightDtype = "auto",
     **planted: Unpack[RetrievalOptions],
 ) -> Report:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source.

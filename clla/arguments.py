@@ -48,6 +48,17 @@ Place = Annotated[str | Path, AfterValidator(_named)]
 Word = Annotated[str, Field(min_length=1, max_length=200)]
 Dtype = Annotated[str, _one_of("auto", "float32", "bfloat16", "float16")]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+# Options of several commands: what is measured, and on what.
+MeasuredText = Annotated[Name, Field(description="text to measure on; default: the end of the bundled text")]
+SampleLength = Annotated[
+    Annotated[Count, Field(ge=2)] | None,
+    Field(description="tokens per sample; default: 2048, or what the model takes"),
+]
+SourceModel = Annotated[
+    Name | None, Field(description="source model, where the weights were trained; default: from the recipe")
+]
+Device = Annotated[Word, Field(description="device to compute on: auto, cpu, cuda or cuda:N")]
+WeightDtype = Annotated[Dtype, Field(description="dtype of the weights: auto, float32, bfloat16 or float16")]
 
 
 def _integers(value: object) -> object:

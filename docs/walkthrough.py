@@ -89,7 +89,7 @@ STEPS = (
     ),
     Step("clla bench demo-clla --contexts 256,512 --new-tokens 8 --repeats 1"),
     Step(
-        "clla compare demo --quick --methods stored,clla --budget 6.25% --num-samples 1 --context 512 "
+        "clla compare demo --quick --methods stored,clla --budgets 6.25% --num-samples 1 --sequence-length 512 "
         "--long-context 1024 --retrieval-trials 0 --calibration-tokens 4096",
         why="Beside caches in int4 and fp8, in a minute (one short window ranks nothing):",
     ),

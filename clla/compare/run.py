@@ -61,7 +61,7 @@ class Comparison:
 
     def recommendations(self) -> list[tuple[float, Row | None]]:
         """For each budget the row of least KL that keeps to it, by this table alone."""
-        return [(budget, recommend(self.rows[1:], budget)) for budget in self.options.budgets]
+        return [(budget, recommend(self.rows[1:], budget)) for budget in self.options.shares]
 
     def tables(self) -> list[Table]:
         """All settings, those left out, and which to take at each budget."""
@@ -114,13 +114,14 @@ def run_comparison(name: str, options: Options) -> Comparison:
     check_text(options.text)
     source, where = open_source(name), pick_device(options.device)
     reach = reach_of(source.config)
-    reach.check_option("--context", options.context)
+    reach.check_option("--sequence-length", options.sequence_length)
     reach.check_option("--long-context", options.long_context)
-    context, long_context = options.context or reach.fit(CONTEXT), options.long_context or reach.fit(LONG_CONTEXT)
+    context, long_context = options.sequence_length or reach.fit(CONTEXT), options.long_context or reach.fit(LONG_CONTEXT)
     calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
     # `first`, so that the inputs are collected, which several methods need.
-    recipe = Recipe().override({"calibration": calibration, "plan": {"latent_input": "first_layer"}})
-    recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": 128}}), source, where)
+    fixed = {"budget_context": 0, "exact_window": 128}
+    wanted = {"calibration": calibration, "plan": {"latent_input": "first_layer"}, "budget": fixed}
+    recipe = resolve(Recipe().override({**wanted, "runtime": {"compute_dtype": options.dtype}}), source, where)
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,7 @@ def run_methods(
     settings = [("source", source)]
     with console.progress("Building (methods)", len(names)) as advance:
         for name in names:
-            settings += [(name, setting) for setting in METHODS[name].settings(bench, options.budgets)]
+            settings += [(name, setting) for setting in METHODS[name].settings(bench, options.shares)]
             advance()
     subjects = {(name, s.name): s.subject for name, s in settings if s.subject is not None}
     labels = {"\0".join(key): subject for key, subject in subjects.items()}
