@@ -37,7 +37,7 @@ from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
 from clla.source.model import open_source
-from clla.text.sequences import load_documents, whole_windows
+from clla.text.sequences import load_documents, whole_samples
 
 STRICT: dict[str, dict[str, Any]] = {
     "plan": {"latent_input": "first_layer", "bits": (16,)},
@@ -58,7 +58,7 @@ def main() -> None:
     run = Run(source, recipe, device, args.work_dir, hold_out=False)  # another text is measured on
     stats, documents = run.stats(), load_documents(args.text)
     texts = {
-        length: whole_windows(documents, run.tokenizer, count=count, length=length).to(device)
+        length: whole_samples(documents, run.tokenizer, count=count, length=length).to(device)
         for length, count in ((2048, args.windows), (8192, args.long_windows))
         if count
     }
@@ -112,7 +112,7 @@ def measure(
     found: dict[str, Any] = {}
     for length, windows in texts.items():
         with console.progress(f"Measuring at {length} (windows)", len(windows)) as advance:
-            quality = compare(models, windows, chunk=chunk, on_window=advance)
+            quality = compare(models, windows, chunk=chunk, on_sample=advance)
         found[str(length)] = {name: asdict(q) for name, q in quality.items()}
     if args.trials:
         filler = next(iter(texts.values())).flatten().cpu()

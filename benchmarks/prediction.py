@@ -32,7 +32,7 @@ from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
 from clla.source.model import open_source
-from clla.text.sequences import load_documents, whole_windows
+from clla.text.sequences import load_documents, whole_samples
 
 EQUAL: dict[str, dict[str, Any]] = {
     "uniform, 6": {"planner": "uniform"},
@@ -131,10 +131,10 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir)
     count, length = args.windows, args.window_length
-    texts = {"left out": run.report_windows()[0][:count, :length]}
+    texts = {"left out": run.report_samples()[0][:count, :length]}
     if args.text:
         documents = load_documents(args.text)
-        texts[Path(args.text).stem] = whole_windows(documents, run.tokenizer, count=count, length=length)
+        texts[Path(args.text).stem] = whole_samples(documents, run.tokenizer, count=count, length=length)
     texts = {name: windows.to(device) for name, windows in texts.items()}
     cases: list[tuple[str, float, dict[str, Any]]] = [
         ("dynamic, 6", float(budget), {}) for budget in args.budgets.split(",")

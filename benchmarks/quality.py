@@ -29,7 +29,7 @@ from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
 from clla.source.model import open_source
-from clla.text.sequences import load_documents, whole_windows
+from clla.text.sequences import load_documents, whole_samples
 
 # name: (latent source, window, largest group size)
 VARIANTS = {
@@ -55,7 +55,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir, hold_out=False)  # another text is measured on
     stats = run.stats()
-    windows = whole_windows(load_documents(args.text), run.tokenizer, count=args.windows, length=args.window_length).to(
+    windows = whole_samples(load_documents(args.text), run.tokenizer, count=args.windows, length=args.window_length).to(
         device
     )
     rows: dict[str, dict[str, float]] = {}
@@ -111,7 +111,7 @@ def _variant(
         models[f"{name}|{budget}"] = Subject(converted, converted.new_cache)
         planned[f"{name}|{budget}"] = float(plan.row_bytes)
     with console.progress(name, len(windows)) as advance:
-        found = compare(models, windows, chunk=max(window, 32), on_window=advance)
+        found = compare(models, windows, chunk=max(window, 32), on_sample=advance)
     return {k: _row(q, windows.shape[1], planned.get(k)) for k, q in found.items()}
 
 

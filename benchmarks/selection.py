@@ -20,7 +20,7 @@ from clla.modeling import group_clla
 from clla.modeling.hooks_clla import CACHE
 from clla.source.device import pick_device
 from clla.tables import Table
-from clla.text.sequences import evaluation_windows
+from clla.text.sequences import evaluation_samples
 
 
 def main(
@@ -38,7 +38,7 @@ def main(
     register()
     loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype="auto")
     model: Any = loaded.model
-    ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=context + tokens).to(model.device)
+    ids = evaluation_samples(text, loaded.tokenizer, count=windows, length=context + tokens).to(model.device)
     with torch.inference_mode():
         plain = [model.source(row[None], use_cache=False, logits_to_keep=tokens).logits[0] for row in ids]
         source = [logits.float().log_softmax(-1) for logits in plain]

@@ -1,7 +1,4 @@
-"""What the package does, as functions; the commands of the same names call these.
-
-Messages of errors name options as the command line has them: `--kv-budget` is the argument `kv_budget`.
-"""
+"""What the package does, as functions; the commands of the same names call these."""
 
 from __future__ import annotations
 
@@ -14,7 +11,21 @@ from pydantic import Field
 from typing_extensions import TypedDict, Unpack
 
 from clla import console
-from clla.arguments import STRICT, Count, Dtype, Name, Place, Word, checked, parse_size
+from clla.arguments import (
+    STRICT,
+    Count,
+    Device,
+    Dtype,
+    MeasuredText,
+    Name,
+    Place,
+    SampleLength,
+    SourceModel,
+    WeightDtype,
+    Word,
+    checked,
+    parse_size,
+)
 from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
 from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
@@ -30,9 +41,22 @@ from clla.recipe import Recipe, changes_of, load_recipe
 from clla.source.device import pick_device
 from clla.storage.places import expanded
 from clla.text.reading import check_text
-from clla.text.sequences import evaluation_windows
+from clla.text.sequences import evaluation_samples
 
-__all__ = ["Conversion", "Healed", "Healing", "Report", "convert_model", "evaluate_model", "heal_model", "load_model"]
+__all__ = [
+    "Conversion",
+    "HealChanges",
+    "Healed",
+    "Healing",
+    "Recipe",
+    "RecipeChanges",
+    "Report",
+    "RetrievalOptions",
+    "convert_model",
+    "evaluate_model",
+    "heal_model",
+    "load_model",
+]
 
 EVAL_LENGTH, EVAL_CONTEXTS, RETRIEVAL_LENGTH = 2048, (512, 2048, 8192), 4096  # where the model takes as many tokens
 
@@ -123,9 +147,9 @@ def convert_model(
         output: directory of the checkpoint; default `./MODEL-clla`.
         recipe: built-in name, YAML file or `Recipe`.
         device: auto, cpu, cuda, …
-        dry_run: stop after the plan; nothing is written.
+        dry_run: stop after the plan: no checkpoint is written, and statistics and plan only to `work_dir`.
         resume: take up the finished stages of an interrupted run.
-        work_dir: keep stats and plans here: another budget then takes seconds.
+        work_dir: keep statistics and plans here: another budget then takes seconds.
         evaluate: measure before and after.
         max_shard_size: of the weight files, e.g. '5GB' or '2GiB'.
         codec_only: save the codec without the source's weights.
@@ -137,8 +161,9 @@ def convert_model(
             `heal_tokens`, `heal_train`, and trackers of accelerate to `report_to`.
 
     Returns:
-        Plan, resolved recipe, what was measured, and the converted model, which generates, in the dtype that was
-        computed in; the checkpoint has the source's dtype (None after a dry run).
+        A `Conversion`: `output`, `plan`, resolved `recipe`, `predicted_kl`, the `report` of what was measured,
+        `healing`, and `model`, the converted one in the dtype that was computed in (the checkpoint has the source's).
+        After a dry run `report`, `healing` and `model` are None.
 
     Raises:
         CllaError: bad input, a limit, or an argument of another type or out of range; nothing is left half-written.
@@ -199,7 +224,7 @@ def heal_model(
         source_model: what it was converted from; default: the checkpoint's own weights, or where they came from.
         report_to: a tracker of accelerate: tensorboard, wandb, …
         device: auto, cpu, cuda, …
-        dtype: of all that is not trained: auto, float32, bfloat16.
+        dtype: of all that is not trained: auto, float32, bfloat16 or float16.
         resume: go on from the last saved step.
         work_dir: keep text and states here.
         evaluate: measure before and after.
@@ -209,7 +234,8 @@ def heal_model(
             `dataset`, `gradient_checkpointing`, `seed`.
 
     Returns:
-        The directory, what was measured before and after, and the course of the training.
+        A `Healed`: `output`, the `report` of what was measured afterwards, and `healing`, the course of the training
+        with what was measured before.
 
     Raises:
         CllaError: bad input, or a limit; nothing is left half-written.
@@ -264,12 +290,12 @@ def evaluate_model(
         retrieval: also plant codes and ask for them.
         source_model: what it was converted from, where the weights were trained; default: from the recipe.
         device: auto, cpu, cuda, …
-        dtype: auto, float32, bfloat16.
+        dtype: auto, float32, bfloat16 or float16.
         **planted: `retrieval_context`, tokens in which a code is planted (default 4096, or what the model takes), and
             `retrieval_trials` (default 8).
 
     Returns:
-        What was measured of both, and the plan.
+        A `Report`: what was measured of both models, by name.
 
     Raises:
         CllaError: no such checkpoint, it is damaged, the model has no positions for a length, or there is too little
@@ -298,7 +324,7 @@ def evaluate_model(
         check_room(loaded.tokenizer, around := retrieval_context)
     elif retrieval:
         around = plantable(loaded.tokenizer, reach.fit(RETRIEVAL_LENGTH))
-    ids = evaluation_windows(text, loaded.tokenizer, count=num_samples, length=length)
+    ids = evaluation_samples(text, loaded.tokenizer, count=num_samples, length=length)
     with console.progress("Measuring (samples)", len(ids)) as advance:
         return before_and_after(
             loaded.model,
@@ -322,7 +348,7 @@ def load_model(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto
     Args:
         checkpoint: directory or Hub id.
         device: auto, cpu, cuda, …
-        dtype: auto, float32, bfloat16.
+        dtype: auto, float32, bfloat16 or float16.
 
     Returns:
         Model and tokenizer.

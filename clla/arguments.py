@@ -51,8 +51,7 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 # Options of several commands: what is measured, and on what.
 MeasuredText = Annotated[Name, Field(description="text to measure on; default: the end of the bundled text")]
 SampleLength = Annotated[
-    Annotated[Count, Field(ge=2)] | None,
-    Field(description="tokens per sample; default: 2048, or what the model takes"),
+    int | None, Field(ge=2, le=LARGEST, description="tokens per sample; default: 2048, or what the model takes")
 ]
 SourceModel = Annotated[
     Name | None, Field(description="source model, where the weights were trained; default: from the recipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any
@@ -54,7 +55,7 @@ class Commands(Checked):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = _Imported()  # type: ignore[assignment]
+        self.commands = ChainMap(dict(self.commands), _Imported())  # type: ignore[arg-type]
 
 
 app = typer.Typer(

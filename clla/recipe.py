@@ -119,7 +119,7 @@ class PlanConfig(_Section):
     key: Literal["reconstruct", "decoupled"] = Field(
         "reconstruct",
         description="keys decoded whole and then rotated, or in two parts: a short rotary key cached beside the "
-        "latent, and a position-free rest (needs latent_input 'first_layer', no window, no sinks, and healing)",
+        "latent, and a position-free rest (needs latent_input 'first_layer', exact_window 0, num_sinks 0, and healing)",
     )
     qk_rope_head_dim: int | None = Field(
         None, ge=8, description="values of a layer group's rotary key, a multiple of 8; default: the head dim"
@@ -174,12 +174,12 @@ class RuntimeConfig(_Section):
 
     prefill_chunk: int = Field(512, ge=1, description="most tokens of one forward pass; they see each other exactly")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
+        "auto", description="dtype of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
     )
     placement: Literal["auto", "device", "spread", "stream"] = Field(
         "auto",
-        description="of the source while it is calibrated: on one device, spread over several GPUs, or its layers read "
-        "from disk one at a time; 'auto' takes the first that has room",
+        description="where the source is while it is calibrated: on one device, spread over several GPUs, or with its "
+        "layers read from disk one at a time; 'auto' takes the first that has room",
     )
     gradient_checkpointing: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -214,7 +214,9 @@ class HealConfig(_Section):
         0.1, ge=0, le=1, description="last share of the steps that runs chunk by chunk on the model's own cache"
     )
     evaluations: int = Field(10, ge=1, description="how often held-out KL is measured and the state is saved")
-    dataset: str | None = Field(None, description="as calibration.dataset, which is the default")
+    dataset: str | None = Field(
+        None, description="text to train on, named as calibration.dataset, which is the default"
+    )
     gradient_checkpointing: bool = Field(False, description="compute layers twice to save memory")
     seed: int = Field(0, description="seed of the order of the text")
 
@@ -240,7 +242,7 @@ class Provenance(_Section):
 class Recipe(_Section):
     """A whole conversion."""
 
-    schema_version: Literal[1] = Field(1, description="of this document")
+    schema_version: Literal[1] = Field(1, description="version of this document's format")
     description: str = Field("", description="one line for `clla recipes ls`")
     calibration: CalibrationConfig = Field(default_factory=lambda: CalibrationConfig())
     budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig())
@@ -303,12 +305,6 @@ def changes_of(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             section, field = OPTIONS[name]
             changes.setdefault(section, {})[field] = value
     return changes
-
-
-def named(section: str, field: str) -> str:
-    """A field for a message, with the option for it of the command that runs, where it has one."""
-    found = [name for name, place in OPTIONS_OF.get(usage.verb(), {}).items() if place == (section, field)]
-    return f"{section}.{field}" + "".join(f" (--{name.replace('_', '-')})" for name in found)
 
 
 def named(*place: str | int) -> str:

@@ -84,7 +84,7 @@ STEPS = (
     Step(WITHOUT_CLLA, why="With transformers alone (the code lies in the checkpoint):"),
     Step("clla eval demo-clla --num-samples 2 --retrieval-trials 2 --retrieval-context 2048", title="Measure"),
     Step(
-        "clla report demo-clla --html report.html --num-prompts 1 --max-new-tokens 40 --num-samples 1",
+        "clla report demo-clla --output report.html --num-prompts 1 --max-new-tokens 40 --num-samples 1",
         why="The same, and more, as a page to look at:",
     ),
     Step("clla bench demo-clla --contexts 256,512 --new-tokens 8 --repeats 1"),

@@ -20,7 +20,9 @@ class Options(Settings):
         json_schema_extra=SHAPE,
     )
     kv_budget: Word | None = Field(
-        None, description="budget of the shape's latents: '6.25%', '1440B', …; default: the recipes'", json_schema_extra=SHAPE
+        None,
+        description="budget of the shape's latents: '6.25%', '1440B', …; default: the recipes'",
+        json_schema_extra=SHAPE,
     )
     max_layers_per_group: int | None = Field(
         None, ge=1, description="layers that share a latent; default: the recipes'", json_schema_extra=SHAPE
@@ -38,7 +40,9 @@ class Options(Settings):
         "at once, the converted model its own chunks",
     )
     largest_batch: bool = Field(False, description="find the most sequences that decode at the longest context")
-    memory_limit: Bytes | None = Field(None, description="memory for the caches of the largest batch, on a CPU: e.g. 2GB")
+    memory_limit: Bytes | None = Field(
+        None, description="memory for the caches of the largest batch, on a CPU: e.g. 2GB"
+    )
     attend_top_k: int | None = Field(
         None, ge=1, description="old tokens that the converted model reads in full; default: all"
     )

@@ -205,7 +205,7 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
     if name is None:
         raise CllaError(
             "the weights of this checkpoint were trained, and it does not say what they were before",
-            expected="the source model as a teacher",
+            expected="the source model, to compare with",
             remedy="name it with --source-model",
         )
     source = _open_teacher(name)

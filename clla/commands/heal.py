@@ -33,7 +33,13 @@ def heal(
     checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo\\[@revision].")],
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT, parser=path),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory of the healed checkpoint; default: CHECKPOINT-healed.",
+            rich_help_panel=OUTPUT,
+            parser=path,
+        ),
     ] = None,
     source_model: Annotated[
         Optional[str],

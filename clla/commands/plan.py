@@ -18,12 +18,14 @@ SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
 
 @with_options(OPTIONS_OF["plan"])
 def plan(
-    statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.", parser=path)],
+    statistics: Annotated[
+        Path, typer.Argument(help="--work-dir of a conversion, or a statistics file in it.", parser=path)
+    ],
     recipe: RecipeName = "balanced",
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Plan several budgets and compare them.", rich_help_panel=PLAN)
     ] = False,
-    budgets: Annotated[str, typer.Option(help="Of --sweep, comma-separated.", rich_help_panel=PLAN)] = SWEEP,
+    budgets: Annotated[str, typer.Option(help="What --sweep plans, comma-separated.", rich_help_panel=PLAN)] = SWEEP,
     plot: Annotated[
         Optional[Path],
         typer.Option(help="Draw the plan, or with --sweep the frontier, as .png.", rich_help_panel=OUTPUT, parser=path),

@@ -13,7 +13,7 @@ from clla import console
 from clla.commands.options import errors, path, recipe_names
 from clla.errors import UsageError
 
-recipes = typer.Typer(help="Built-in recipes.", no_args_is_help=True, add_completion=False)
+recipes = typer.Typer(name="recipes", help="Built-in recipes.", no_args_is_help=True, add_completion=False)
 
 
 @recipes.command()

@@ -23,14 +23,13 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            "--html",
             help="File to write; default: CHECKPOINT-report.html.",
             rich_help_panel=OUTPUT,
             parser=path,
         ),
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.", rich_help_panel=OUTPUT)] = False,
-    prompt: Annotated[Optional[list[str]], typer.Option(help="Continue this, too; may be repeated.")] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt to continue, too; may be repeated.")] = None,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:

@@ -37,7 +37,7 @@ class Options(Settings):
     retrieval_trials: int | None = Field(None, ge=0, description="planted codes; default: 16, or 2 with --quick")
     device: Device = "auto"
     dtype: WeightDtype = "auto"
-    work_dir: Path | None = Field(None, description="keep the moments here")
+    work_dir: Path | None = Field(None, description="keep the statistics here")
 
     @property
     def shares(self) -> list[float]:
@@ -47,7 +47,9 @@ class Options(Settings):
             UsageError: they cannot be read, or there is none.
         """
         found = self.budgets or ("25%,6.25%" if self.quick else "50%,25%,12.5%,6.25%,3%")
-        shares = [parse_budget(part, source_bytes=None, option="--budgets") for part in found.split(",") if part.strip()]
+        shares = [
+            parse_budget(part, source_bytes=None, option="--budgets") for part in found.split(",") if part.strip()
+        ]
         if not shares:
             raise UsageError(f"--budgets {found!r} names no share", expected="e.g. 25%,6.25%", remedy="correct it")
         return shares

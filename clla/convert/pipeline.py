@@ -186,8 +186,8 @@ def _convert(
         fitted.append(healed_on(learned, tokenizer, length=length))
     measured = None
     if options.report and run.placement != "stream":
-        windows, left_out = run.report_windows()
-        measured = windows, unseen(text, fitted, left_out=left_out)
+        samples, left_out = run.report_samples()
+        measured = samples, unseen(text, fitted, left_out=left_out)
     elif options.report:
         console.say("Nothing is measured, since layers are read from disk; where the model fits: clla eval")
     if recipe.heal is not None:
@@ -196,8 +196,8 @@ def _convert(
         converted, report, healing = heal_and_measure(converted, run.model(), tokenizer, plan, recipe, measured, how)
         recipe = recipe.model_copy(update={"heal": healing.config})
     elif measured is not None:
-        windows, known = measured
-        report = before_and_after(converted, tokenizer, plan, windows, unseen=known)
+        samples, known = measured
+        report = before_and_after(converted, tokenizer, plan, samples, unseen=known)
     if not processes.is_main_process:
         return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
     needed = sum(tensor.numel() for tensor in converted.state_dict().values()) * source.dtype.itemsize

@@ -16,7 +16,10 @@ class Options(Settings):
     sequence_length: SampleLength = None
     chunk: int | None = Field(None, ge=1, le=LARGEST, description="tokens per forward pass; default: the exact window")
     attend_top_k: int | None = Field(
-        None, ge=1, le=LARGEST, description="old tokens read in full; a forward pass then takes as few tokens as that needs"
+        None,
+        ge=1,
+        le=LARGEST,
+        description="old tokens read in full; forward passes then are as short as that takes",
     )
     contexts: Integers | None = Field(
         None, description="context lengths at which caches are measured; default: 512,2048,8192, as far as it goes"

@@ -73,12 +73,12 @@ def fitted_text(dataset: str, *, held_out: bool | None = None) -> FittedText:
 
 
 def unseen(text: str, fitted: Sequence[FittedText] | None, *, left_out: bool) -> bool | None:
-    """Whether windows of a text are new to a model: False if it was fitted to them, None if that cannot be known.
+    """Whether samples of a text are new to a model: False if it was fitted to them, None if that cannot be known.
 
     Args:
         text: that is measured on.
         fitted: texts that the model was fitted to; None if they are not known.
-        left_out: the windows are of the blocks that are kept back of every text.
+        left_out: the samples are of the blocks that are kept back of every text.
     """
     if fitted is None:
         return None

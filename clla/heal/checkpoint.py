@@ -24,7 +24,7 @@ from clla.errors import resumable
 from clla.evaluate.report import Report
 from clla.evaluate.report_file import ReportFile
 from clla.evaluate.seen import fitted_of, unseen
-from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_SAMPLES, Healing, HealOptions, heal_and_measure
 from clla.heal.sharding import launched_sharded
 from clla.heal.text import healed_on
 from clla.publish.card import write_card
@@ -34,7 +34,7 @@ from clla.storage.filenames import RECIPE, REPORT
 from clla.storage.files import write_text
 from clla.storage.places import expanded, holding
 from clla.text.reading import check_text
-from clla.text.sequences import report_text, report_windows
+from clla.text.sequences import report_samples, report_text
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _heal(
         fitted = [*fitted, healed_on(text, loaded.tokenizer, length=length)]
     if options.report:
         wanted = reach.fit(REPORT_LENGTH)
-        windows, left_out = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=wanted, fallback=length)
-        measured = windows, unseen(report_text(text), fitted, left_out=left_out)
+        samples, left_out = report_samples(text, loaded.tokenizer, count=REPORT_SAMPLES, length=wanted, fallback=length)
+        measured = samples, unseen(report_text(text), fitted, left_out=left_out)
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
     stored = getattr(torch, loaded.model.config.spec.kv_dtype)

@@ -39,7 +39,7 @@ BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 CODEC_LR = 1e-3  # for the GPU's batch
 
 HEAL_LENGTH = 2048  # of training sequences, where the model takes as many
-REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after, likewise
+REPORT_SAMPLES, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after, likewise
 WORTH = 0.1  # of the held-out KL, below which healing was not worth its cost
 STATE_BYTES = 32  # a trained parameter: two states with Adam's moments in fp32, and twice the best state
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "bf16"}
@@ -121,7 +121,7 @@ def heal_and_measure(
         tokenizer: its own.
         plan: that it runs on.
         recipe: whose `heal` is not None.
-        measured: windows [N, T] to measure on and whether they are unseen, as of `unseen`; None measures nothing.
+        measured: samples [N, T] to measure on and whether they are unseen, as of `unseen`; None measures nothing.
         options: how to run.
 
     Returns:
@@ -136,12 +136,12 @@ def heal_and_measure(
     def report(model: CllaForCausalLM) -> Report | None:
         if measured is None:
             return None
-        windows, unseen = measured
+        samples, unseen = measured
         return before_and_after(
             model,
             tokenizer,
             plan,
-            windows,
+            samples,
             retrieval_context=around,
             retrieval_trials=RETRIEVAL_TRIALS,
             unseen=unseen,
@@ -342,8 +342,8 @@ def heal(
             raise CllaError(
                 f"the device has too little memory to train '{config.train}': {reason(error)}",
                 expected="teacher, student, gradients and Adam's moments on it",
-                remedy=f"turn on {named('heal', 'gradient_checkpointing')}, give 'codec' for {named('heal', 'train')}, or lower "
-                f"{named('heal', 'sequence_length')}",
+                remedy=f"set {named('heal', 'gradient_checkpointing')}, give 'codec' for {named('heal', 'train')}, or "
+                f"lower {named('heal', 'sequence_length')}",
             ) from error
     if options.tracker:
         accelerator.end_training()

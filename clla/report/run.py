@@ -24,10 +24,10 @@ from clla.report.samples import PROMPTS, built_in, make_samples
 from clla.source.device import pick_device
 from clla.storage.places import check_file, holding
 from clla.text.reading import check_text
-from clla.text.sequences import evaluation_windows
+from clla.text.sequences import evaluation_samples
 from clla.text.vocabulary import check_tokens
 
-LONGEST = 2048  # tokens of a window, where the model takes as many
+LONGEST = 2048  # tokens of a sample, where the model takes as many
 
 
 def make_page(name: str, html: Path, options: Options, *, prompts: tuple[str, ...] = ()) -> PageData:
@@ -76,13 +76,13 @@ def _measured(data: PageData, folder: Path, options: Options, prompts: tuple[str
     data = replace(data, missing=data.missing + missing)
     reach = data.reach
     length = options.sequence_length or reach.fit(LONGEST)
-    windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.num_samples), length=length)
-    check_tokens(windows, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
+    ids = evaluation_samples(options.text, loaded.tokenizer, count=max(1, options.num_samples), length=length)
+    check_tokens(ids, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
     if options.num_samples:
         known = unseen(options.text, fitted_of(folder), left_out=options.text == "bundled")
-        data = _with_errors(data, loaded, source, windows, options.text, known)
+        data = _with_errors(data, loaded, source, ids, options.text, known)
     if source is not None and (built or prompts):
-        chosen = [*prompts, *built_in(loaded.tokenizer, windows.flatten(), built, reach)]
+        chosen = [*prompts, *built_in(loaded.tokenizer, ids.flatten(), built, reach)]
         with console.progress("Writing samples (prompts)", len(chosen)) as advance:
             samples = make_samples(
                 source,
@@ -105,26 +105,26 @@ def _with_errors(
     data: PageData,
     loaded: Checkpoint,
     source: PreTrainedModel | None,
-    windows: Tensor,
+    ids: Tensor,
     text: str,
     known: bool | None,
 ) -> PageData:
-    """Errors of layers over windows [N, T], and quality on them, where it is not known.
+    """Errors of layers over samples [N, T], and quality on them, where it is not known.
 
     `known` says whether the model was fitted to them, as of `unseen`.
     """
     plan, chunk = data.plan, data.plan.window or loaded.model.prefill_chunk
-    with console.progress("Measuring layers (windows)", len(windows)) as advance:
-        errors = layer_errors(loaded.model, windows, chunk=chunk, on_window=advance)
-    data = replace(data, errors=errors, error_text=_described(windows, text, known))
+    with console.progress("Measuring layers (samples)", len(ids)) as advance:
+        errors = layer_errors(loaded.model, ids, chunk=chunk, on_sample=advance)
+    data = replace(data, errors=errors, error_text=_described(ids, text, known))
     if not errors:
-        why = f"No token of {windows.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
+        why = f"No token of {ids.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
         data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --sequence-length.")))
     if data.report is not None or source is None:
         return data
-    with console.progress("Measuring quality (windows)", len(windows)) as advance:
+    with console.progress("Measuring quality (samples)", len(ids)) as advance:
         report = before_and_after(
-            loaded.model, loaded.tokenizer, plan, windows, unseen=known, source_model=source, on_step=advance
+            loaded.model, loaded.tokenizer, plan, ids, unseen=known, source_model=source, on_step=advance
         )
     return replace(data, report=report)
 
@@ -140,10 +140,10 @@ def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTr
         return None, (Missing("Text of the source beside the converted model's", error.got + ".", how),)
 
 
-def _described(windows: Tensor, text: str, known: bool | None) -> str:
+def _described(ids: Tensor, text: str, known: bool | None) -> str:
     own = f"{'the bundled text' if text == 'bundled' else Path(text).name}, {UNSEEN[known]}"
-    many = "one window" if len(windows) == 1 else f"{len(windows)} windows"
-    return f"{many} of {windows.shape[1]:,} tokens of {own}"
+    many = "one sample" if len(ids) == 1 else f"{len(ids)} samples"
+    return f"{many} of {ids.shape[1]:,} tokens of {own}"
 
 
 def _not_wanted(data: PageData, *, quality: bool, samples: bool) -> tuple[Missing, ...]:

@@ -193,9 +193,7 @@ def test_functions_refuse_wrong_values(what: str, checkpoint: Path) -> None:
 def test_several_wrong_values_are_told_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         clla.evaluate_model("x", num_samples=0, chunk=-1, sequence_length=1)
-    assert all(
-        option in caught.value.got for option in ("--num-samples is 0", "--chunk is -1", "--sequence-length is 1")
-    )
+    assert all(option in caught.value.got for option in ("num_samples is 0", "chunk is -1", "sequence_length is 1"))
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 1572864), ("300kb", 300_000)])

@@ -433,7 +433,7 @@ def test_wrong_options(
         "bench": [checkpoint, "--contexts", 16, "--new-tokens", 2, "--repeats", 1],
         "generate": [checkpoint, *QUICK["generate"]],
         "card": [checkpoint],
-        "report": [checkpoint, "--html", out, "--num-prompts", 0, "--num-samples", 0, "--max-new-tokens", 2],
+        "report": [checkpoint, "--output", out, "--num-prompts", 0, "--num-samples", 0, "--max-new-tokens", 2],
         "push": [checkpoint, "me/model", "--dry-run"],
         "doctor": [originals / "llama"],
         "export": [checkpoint, "-o", out],

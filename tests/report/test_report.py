@@ -80,7 +80,7 @@ class Page(HTMLParser):
 def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any]]:
     """A page of the pico with everything on it, and the figures that the command printed."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    done = clla("report", checkpoint, "--html", path, *FAST, "--prompt", f"Say {ATTACK} twice", "--json")
+    done = clla("report", checkpoint, "--output", path, *FAST, "--prompt", f"Say {ATTACK} twice", "--json")
     assert done.exit_code == 0, done.output + done.stderr
     return Page(path.read_text(encoding="utf-8")), json.loads(done.stdout)
 
@@ -266,13 +266,13 @@ def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
     quick = ["--num-samples", 0, "--num-prompts", 0]
-    refused = clla("report", checkpoint, "--html", mine, *quick)
+    refused = clla("report", checkpoint, "--output", mine, *quick)
     assert refused.exit_code == 2 and "no page that clla wrote" in flat(refused.stderr)
     assert mine.read_text() == "<p>mine</p>"
-    assert clla("report", checkpoint, "--html", tmp_path, *quick).exit_code == 2
+    assert clla("report", checkpoint, "--output", tmp_path, *quick).exit_code == 2
     ours = tmp_path / "ours.html"
     for _ in range(2):
-        assert clla("report", checkpoint, "--html", ours, *quick).exit_code == 0
+        assert clla("report", checkpoint, "--output", ours, *quick).exit_code == 0
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -287,13 +287,13 @@ def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path
 )
 def test_mistakes(checkpoint: Path, tmp_path: Path, options: list[Any], code: int, says: str) -> None:
     path = tmp_path / "page.html"
-    done = clla("report", checkpoint, "--html", path, *options)
+    done = clla("report", checkpoint, "--output", path, *options)
     assert done.exit_code == code and says in flat(done.stderr), done.stderr
     assert not path.exists()
 
 
 def test_what_is_no_checkpoint_or_damaged(checkpoint: Path, pico_dir: Path, tmp_path: Path) -> None:
-    assert "not converted" in flat(clla("report", pico_dir, "--html", tmp_path / "p.html").stderr)
+    assert "not converted" in flat(clla("report", pico_dir, "--output", tmp_path / "p.html").stderr)
     folder = tmp_path / "damaged"
     shutil.copytree(checkpoint, folder)
     (folder / "clla_report.json").write_text('{"measured": {"source": 3}}')
@@ -310,7 +310,7 @@ def test_an_untold_source_costs_only_the_samples(checkpoint: Path, tmp_path: Pat
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "clla_recipe.yaml").unlink()
     (folder / CHECKSUMS).unlink()
-    done = clla("report", folder, "--html", tmp_path / "p.html", *FAST, "--json")
+    done = clla("report", folder, "--output", tmp_path / "p.html", *FAST, "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["samples"] == [] and len(found["layers"]) == 4
