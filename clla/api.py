@@ -31,8 +31,9 @@ from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after
+from clla.evaluate.report_file import ReportFile
 from clla.evaluate.retrieval import check_room, plantable
-from clla.evaluate.seen import fitted_of, unseen
+from clla.evaluate.seen import unseen
 from clla.heal.checkpoint import CheckpointOptions, heal_checkpoint
 from clla.heal.run import Healing
 from clla.hub.revision import beside, plain_name
@@ -335,7 +336,7 @@ def evaluate_model(
             contexts=tuple(map(reach.fit, EVAL_CONTEXTS)) if contexts is None else tuple(contexts),
             retrieval_context=around,
             retrieval_trials=retrieval_trials,
-            unseen=unseen(text, fitted_of(loaded.folder), left_out=text == "bundled"),
+            unseen=unseen(text, ReportFile.of(loaded.folder, loaded.plan).fitted, left_out=text == "bundled"),
             source_model=source,
             on_step=advance,
         )

@@ -48,7 +48,7 @@ def report(
                 "layers": [asdict(error) for error in data.errors],
                 "samples": [asdict(sample) for sample in data.samples],
                 "missing": [asdict(item) for item in data.missing],
-                "measured": data.report.to_json() if data.report else None,
+                "measured": data.file.report.to_json() if data.file.report else None,
             }
             print(json.dumps(found))
         for item in data.missing:

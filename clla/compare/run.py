@@ -116,15 +116,13 @@ def run_comparison(name: str, options: Options) -> Comparison:
     reach = reach_of(source.config)
     reach.check_option("--sequence-length", options.sequence_length)
     reach.check_option("--long-context", options.long_context)
-    context, long_context = (
-        options.sequence_length or reach.fit(CONTEXT),
-        options.long_context or reach.fit(LONG_CONTEXT),
-    )
+    context = options.sequence_length or reach.fit(CONTEXT)
+    long_context = options.long_context or reach.fit(LONG_CONTEXT)
     calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
     # `first`, so that the inputs are collected, which several methods need.
-    fixed = {"budget_context": 0, "exact_window": 128}
-    wanted = {"calibration": calibration, "plan": {"latent_input": "first_layer"}, "budget": fixed}
-    recipe = resolve(Recipe().override({**wanted, "runtime": {"compute_dtype": options.dtype}}), source, where)
+    wanted: dict[str, dict[str, Any]] = {"calibration": calibration, "plan": {"latent_input": "first_layer"}}
+    wanted |= {"budget": {"budget_context": 0, "exact_window": 128}, "runtime": {"compute_dtype": options.dtype}}
+    recipe = resolve(Recipe().override(wanted), source, where)
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)

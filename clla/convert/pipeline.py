@@ -219,7 +219,7 @@ def _convert(
             healing=healing.to_json() if healing else None,
             origin=origin_of(source).to_json(),
             calibration_tokens=stats.tokens,
-            fitted=[one.to_json() for one in fitted],
+            fitted=fitted,
             predicted_kl=codec.predicted_kl,
             reduction=stats.reduction,
             outlook=codec.outlook,

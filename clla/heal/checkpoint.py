@@ -23,14 +23,14 @@ from clla.checkpoint.write import (
 from clla.errors import resumable
 from clla.evaluate.report import Report
 from clla.evaluate.report_file import ReportFile
-from clla.evaluate.seen import fitted_of, unseen
+from clla.evaluate.seen import unseen
 from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_SAMPLES, Healing, HealOptions, heal_and_measure
 from clla.heal.sharding import launched_sharded
 from clla.heal.text import healed_on
 from clla.publish.card import write_card
 from clla.recipe import SHORTEST, Recipe
 from clla.source.device import pick_device, start_processes
-from clla.storage.filenames import RECIPE, REPORT
+from clla.storage.filenames import RECIPE
 from clla.storage.files import write_text
 from clla.storage.places import expanded, holding
 from clla.text.reading import check_text
@@ -93,7 +93,8 @@ def _heal(
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
     teacher = teacher_of(loaded, recipe, options.teacher, device)
     measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
-    fitted = fitted_of(folder)
+    earlier = ReportFile.of(folder, loaded.plan)
+    fitted = earlier.fitted
     if fitted is not None:
         fitted = [*fitted, healed_on(text, loaded.tokenizer, length=length)]
     if options.report:
@@ -108,8 +109,6 @@ def _heal(
             loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
         )
     recipe = recipe.model_copy(update={"heal": healing.config})
-    # What the conversion wrote down; a checkpoint without says what it can.
-    earlier = ReportFile.load(folder) if (folder / REPORT).is_file() else ReportFile(loaded.plan, recipe)
     if not processes.is_main_process:
         return recipe, report, healing
     needed = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
@@ -122,7 +121,7 @@ def _heal(
             report=report,
             text=report_text(text),
             healing=healing.to_json(),
-            fitted=None if fitted is None else [one.to_json() for one in fitted],
+            fitted=fitted,
         ).save(out)
         write_card(out, options.output.name)
     if options.work_dir is None:

@@ -15,7 +15,7 @@ from clla.checkpoint.load import Checkpoint, checkpoint_folder, checkpoint_reach
 from clla.errors import CllaError, UsageError
 from clla.evaluate.layer_errors import layer_errors
 from clla.evaluate.report import UNSEEN, before_and_after
-from clla.evaluate.seen import fitted_of, unseen
+from clla.evaluate.seen import unseen
 from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.options import Options
@@ -79,7 +79,7 @@ def _measured(data: PageData, folder: Path, options: Options, prompts: tuple[str
     ids = evaluation_samples(options.text, loaded.tokenizer, count=max(1, options.num_samples), length=length)
     check_tokens(ids, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
     if options.num_samples:
-        known = unseen(options.text, fitted_of(folder), left_out=options.text == "bundled")
+        known = unseen(options.text, data.file.fitted, left_out=options.text == "bundled")
         data = _with_errors(data, loaded, source, ids, options.text, known)
     if source is not None and (built or prompts):
         chosen = [*prompts, *built_in(loaded.tokenizer, ids.flatten(), built, reach)]
@@ -120,13 +120,13 @@ def _with_errors(
     if not errors:
         why = f"No token of {ids.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
         data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --sequence-length.")))
-    if data.report is not None or source is None:
+    if data.file.report is not None or source is None:
         return data
     with console.progress("Measuring quality (samples)", len(ids)) as advance:
         report = before_and_after(
             loaded.model, loaded.tokenizer, plan, ids, unseen=known, source_model=source, on_step=advance
         )
-    return replace(data, report=report)
+    return replace(data, file=replace(data.file, report=report))
 
 
 def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTrainedModel | None, tuple[Missing, ...]]:
@@ -149,7 +149,7 @@ def _described(ids: Tensor, text: str, known: bool | None) -> str:
 def _not_wanted(data: PageData, *, quality: bool, samples: bool) -> tuple[Missing, ...]:
     """What is not there because it was not asked for."""
     lacking = []
-    if data.report is None and not quality:
+    if data.file.report is None and not quality:
         how = "clla report without --num-samples 0 measures it."
         lacking.append(Missing("Perplexity and KL", "The conversion did not measure them (--no-eval).", how))
     if not quality:
