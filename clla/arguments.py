@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, ParamSpec, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, ParamSpec, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
-from typing_extensions import Unpack
 
 from clla import usage
 from clla.errors import UsageError, is_unicode
@@ -106,51 +106,43 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """
     validated = validate_call(config=STRICT)(function)
 
+    positional = [p.name for p in signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with usage.called(f"clla.{function.__name__}") as by_user:
-            spell = partial(usage.as_arguments, names=lambda: _names(function)) if by_user else str
-            with usage.renamed(spell):
-                try:
-                    return validated(*args, **kwargs)
-                except ValidationError as error:
-                    if error.title != function.__name__:
-                        raise
-                    raise _mistakes(error) from error
+        with usage.called(f"clla.{function.__name__}"), usage.renamed(partial(usage.as_arguments, function)):
+            try:
+                return validated(*args, **kwargs)
+            except ValidationError as error:
+                if error.title != function.__name__:
+                    raise
+                raise _mistakes(error, positional) from error
 
     return call
 
 
-def _names(function: Callable[..., object]) -> dict[str, bool]:
-    """Arguments of a function, also those of `**changes`, and whether each is true or false."""
-    hints = get_type_hints(function)
-    for many in [kind for kind in hints.values() if get_origin(kind) is Unpack]:
-        hints |= get_type_hints(get_args(many)[0])
-    return {name: kind is bool for name, kind in hints.items()}
-
-
-# What pydantic calls an argument that a function does not have, or misses, and what Python says of it.
+# What pydantic calls an argument that a function does not have, or lacks, and what Python says of it.
 NOT_CALLED_SO = {
     "extra_forbidden": "got an unexpected keyword argument",
     "unexpected_keyword_argument": "got an unexpected keyword argument",
+    "unexpected_positional_argument": "got an unexpected positional argument after",
     "multiple_argument_values": "got multiple values for argument",
     "missing_argument": "misses the argument",
-    "unexpected_positional_argument": "takes fewer positional arguments; too many from",
 }
 
 
-def _mistakes(error: ValidationError) -> UsageError:
-    """Messages of pydantic, a line for each argument."""
+def _mistakes(error: ValidationError, names: Sequence[str] = ()) -> UsageError:
+    """Messages of pydantic, a line for each argument; `names` are those of arguments that it knows by number."""
     lines: dict[str, list[str]] = {}
     for found in error.errors():
-        name = str(found["loc"][0])
+        place = found["loc"][0]
+        name = str(place) if isinstance(place, str) else names[min(place, len(names) - 1)]
         if said := NOT_CALLED_SO.get(found["type"]):
-            shown = _shown(found["input"]) if found["type"] == "unexpected_positional_argument" else f"'{name}'"
-            lines[f"{error.title}() {said} {shown}"] = []
-            continue
-        told = re.sub(r"^Value error, ", "", found["msg"])
-        given = f"--{name.replace('_', '-')} is {_shown(found['input'])}"
-        lines.setdefault(given, []).append(told[:1].lower() + told[1:])
+            lines[f"{error.title}() {said} '{name}'"] = []
+        else:
+            told = re.sub(r"^Value error, ", "", found["msg"])
+            given = f"{usage.option(name)} is {_shown(found['input'])}"
+            lines.setdefault(given, []).append(told[:1].lower() + told[1:])
     texts = [": ".join(filter(None, (given, " or ".join(dict.fromkeys(why))))) for given, why in lines.items()]
     return UsageError(
         "\n  ".join(texts),
