@@ -19,7 +19,7 @@ class Options(Settings):
         description="shares of the source's cache at --sequence-length, comma-separated; default: "
         "50%,25%,12.5%,6.25%,3%",
     )
-    methods: Word | None = Field(None, description="their names, comma-separated; default: all")
+    methods: Word | None = Field(None, description="names of methods, comma-separated; default: all")
     text: MeasuredText = "bundled"
     dataset: Name = Field("bundled", description="text to calibrate on")
     quick: bool = Field(False, description="two samples, two budgets, two codes, main variants only")

@@ -10,7 +10,9 @@ import sys
 from typing import get_args
 
 import pytest
+import typer
 
+from clla.cli import app
 from clla.recipe import HealConfig, PlanConfig, RuntimeConfig
 from clla.recipes import builtin_recipes
 
@@ -68,6 +70,22 @@ print(" ".join(names))
     done = piped(script=script)
     assert done.returncode == 0, done.stderr
     assert {"plan", "doctor", "convert", "eval", "heal"} <= set(done.stdout.split())
+
+
+def test_a_command_imports_no_other_command() -> None:
+    done = piped(
+        script=MAIN.replace("main()", "sys.argv[1:] = ['recipes', 'ls']\ntry: main()\nfinally: print(*sys.modules)")
+    )
+    loaded = {name for name in done.stdout.split() if name.startswith(("clla.commands.", "torch", "numpy"))}
+    assert loaded == {"clla.commands.options", "clla.commands.failures", "clla.commands.recipes"}
+
+
+def test_helps_are_sentences_and_only_what_is_on_can_be_switched_off() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, option in [(name, option) for name, command in commands.items() for option in command.params]:
+        assert not option.secondary_opts or option.default is True, (name, option.name)
+        fragment = re.match(r"(Of|For|Default)\b", option.help or "Of")
+        assert not fragment and option.help.endswith((".", "…")), (name, option.name, option.help)
 
 
 def completed(shell: str, line: str) -> str:
