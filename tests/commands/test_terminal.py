@@ -166,8 +166,11 @@ def test_tables_are_not_cut_in_a_narrow_terminal() -> None:
 from clla import console
 from clla.tables import Table
 titles = ("predicted-loss", "bytes/token", "a-long-heading", "another-heading")
-console.show(Table.of(titles, [("0.12345678", "123,456,789", "some words that wrap", "x")]))
+console.show(Table.of(titles, [("0.12345678", "123,456,789", "some words", "x")]))
+titles, cells = ("some setting", *["bytes at 2048"] * 12, "last"), ("6.25 %, window 128", *["100.0 %"] * 12, "50 %")
+console.show(Table.of(titles, [cells], words=1))
 """
     written = piped(script=script, COLUMNS="30").stdout
     assert "…" not in written
+    assert all(cell in written for cell in ("some words", "6.25 %, window 128", "100.0 %", "50 %", "last"))
     assert all(word in written for word in ("predicted-loss", "123,456,789", "a-long-heading", "another-heading"))
