@@ -26,7 +26,7 @@ from clla.arguments import (
     checked,
     parse_size,
 )
-from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
+from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, source_of
 from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
 from clla.errors import UsageError
@@ -318,7 +318,7 @@ def evaluate_model(
     if attend_top_k is not None:
         chunk = _select(loaded.model, attend_top_k, chunk)
     trained = source_model is not None or loaded.model.config.spec.healed is not None
-    source = teacher_of(loaded, recipe_of(loaded.folder), source_model, where) if trained else None
+    source = source_of(loaded, recipe_of(loaded.folder), source_model, where) if trained else None
     length = sequence_length or reach.fit(EVAL_LENGTH)
     around = 0  # tokens around a planted code
     if retrieval and retrieval_context is not None:

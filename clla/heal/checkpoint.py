@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
+from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, source_of
 from clla.checkpoint.write import (
     RunOptions,
     check_kept,
@@ -91,7 +91,7 @@ def _heal(
     recipe = recipe.override({"heal": {**changes, "sequence_length": length}})
     assert recipe.heal is not None
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
-    teacher = teacher_of(loaded, recipe, options.teacher, device)
+    teacher = source_of(loaded, recipe, options.teacher, device)
     measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
     earlier = ReportFile.of(folder, loaded.plan)
     fitted = earlier.fitted

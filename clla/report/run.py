@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from clla import console
 from clla._version import __version__
-from clla.checkpoint.load import Checkpoint, checkpoint_folder, checkpoint_reach, load_checkpoint, teacher_of
+from clla.checkpoint.load import Checkpoint, checkpoint_folder, checkpoint_reach, load_checkpoint, source_of
 from clla.errors import CllaError, UsageError
 from clla.evaluate.layer_errors import layer_errors
 from clla.evaluate.report import UNSEEN, before_and_after
@@ -132,7 +132,7 @@ def _with_errors(
 def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTrainedModel | None, tuple[Missing, ...]]:
     """The source to compare with; without one the page says so, unless the user named it."""
     try:
-        return teacher_of(loaded, data.recipe or Recipe(), options.source_model, loaded.model.device), ()
+        return source_of(loaded, data.recipe or Recipe(), options.source_model, loaded.model.device), ()
     except CllaError as error:
         if options.source_model is not None:
             raise
