@@ -96,7 +96,7 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 
 def wide(least: int) -> Console:
-    """The console of results, at least so many characters wide; a narrow terminal wraps the lines."""
+    """The console of results, at least `least` characters wide; a narrow terminal wraps the lines."""
     return Console(width=max(results.width, least), **LITERAL)
 
 

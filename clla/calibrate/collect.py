@@ -54,7 +54,7 @@ class Tap:
     query: Tensor | None = None
 
     def watch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Note keys and values, and hand on their like whose gradients, if any are formed, will be noted."""
+        """Record keys and values, and return copies with gradient hooks attached."""
         if self.states is None:  # it is not when a checkpointed layer runs again, whose graph nobody follows
             self.states = (keys.detach(), values.detach())
         if not torch.is_grad_enabled():
@@ -101,7 +101,7 @@ def _side_by_side(keys: Tensor, values: Tensor) -> Tensor:
 
 
 class ProbeCache(RecordingCache):
-    """Shows keys and values to taps, and hands on what these give for them."""
+    """A cache that passes keys and values to taps and returns what they return."""
 
     def __init__(self, config: Any, taps: dict[int, Tap]) -> None:
         super().__init__(config, set())

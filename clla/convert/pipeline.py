@@ -145,7 +145,7 @@ def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialSta
             raise UsageError(
                 f"{options.output} is complete: there is nothing to resume",
                 expected="an interrupted run",
-                remedy="use it, or pass --overwrite to make it anew",
+                remedy="use it, or pass --overwrite to make it again",
             )
         check_output(options.output, expanded(name), overwrite=options.overwrite or ours)
     check_room(_bytes_needed(source, recipe, options))

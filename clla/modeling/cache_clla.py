@@ -5,7 +5,7 @@ newest slots are exact. When a layer group's last layer has run and the exact bu
 are encoded and leave it, `flush_block` at a time (`group_clla.py`). Sinks are the first S tokens of each sequence
 that are no padding; they stay exact wherever they lie.
 
-With a `capacity` a group keeps at most so many rows: when more have come, those that the newest queries look
+With a `capacity` a group keeps at most that number of rows: when more have come, those that the newest queries look
 at least are dropped (`evict_clla.py`). Rows stay in the order of their slots, padding leaves first, so the
 kept rows are masked like the last K slots before the exact ones.
 
@@ -88,8 +88,8 @@ class CllaCache(Cache):
         config: the model's `CllaConfig`.
         codec: its `codec` module (one module per layer group).
         rope: rotations of the model; None without.
-        max_cache_len: allocate for so many tokens at once, so that nothing moves as tokens come and a forward pass of
-            one token can be compiled or captured; None to grow.
+        max_cache_len: allocate for this number of tokens at once, so that nothing moves as tokens come and a forward pass
+            of one token can be compiled or captured; None to grow.
         attend_top_k: old tokens that a layer reads in full where few queries come; the others are judged by the first
             components of their latents alone. None for all.
     """

@@ -153,7 +153,7 @@ class LatentGroup:
         return self._step is not None
 
     def _layout(self, encoded: int, filled: int) -> "tuple[int, int]":
-        """Exact slots for sinks and for the newest tokens once so many tokens are encoded and exact."""
+        """Exact slots for sinks and for the newest tokens, for given numbers of encoded and exact tokens."""
         if self.max_cache_len is not None:
             return min(self.sinks, self.room), self.slots
         return exact_layout(encoded, filled, self.window, self.sinks, self.block)
@@ -330,7 +330,7 @@ class LatentGroup:
             self._moved = None
 
     def _resize(self, held: _Storage, sinks: int, slots: int) -> None:
-        """Give the exact buffer so many slots for sinks and for the newest tokens."""
+        """Resize the exact buffer's slots for sinks and for the newest tokens."""
         before, newest = self.sink_slots, self.newest_slots
         if (sinks, slots) == (before, newest):
             return

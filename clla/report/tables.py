@@ -51,7 +51,7 @@ def tiles(data: PageData) -> list[Tile]:
     whose = "of these layers' cache" if plan.kept_layers else "of the source's cache"
     found = [
         Tile(words.percent(own / source), whose, f"at {context:,} tokens"),
-        Tile(f"{own:,.0f} B", "a token", f"source {source:,} B"),
+        Tile(f"{own:,.0f} B", "per token", f"source {source:,} B"),
     ]
     if data.file.report is not None:
         quality = data.file.report.quality
