@@ -88,8 +88,8 @@ class CllaCache(Cache):
         config: the model's `CllaConfig`.
         codec: its `codec` module (one module per layer group).
         rope: rotations of the model; None without.
-        max_cache_len: allocate for this number of tokens at once, so that nothing moves as tokens come and a forward pass
-            of one token can be compiled or captured; None to grow.
+        max_cache_len: allocate for this number of tokens at once, so that nothing moves as tokens come and a forward
+            pass of one token can be compiled or captured; None to grow.
         attend_top_k: old tokens that a layer reads in full where few queries come; the others are judged by the first
             components of their latents alone. None for all.
     """
