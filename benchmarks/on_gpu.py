@@ -142,7 +142,7 @@ def correct(args: argparse.Namespace) -> Found:
 
 def convert(args: argparse.Namespace) -> Found:
     """Conversion of the real model at two budgets, and its quality."""
-    budgets = ["--budgets", "6.25,2", "--variants", "group W=128", "--windows", "24", "--dataset", args.dataset]
+    budgets = ["--budgets", "6.25,2", "--variants", "group W=128", "--num-samples", "24", "--dataset", args.dataset]
     output = args.output / "quality.json"
     _printed(str(HERE / "quality.py"), args.weights, "--text", args.text, *budgets, "--output", str(output))
     yield json.loads(output.read_text())
@@ -150,7 +150,7 @@ def convert(args: argparse.Namespace) -> Found:
 
 def heal(args: argparse.Namespace) -> Found:
     """Two minutes of healing at 2 %, measured before and after."""
-    options = ["--budgets", "2", "--window", "128", "--heal-tokens", "6000000", "--long-windows", "4", "--trials", "24"]
+    options = ["--budgets", "2", "--exact-window", "128", "--heal-tokens", "6000000", "--num-long-samples", "4"]
     texts, output = ["--text", args.text, "--dataset", args.dataset], args.output / "healing.json"
     _printed(str(HERE / "healing.py"), args.weights, *texts, *options, "--output", str(output))
     yield json.loads(output.read_text())

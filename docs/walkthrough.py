@@ -84,12 +84,12 @@ STEPS = (
     Step(WITHOUT_CLLA, why="With transformers alone (the code lies in the checkpoint):"),
     Step("clla eval demo-clla --num-samples 2 --retrieval-trials 2 --retrieval-context 2048", title="Measure"),
     Step(
-        "clla report demo-clla --html report.html --num-prompts 1 --max-new-tokens 40 --num-samples 1",
+        "clla report demo-clla --output report.html --num-prompts 1 --max-new-tokens 40 --num-samples 1",
         why="The same, and more, as a page to look at:",
     ),
     Step("clla bench demo-clla --contexts 256,512 --new-tokens 8 --repeats 1"),
     Step(
-        "clla compare demo --quick --methods stored,clla --budget 6.25% --num-samples 1 --context 512 "
+        "clla compare demo --quick --methods stored,clla --budgets 6.25% --num-samples 1 --sequence-length 512 "
         "--long-context 1024 --retrieval-trials 0 --calibration-tokens 4096",
         why="Beside caches in int4 and fp8, in a minute (one short window ranks nothing):",
     ),

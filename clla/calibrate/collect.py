@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from clla.artifacts.plan import KVShape
 from clla.artifacts.stats import Stats
-from clla.calibrate.checkpoints import Checkpoints
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments
 from clla.calibrate.queries import QueryPower
+from clla.calibrate.recomputation import Recomputation
 from clla.errors import DatasetError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening
@@ -54,7 +54,7 @@ class Tap:
     query: Tensor | None = None
 
     def watch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Note keys and values, and hand on their like whose gradients, if any are formed, will be noted."""
+        """Record keys and values, and return copies with gradient hooks attached."""
         if self.states is None:  # it is not when a checkpointed layer runs again, whose graph nobody follows
             self.states = (keys.detach(), values.detach())
         if not torch.is_grad_enabled():
@@ -101,7 +101,7 @@ def _side_by_side(keys: Tensor, values: Tensor) -> Tensor:
 
 
 class ProbeCache(RecordingCache):
-    """Shows keys and values to taps, and hands on what these give for them."""
+    """A cache that passes keys and values to taps and returns what they return."""
 
     def __init__(self, config: Any, taps: dict[int, Tap]) -> None:
         super().__init__(config, set())
@@ -167,7 +167,7 @@ class Collector:
         self.cross = BandedMoments(count, hidden, band=band, right_dim=n) if with_inputs else None
         self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.attention = attention_modules(model)
-        self.checkpoints = Checkpoints(model, checkpointing)
+        self.recomputation = Recomputation(model, checkpointing)
         self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
 
     def add(self, input_ids: Tensor, number: int = 0) -> None:
@@ -197,7 +197,7 @@ class Collector:
             options: dict[str, Any] = {"use_cache": True, CACHE: cache}
             listener = cache if self.queries is not None else None
             if with_gradients:
-                with torch.enable_grad(), self.checkpoints.active(input_ids.numel()):
+                with torch.enable_grad(), self.recomputation.active(input_ids.numel()):
                     with listening(listener):
                         logits = self.model(input_ids=input_ids, **options).logits
                     self._top = sampled_label_gradient(logits, batch_generator(self.wanted.seed, number), out=self._top)

@@ -24,11 +24,11 @@ from transformers import Cache, PreTrainedModel
 
 from clla.artifacts.stats import Stats
 from clla.calibrate.basis import leading_directions
-from clla.calibrate.checkpoints import replaced
 from clla.calibrate.collect import Collection, ProbeCache, Tap, batch_generator, fewest_logits, tap_hook, token_rows
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import folded_product
 from clla.calibrate.queries import QueryPower
+from clla.calibrate.recomputation import replaced
 from clla.errors import DatasetError, UnsupportedModelError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening
