@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
-from pydantic.fields import FieldInfo
 from rich.markup import escape
 from typer.core import TyperGroup
 
 from clla import console
-from clla.arguments import Settings
 from clla.commands.failures import explained, wants_traceback
 from clla.errors import CllaError, UsageError, is_unicode
 from clla.recipe import SECTIONS
 from clla.recipes import builtin_recipes
 from clla.storage.places import expanded
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from clla.arguments import Settings
 
 CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
 

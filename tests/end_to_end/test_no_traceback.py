@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from typer.models import OptionInfo
 from typer.testing import Result
 
-from clla.cli import app
+from clla.cli import COMMANDS
 
 FEW = ["--calibration-tokens", 128, "--sequence-length", 64, "--budget-context", 512, "--kv-budget", "25%",
        "--exact-window", 8, "--no-eval"]  # fmt: skip
@@ -400,10 +401,9 @@ TOGETHER = (
 def option_cases() -> list[Any]:
     """Options of all commands with wrong values, and what cannot be together."""
     dice, cases = random.Random(2), []
-    for command in app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__
-        for argument, hint in get_type_hints(command.callback, include_extras=True).items():
+    for name, file in COMMANDS.items():
+        found = getattr(import_module(f"clla.commands.{file}"), file)
+        for argument, hint in get_type_hints(found, include_extras=True).items() if name != "recipes" else ():
             info = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, OptionInfo)), None)
             if info is None:
                 continue

@@ -654,7 +654,7 @@ def test_windows_longer_than_the_sequences_are_refused(pico_dir: Path, text_file
 @pytest.mark.parametrize(
     ("section", "flags", "word"),
     [
-        ("{sequence_length: 64}", [], "--sequence-length"),
+        ("{sequence_length: 64}", [], "raise heal.sequence_length, or"),
         ("{sequence_length: 256, batch_tokens: 128}", [], "heal.batch_tokens"),
         ("{sequence_length: 256, tokens: 100}", [], "heal.tokens"),
         ("{}", ["--report-to", "magic"], "--report-to"),
