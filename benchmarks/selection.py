@@ -1,6 +1,6 @@
 """Quality against the number of old tokens that a new one reads in full, one token per step.
 
-python benchmarks/selection.py CHECKPOINT [--text FILE] [--context 3584] [--tokens 96] [--select 256,512,1024,2048]
+python benchmarks/selection.py CHECKPOINT [--text FILE] [--context 3584] [--tokens 96] [--attend-top-k 256,512]
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from clla.modeling import group_clla
 from clla.modeling.hooks_clla import CACHE
 from clla.source.device import pick_device
 from clla.tables import Table
-from clla.text.sequences import evaluation_windows
+from clla.text.sequences import evaluation_samples
 
 
 def main(
     checkpoint: Annotated[str, typer.Argument(help="Converted checkpoint.")],
     text: Annotated[str, typer.Option(help="Text to measure on; default: the end of the bundled text.")] = "bundled",
-    windows: Annotated[int, typer.Option(min=1, help="Texts.")] = 2,
+    num_samples: Annotated[int, typer.Option(min=1, help="Samples of text.")] = 2,
     context: Annotated[int, typer.Option(min=256, help="Tokens before those that are measured.")] = 3584,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens measured, each a step of its own.")] = 96,
-    select: Annotated[str, typer.Option(help="Numbers of tokens that are read in full.")] = "256,512,1024,2048",
+    attend_top_k: Annotated[str, typer.Option(help="Numbers of tokens that are read in full.")] = "256,512,1024,2048",
     ranks: Annotated[str, typer.Option(help="Components that judge; default: as built.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
@@ -38,19 +38,23 @@ def main(
     register()
     loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype="auto")
     model: Any = loaded.model
-    ids = evaluation_windows(text, loaded.tokenizer, count=windows, length=context + tokens).to(model.device)
+    ids = evaluation_samples(text, loaded.tokenizer, count=num_samples, length=context + tokens).to(model.device)
     with torch.inference_mode():
         plain = [model.source(row[None], use_cache=False, logits_to_keep=tokens).logits[0] for row in ids]
         source = [logits.float().log_softmax(-1) for logits in plain]
         everything = read(model, ids, tokens, None)
-        found: list[dict[str, Any]] = [{"select": None, "rank": None, "kl": kl(source, everything), "kl_to_all": 0.0}]
+        found: list[dict[str, Any]] = [
+            {"attend_top_k": None, "rank": None, "kl": kl(source, everything), "kl_to_all": 0.0}
+        ]
         judges: list[int | None] = [int(part) for part in ranks.split(",") if part]
         for rank in judges or [None]:
             if rank is not None:
                 group_clla.JUDGING_RANK, group_clla.JUDGING_SHARE = rank, 10**6
-            for count in (int(part) for part in select.split(",")):
+            for count in (int(part) for part in attend_top_k.split(",")):
                 some = read(model, ids, tokens, count)
-                found.append({"select": count, "rank": rank, "kl": kl(source, some), "kl_to_all": kl(everything, some)})
+                found.append(
+                    {"attend_top_k": count, "rank": rank, "kl": kl(source, some), "kl_to_all": kl(everything, some)}
+                )
                 console.say(json.dumps(found[-1]))
     if as_json:
         print(json.dumps({"checkpoint": Path(checkpoint).name, "context": context, "rows": found}))
@@ -58,14 +62,14 @@ def main(
     titles = ("tokens read in full", "judged by", "KL to the source", "KL to reading all")
     rows = []
     for row in found:
-        by = "" if row["select"] is None else f"{row['rank'] or 'default'} components"
-        rows.append((str(row["select"] or "all"), by, f"{row['kl']:.5f}", f"{row['kl_to_all']:.5f}"))
+        by = "" if row["attend_top_k"] is None else f"{row['rank'] or 'default'} components"
+        rows.append((str(row["attend_top_k"] or "all"), by, f"{row['kl']:.5f}", f"{row['kl_to_all']:.5f}"))
     console.show(Table.of(titles, rows, words=2))
 
 
-def read(model: Any, ids: Tensor, tokens: int, select: int | None) -> list[Tensor]:
+def read(model: Any, ids: Tensor, tokens: int, attend_top_k: int | None) -> list[Tensor]:
     """Log-probabilities [tokens, V] of each text's last tokens, which come one at a time."""
-    model.attend_top_k = select
+    model.attend_top_k = attend_top_k
     found = []
     for row in ids:
         cache, logits = model.new_cache(), []

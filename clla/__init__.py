@@ -14,12 +14,33 @@ from clla._version import __version__
 from clla.errors import CllaError
 
 if TYPE_CHECKING:
-    from clla.api import convert_model, evaluate_model, heal_model, load_model
+    from clla.api import (
+        Conversion,
+        HealChanges,
+        Healed,
+        Healing,
+        Recipe,
+        RecipeChanges,
+        Report,
+        RetrievalOptions,
+        convert_model,
+        evaluate_model,
+        heal_model,
+        load_model,
+    )
     from clla.checkpoint.language_model import extract_language_model
     from clla.registration import register
 
 __all__ = [
     "CllaError",
+    "Conversion",
+    "HealChanges",
+    "Healed",
+    "Healing",
+    "Recipe",
+    "RecipeChanges",
+    "Report",
+    "RetrievalOptions",
     "__version__",
     "convert_model",
     "evaluate_model",
@@ -28,18 +49,14 @@ __all__ = [
     "load_model",
     "register",
 ]
-HOMES = {
-    **dict.fromkeys(("convert_model", "evaluate_model", "heal_model", "load_model"), "clla.api"),
-    "extract_language_model": "clla.checkpoint.language_model",
-    "register": "clla.registration",
-}
+ELSEWHERE = {"extract_language_model": "clla.checkpoint.language_model", "register": "clla.registration"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in HOMES:
-        return getattr(importlib.import_module(HOMES[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module(ELSEWHERE.get(name, "clla.api")), name)
     raise AttributeError(f"module 'clla' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *HOMES})
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,4 @@
-"""What the package does, as functions; the commands of the same names call these.
-
-Messages of errors name options as the command line has them: `--kv-budget` is the argument `kv_budget`.
-"""
+"""What the package does, as functions; the commands of the same names call these."""
 
 from __future__ import annotations
 
@@ -14,14 +11,29 @@ from pydantic import Field
 from typing_extensions import TypedDict, Unpack
 
 from clla import console
-from clla.arguments import STRICT, Count, Dtype, Name, Place, Word, checked, parse_size
-from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
+from clla.arguments import (
+    STRICT,
+    Count,
+    Device,
+    Dtype,
+    MeasuredText,
+    Name,
+    Place,
+    SampleLength,
+    SourceModel,
+    WeightDtype,
+    Word,
+    checked,
+    parse_size,
+)
+from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, source_of
 from clla.convert.pipeline import Conversion, Options
 from clla.convert.pipeline import convert as run_conversion
 from clla.errors import UsageError
 from clla.evaluate.report import Report, before_and_after
+from clla.evaluate.report_file import ReportFile
 from clla.evaluate.retrieval import check_room, plantable
-from clla.evaluate.seen import fitted_of, unseen
+from clla.evaluate.seen import unseen
 from clla.heal.checkpoint import CheckpointOptions, heal_checkpoint
 from clla.heal.run import Healing
 from clla.hub.revision import beside, plain_name
@@ -30,9 +42,22 @@ from clla.recipe import Recipe, changes_of, load_recipe
 from clla.source.device import pick_device
 from clla.storage.places import expanded
 from clla.text.reading import check_text
-from clla.text.sequences import evaluation_windows
+from clla.text.sequences import evaluation_samples
 
-__all__ = ["Conversion", "Healed", "Healing", "Report", "convert_model", "evaluate_model", "heal_model", "load_model"]
+__all__ = [
+    "Conversion",
+    "HealChanges",
+    "Healed",
+    "Healing",
+    "Recipe",
+    "RecipeChanges",
+    "Report",
+    "RetrievalOptions",
+    "convert_model",
+    "evaluate_model",
+    "heal_model",
+    "load_model",
+]
 
 EVAL_LENGTH, EVAL_CONTEXTS, RETRIEVAL_LENGTH = 2048, (512, 2048, 8192), 4096  # where the model takes as many tokens
 
@@ -123,9 +148,9 @@ def convert_model(
         output: directory of the checkpoint; default `./MODEL-clla`.
         recipe: built-in name, YAML file or `Recipe`.
         device: auto, cpu, cuda, …
-        dry_run: stop after the plan; nothing is written.
+        dry_run: stop after the plan: no checkpoint is written, and statistics and plan only to `work_dir`.
         resume: take up the finished stages of an interrupted run.
-        work_dir: keep stats and plans here: another budget then takes seconds.
+        work_dir: keep statistics and plans here: another budget then takes seconds.
         evaluate: measure before and after.
         max_shard_size: of the weight files, e.g. '5GB' or '2GiB'.
         codec_only: save the codec without the source's weights.
@@ -137,8 +162,9 @@ def convert_model(
             `heal_tokens`, `heal_train`, and trackers of accelerate to `report_to`.
 
     Returns:
-        Plan, resolved recipe, what was measured, and the converted model, which generates, in the dtype that was
-        computed in; the checkpoint has the source's dtype (None after a dry run).
+        A `Conversion`: `output`, `plan`, resolved `recipe`, `predicted_kl`, the `report` of what was measured,
+        `healing`, and `model`, the converted one in the dtype that was computed in (the checkpoint has the source's).
+        After a dry run `report`, `healing` and `model` are None.
 
     Raises:
         CllaError: bad input, a limit, or an argument of another type or out of range; nothing is left half-written.
@@ -199,7 +225,7 @@ def heal_model(
         source_model: what it was converted from; default: the checkpoint's own weights, or where they came from.
         report_to: a tracker of accelerate: tensorboard, wandb, …
         device: auto, cpu, cuda, …
-        dtype: of all that is not trained: auto, float32, bfloat16.
+        dtype: of all that is not trained: auto, float32, bfloat16 or float16.
         resume: go on from the last saved step.
         work_dir: keep text and states here.
         evaluate: measure before and after.
@@ -209,7 +235,8 @@ def heal_model(
             `dataset`, `gradient_checkpointing`, `seed`.
 
     Returns:
-        The directory, what was measured before and after, and the course of the training.
+        A `Healed`: `output`, the `report` of what was measured afterwards, and `healing`, the course of the training
+        with what was measured before.
 
     Raises:
         CllaError: bad input, or a limit; nothing is left half-written.
@@ -238,16 +265,16 @@ def heal_model(
 def evaluate_model(
     checkpoint: Place,
     *,
-    text: Name = "bundled",
+    text: MeasuredText = "bundled",
     num_samples: Count = 4,
-    sequence_length: Annotated[Count, Field(ge=2)] | None = None,
+    sequence_length: SampleLength = None,
     chunk: Count | None = None,
     attend_top_k: Count | None = None,
     contexts: Annotated[Sequence[Count], Field(min_length=1)] | None = None,
     retrieval: bool = True,
-    source_model: Name | None = None,
-    device: Word = "auto",
-    dtype: Dtype = "auto",
+    source_model: SourceModel = None,
+    device: Device = "auto",
+    dtype: WeightDtype = "auto",
     **planted: Unpack[RetrievalOptions],
 ) -> Report:
     """Measure perplexity, KL, retrieval and cache bytes of a converted model against its source.
@@ -264,12 +291,12 @@ def evaluate_model(
         retrieval: also plant codes and ask for them.
         source_model: what it was converted from, where the weights were trained; default: from the recipe.
         device: auto, cpu, cuda, …
-        dtype: auto, float32, bfloat16.
+        dtype: auto, float32, bfloat16 or float16.
         **planted: `retrieval_context`, tokens in which a code is planted (default 4096, or what the model takes), and
             `retrieval_trials` (default 8).
 
     Returns:
-        What was measured of both, and the plan.
+        A `Report`: what was measured of both models, by name.
 
     Raises:
         CllaError: no such checkpoint, it is damaged, the model has no positions for a length, or there is too little
@@ -291,14 +318,14 @@ def evaluate_model(
     if attend_top_k is not None:
         chunk = _select(loaded.model, attend_top_k, chunk)
     trained = source_model is not None or loaded.model.config.spec.healed is not None
-    source = teacher_of(loaded, recipe_of(loaded.folder), source_model, where) if trained else None
+    source = source_of(loaded, recipe_of(loaded.folder), source_model, where) if trained else None
     length = sequence_length or reach.fit(EVAL_LENGTH)
     around = 0  # tokens around a planted code
     if retrieval and retrieval_context is not None:
         check_room(loaded.tokenizer, around := retrieval_context)
     elif retrieval:
         around = plantable(loaded.tokenizer, reach.fit(RETRIEVAL_LENGTH))
-    ids = evaluation_windows(text, loaded.tokenizer, count=num_samples, length=length)
+    ids = evaluation_samples(text, loaded.tokenizer, count=num_samples, length=length)
     with console.progress("Measuring (samples)", len(ids)) as advance:
         return before_and_after(
             loaded.model,
@@ -309,7 +336,7 @@ def evaluate_model(
             contexts=tuple(map(reach.fit, EVAL_CONTEXTS)) if contexts is None else tuple(contexts),
             retrieval_context=around,
             retrieval_trials=retrieval_trials,
-            unseen=unseen(text, fitted_of(loaded.folder), left_out=text == "bundled"),
+            unseen=unseen(text, ReportFile.of(loaded.folder, loaded.plan).fitted, left_out=text == "bundled"),
             source_model=source,
             on_step=advance,
         )
@@ -322,7 +349,7 @@ def load_model(checkpoint: Place, *, device: Word = "auto", dtype: Dtype = "auto
     Args:
         checkpoint: directory or Hub id.
         device: auto, cpu, cuda, …
-        dtype: auto, float32, bfloat16.
+        dtype: auto, float32, bfloat16 or float16.
 
     Returns:
         Model and tokenizer.

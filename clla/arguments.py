@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, ParamSpec, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
 
+from clla import usage
 from clla.errors import UsageError, is_unicode
 from clla.recipe import LARGEST
 
@@ -46,6 +48,16 @@ Place = Annotated[str | Path, AfterValidator(_named)]
 Word = Annotated[str, Field(min_length=1, max_length=200)]
 Dtype = Annotated[str, _one_of("auto", "float32", "bfloat16", "float16")]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+# Options of several commands: what is measured, and on what.
+MeasuredText = Annotated[Name, Field(description="text to measure on; default: the end of the bundled text")]
+SampleLength = Annotated[
+    int | None, Field(ge=2, le=LARGEST, description="tokens per sample; default: 2048, or what the model takes")
+]
+SourceModel = Annotated[
+    Name | None, Field(description="source model, where the weights were trained; default: from the recipe")
+]
+Device = Annotated[Word, Field(description="device to compute on: auto, cpu, cuda or cuda:N")]
+WeightDtype = Annotated[Dtype, Field(description="dtype of the weights: auto, float32, bfloat16 or float16")]
 
 
 def _integers(value: object) -> object:
@@ -87,36 +99,55 @@ class Settings(BaseModel):
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Check the arguments of a function against its annotations; all mistakes are told at once.
 
+    Errors name the function's arguments, unless a command called it.
+
     Raises:
-        UsageError: an argument has another type or is out of range.
+        UsageError: an argument has another type or is out of range, or there is none of its name.
     """
     validated = validate_call(config=STRICT)(function)
 
+    positional = [p.name for p in signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return validated(*args, **kwargs)
-        except ValidationError as error:
-            if error.title != function.__name__:
-                raise
-            raise _mistakes(error) from error
+        with usage.called(f"clla.{function.__name__}"), usage.renamed(partial(usage.as_arguments, function)):
+            try:
+                return validated(*args, **kwargs)
+            except ValidationError as error:
+                if error.title != function.__name__:
+                    raise
+                raise _mistakes(error, positional) from error
 
     return call
 
 
-def _mistakes(error: ValidationError) -> UsageError:
-    """Messages of pydantic, a line for each argument."""
-    lines: dict[str, tuple[str, list[str]]] = {}
+# What pydantic calls an argument that a function does not have, or lacks, and what Python says of it.
+NOT_CALLED_SO = {
+    "extra_forbidden": "got an unexpected keyword argument",
+    "unexpected_keyword_argument": "got an unexpected keyword argument",
+    "unexpected_positional_argument": "got an unexpected positional argument after",
+    "multiple_argument_values": "got multiple values for argument",
+    "missing_argument": "misses the argument",
+}
+
+
+def _mistakes(error: ValidationError, names: Sequence[str] = ()) -> UsageError:
+    """Messages of pydantic, a line for each argument; `names` are those of arguments that it knows by number."""
+    lines: dict[str, list[str]] = {}
     for found in error.errors():
-        name = str(found["loc"][0])
-        told = re.sub(r"^Value error, ", "", found["msg"])
-        shown = _shown(found["input"])
-        lines.setdefault(f"--{name.replace('_', '-')}", (shown, []))[1].append(told[:1].lower() + told[1:])
-    texts = [f"{name} is {value}: {' or '.join(dict.fromkeys(why))}" for name, (value, why) in lines.items()]
+        place = found["loc"][0]
+        name = str(place) if isinstance(place, str) else names[min(place, len(names) - 1)]
+        if said := NOT_CALLED_SO.get(found["type"]):
+            lines[f"{error.title}() {said} '{name}'"] = []
+        else:
+            told = re.sub(r"^Value error, ", "", found["msg"])
+            given = f"{usage.option(name)} is {_shown(found['input'])}"
+            lines.setdefault(given, []).append(told[:1].lower() + told[1:])
+    texts = [": ".join(filter(None, (given, " or ".join(dict.fromkeys(why))))) for given, why in lines.items()]
     return UsageError(
         "\n  ".join(texts),
         expected="names and paths as text, and numbers in their ranges",
-        remedy="correct it; help(clla.convert_model) and clla convert --help say what is what",
+        remedy=f"correct it; {usage.help_of_it()} says what is what",
     )
 
 

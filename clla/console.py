@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -30,6 +31,7 @@ from rich.text import Text
 
 from clla.tables import Table
 
+WHOLE = 24  # characters of a cell that is not broken into lines
 LITERAL: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 # What stands for signs that an output's encoding lacks.
 PLAIN = {"–": "-", "—": "-", "→": "->", "×": "x", "…": "...", "·": "*", "≤": "<=", "≥": ">=", "²": "^2"}
@@ -94,23 +96,33 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 
 def wide(least: int) -> Console:
-    """The console of results, at least so many characters wide; a narrow terminal wraps the lines."""
+    """The console of results, at least `least` characters wide; a narrow terminal wraps the lines."""
     return Console(width=max(results.width, least), **LITERAL)
 
 
 def show(table: Table) -> None:
-    """A table of results, at least as wide as its longest words: a narrow terminal wraps lines, nothing is cut."""
+    """A table of results; in a narrow terminal titles and long texts are broken, then lines wrap: nothing is cut."""
+    shown, least = _drawn(table, break_titles=False)
+    if least > results.width:
+        shown, least = _drawn(table, break_titles=True)
+    wide(least).print(shown)
+
+
+def _drawn(table: Table, *, break_titles: bool) -> tuple[RichTable, int]:
+    """A table whose figures and short cells stay whole, and the least width that it takes."""
     shown = RichTable(title=table.title or None, caption=table.caption or None, show_header=bool(table.titles))
     if not table.titles:
         shown.box = None
     for i, column in enumerate(zip_longest(table.titles, *table.rows, fillvalue="")):
-        longest = max(cell_len(word) for cell in column for word in (cell.split() or [""]))
-        title = column[0] if table.titles else ""
-        shown.add_column(title, justify="left" if i < table.words else "right", min_width=longest)
+        title, cells = (column[0], column[1:]) if table.titles else ("", column)
+        whole = i >= table.words or all(cell_len(cell) <= WHOLE for cell in cells)
+        parts = [title] if whole and not break_titles else title.split()
+        longest = max(map(cell_len, [*parts, *(cells if whole else " ".join(cells).split())]), default=0)
+        title = "\n".join(textwrap.wrap(title, longest)) if whole and title else title
+        shown.add_column(title, justify="left" if i < table.words else "right", min_width=longest, no_wrap=whole)
     for row in table.rows:
         shown.add_row(*row)
-    unlimited = results.options.update(max_width=10_000)
-    wide(Measurement.get(results, unlimited, shown).minimum).print(shown)
+    return shown, Measurement.get(results, results.options.update(max_width=10_000), shown).minimum
 
 
 def say(text: str) -> None:

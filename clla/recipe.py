@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from clla import usage
 from clla.errors import UsageError
 from clla.hub.commits import COMMIT
 from clla.modeling.sizes_clla import WORD_BITS
@@ -90,7 +91,7 @@ class BudgetConfig(_Section):
     @classmethod
     def _readable(cls, value: str) -> str:
         try:
-            parse_budget(value, source_bytes=math.inf)
+            parse_budget(value, source_bytes=math.inf, option="kv_budget")
         except UsageError as error:
             raise ValueError(str(error)) from error
         return value
@@ -113,7 +114,7 @@ class PlanConfig(_Section):
     key: Literal["reconstruct", "decoupled"] = Field(
         "reconstruct",
         description="keys decoded whole and then rotated, or in two parts: a short rotary key cached beside the "
-        "latent, and a position-free rest (needs latent_input 'first_layer', no window, no sinks, and healing)",
+        "latent, and a position-free rest (needs latent_input 'first_layer', exact_window 0, num_sinks 0, and healing)",
     )
     qk_rope_head_dim: int | None = Field(
         None, ge=8, description="values of a layer group's rotary key, a multiple of 8; default: the head dim"
@@ -168,12 +169,12 @@ class RuntimeConfig(_Section):
 
     prefill_chunk: int = Field(512, ge=1, description="most tokens of one forward pass; they see each other exactly")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
+        "auto", description="dtype of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
     )
     placement: Literal["auto", "device", "spread", "stream"] = Field(
         "auto",
-        description="of the source while it is calibrated: on one device, spread over several GPUs, or its layers read "
-        "from disk one at a time; 'auto' takes the first that has room",
+        description="where the source is while it is calibrated: on one device, spread over several GPUs, or with its "
+        "layers read from disk one at a time; 'auto' takes the first that has room",
     )
     gradient_checkpointing: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -208,7 +209,9 @@ class HealConfig(_Section):
         0.1, ge=0, le=1, description="last share of the steps that runs chunk by chunk on the model's own cache"
     )
     evaluations: int = Field(10, ge=1, description="how often held-out KL is measured and the state is saved")
-    dataset: str | None = Field(None, description="as calibration.dataset, which is the default")
+    dataset: str | None = Field(
+        None, description="text to train on, named as calibration.dataset, which is the default"
+    )
     gradient_checkpointing: bool = Field(False, description="compute layers twice to save memory")
     seed: int = Field(0, description="seed of the order of the text")
 
@@ -234,7 +237,7 @@ class Provenance(_Section):
 class Recipe(_Section):
     """A whole conversion."""
 
-    schema_version: Literal[1] = Field(1, description="of this document")
+    schema_version: Literal[1] = Field(1, description="version of this document's format")
     description: str = Field("", description="one line for `clla recipes ls`")
     calibration: CalibrationConfig = Field(default_factory=lambda: CalibrationConfig())
     budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig())
@@ -252,7 +255,7 @@ class Recipe(_Section):
         data = self.model_dump(mode="json")
         for section, values in changes.items():
             data[section] = (data[section] or {}) | {k: v for k, v in values.items() if v is not None}
-        return _validate(data, "the options")
+        return _validate(data, "the options", named)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
@@ -274,6 +277,12 @@ OPTIONS = {
     "dtype": ("runtime", "compute_dtype"),
     "placement": ("runtime", "placement"),
 }
+# The options of each command, and of the function of its name.
+OPTIONS_OF = {
+    "convert": OPTIONS,
+    "plan": {name: field for name, field in OPTIONS.items() if field[0] in ("budget", "plan")},
+    "heal": {name: ("heal", name) for name in HealConfig.model_fields},
+}
 SECTIONS: dict[str, type[_Section]] = {
     "calibration": CalibrationConfig,
     "budget": BudgetConfig,
@@ -293,36 +302,48 @@ def changes_of(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return changes
 
 
-def parse_budget(text: str, *, source_bytes: float) -> float:
+def named(*place: str | int) -> str:
+    """A field of a recipe for a message, with the option for it of the command that runs, where it has one."""
+    found = [name for name, field in OPTIONS_OF.get(usage.verb(), {}).items() if field == place[:2]]
+    return _dotted(*place) + "".join(f" (--{name.replace('_', '-')})" for name in found)
+
+
+def parse_budget(text: str, *, source_bytes: float | None, option: str = "--kv-budget") -> float:
     """Bytes per token from '6.25%', '0.0625' or '1440B' (also plain numbers above 100).
 
     Args:
         text: as the user wrote it.
-        source_bytes: the source's KV bytes per token; infinite to check the syntax alone.
+        source_bytes: the source's KV bytes per token; infinite to check the syntax alone; None where shares alone are
+            taken, and returned.
+        option: that it was given to, for messages.
 
     Raises:
         UsageError: not readable, not positive, or above 100 % of the source.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|B|bytes|KB|KiB)?\s*", text)
-    if match is None:
-        raise UsageError(f"--kv-budget is {text!r}", expected="'6.25%', '0.0625' or '1440B'", remedy="write it so")
+    in_bytes = match is not None and match[2] not in (None, "%")
+    if match is None or (in_bytes and source_bytes is None):
+        forms = "'6.25%' or '0.0625'" if source_bytes is None else "'6.25%', '0.0625' or '1440B'"
+        raise UsageError(f"{option} is {text!r}", expected=forms, remedy="write it so")
     number, unit = float(match[1]), match[2]
     if unit is None and 1 < number <= 100:
+        in_percent = f"'{text}%' for percent"
         raise UsageError(
-            f"--kv-budget {text} has no unit",
-            expected=f"'{text}%' for percent or '{text}B' for bytes per token",
+            f"{option} {text} has no unit",
+            expected=in_percent if source_bytes is None else f"{in_percent} or '{text}B' for bytes per token",
             remedy="add the unit",
         )
-    factor = {"%": source_bytes / 100, "KB": 1000.0, "KiB": 1024.0}.get(unit or "", 1.0)
-    bytes_per_token = number * (source_bytes if unit is None and number <= 1 else factor)
-    known = f" ({source_bytes:.0f})" if math.isfinite(source_bytes) else ""
-    if not 0 < number < math.inf or not bytes_per_token <= source_bytes or (unit == "%" and number > 100):
+    whole = 1.0 if source_bytes is None else source_bytes
+    factor = {"%": whole / 100, "KB": 1000.0, "KiB": 1024.0}.get(unit or "", 1.0)
+    amount = number * (whole if unit is None and number <= 1 else factor)
+    if not 0 < number < math.inf or not amount <= whole or (unit == "%" and number > 100):
+        known = f" ({whole:.0f})" if source_bytes is not None and math.isfinite(whole) else ""
         raise UsageError(
-            f"--kv-budget {text} is out of range",
+            f"{option} {text} is out of range",
             expected=f"more than 0 and at most 100 % of the source's bytes per token{known}",
             remedy="the built-in recipes use 12.5, 6.25, 3 and 2 %",
         )
-    return bytes_per_token
+    return amount
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -368,11 +389,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _validate(data: dict[str, Any], where: str) -> Recipe:
+def _dotted(*place: str | int) -> str:
+    return ".".join(map(str, place))
+
+
+def _validate(data: dict[str, Any], where: str, name: Callable[..., str] = _dotted) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        lines = [f"{name(*e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise UsageError(
             f"{where}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n  " + "\n  ".join(lines),
             remedy="all fields with their meaning: clla recipes show --schema",

@@ -137,7 +137,7 @@ def install(wheel: Path, folder: Path, *, torch: str, extras: str = "") -> Envir
     """
     environment = Environment(folder / "venv", folder / "home")
     environment.home.mkdir()
-    venv.create(environment.folder, with_pip=True)
+    venv.create(environment.folder, with_pip=True, upgrade_deps=True)
     cache = subprocess.run(
         [sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=True
     ).stdout.strip()

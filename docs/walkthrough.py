@@ -73,7 +73,7 @@ STEPS = (
     Step("clla recipes cp compact my-recipe.yaml"),
     Step("clla recipes cp compact my-recipe.yaml", 2, why="Nothing is overwritten:"),
     Step("clla convert demo --dry-run --work-dir demo-work", title="A plan, before anything is converted"),
-    Step("clla plan demo-work --kv-budget 3%", why="Other budgets are planned from the same moments."),
+    Step("clla plan demo-work --kv-budget 3%", why="Other budgets are planned from the same statistics."),
     Step("clla plan demo-work --sweep --plot frontier.png"),
     Step("clla convert demo --work-dir demo-work", title="Convert"),
     Step("ls -sh demo-clla"),
@@ -84,14 +84,14 @@ STEPS = (
     Step(WITHOUT_CLLA, why="With transformers alone (the code lies in the checkpoint):"),
     Step("clla eval demo-clla --num-samples 2 --retrieval-trials 2 --retrieval-context 2048", title="Measure"),
     Step(
-        "clla report demo-clla --html report.html --num-prompts 1 --max-new-tokens 40 --num-samples 1",
+        "clla report demo-clla --output report.html --num-prompts 1 --max-new-tokens 40 --num-samples 1",
         why="The same, and more, as a page to look at:",
     ),
     Step("clla bench demo-clla --contexts 256,512 --new-tokens 8 --repeats 1"),
     Step(
-        "clla compare demo --quick --methods stored,clla --budget 6.25% --num-samples 1 --context 512 "
+        "clla compare demo --quick --methods stored,clla --budgets 6.25% --num-samples 1 --sequence-length 512 "
         "--long-context 1024 --retrieval-trials 0 --calibration-tokens 4096",
-        why="Beside caches in int4 and fp8, in a minute (one short window ranks nothing):",
+        why="Beside caches in int4 and fp8, in a minute (one short sample ranks nothing):",
     ),
     Step(
         "clla heal demo-clla --tokens 4096 --sequence-length 512 --batch-tokens 1024 --evaluations 2 --no-eval",

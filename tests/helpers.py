@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from forks import Fork
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
@@ -165,26 +163,17 @@ def clla(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def two_processes(*arguments: Any, **variables: str) -> list[subprocess.Popen[str]]:
+def two_processes(*arguments: object, **variables: str) -> list[Fork]:
     """Python started twice with these arguments, each process told of the other as launchers do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"OMP_NUM_THREADS": "1", **variables}
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    return [Fork(*arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> None:
+def finish(processes: list[Fork]) -> None:
     """Wait for processes that ought to succeed."""
-    output = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in output)
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * len(codes), "\n".join(process.output[-3000:] for process in processes)

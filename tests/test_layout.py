@@ -16,7 +16,7 @@ PACKAGE = Path(clla.__file__).parent
 # A room or a file of the hall imports only from levels before its own, and from its own room.
 LEVELS = (
     ("_version", "errors", "linalg", "modeling", "recipes", "tables"),
-    ("console", "registration", "storage"),
+    ("console", "registration", "storage", "usage"),
     ("artifacts", "hub", "text"),
     ("recipe",),
     ("arguments", "source"),

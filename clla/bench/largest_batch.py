@@ -3,7 +3,7 @@
 Sequences are prefilled one at a time in a server, so here one is, and its cache is repeated; then all copies decode
 together. On a GPU a batch fits if that does not run out of memory: doubling finds one that does not, bisection
 the largest that does. On a CPU, where memory is shared and swapped, a limit is given, and as many sequences fit
-as their caches, measured, take at most so many bytes; weights and working memory are not counted.
+as their caches, measured, take at most that number of bytes; weights and working memory are not counted.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, JsonValue
 
-from clla.arguments import Bytes, Dtype, Integers, Settings, Word
+from clla.arguments import Bytes, Device, Integers, Settings, WeightDtype, Word
 
 SHAPE: dict[str, JsonValue] = {"panel": "A shape instead of a checkpoint"}
 
@@ -20,7 +20,9 @@ class Options(Settings):
         json_schema_extra=SHAPE,
     )
     kv_budget: Word | None = Field(
-        None, description="of the shape's latents: '6.25%', '1440B', …; default: the recipes'", json_schema_extra=SHAPE
+        None,
+        description="budget of the shape's latents: '6.25%', '1440B', …; default: the recipes'",
+        json_schema_extra=SHAPE,
     )
     max_layers_per_group: int | None = Field(
         None, ge=1, description="layers that share a latent; default: the recipes'", json_schema_extra=SHAPE
@@ -38,12 +40,14 @@ class Options(Settings):
         "at once, the converted model its own chunks",
     )
     largest_batch: bool = Field(False, description="find the most sequences that decode at the longest context")
-    memory_limit: Bytes | None = Field(None, description="for the caches of the largest batch, on a CPU: e.g. 2GB")
+    memory_limit: Bytes | None = Field(
+        None, description="memory for the caches of the largest batch, on a CPU: e.g. 2GB"
+    )
     attend_top_k: int | None = Field(
         None, ge=1, description="old tokens that the converted model reads in full; default: all"
     )
     static: bool = Field(False, description="tell the converted cache its length beforehand")
-    seed: int = Field(0, ge=0, description="of tokens and random weights")
-    device: Word = Field("auto", description="device to compute on: auto, cpu, cuda or cuda:N")
-    dtype: Dtype = Field("auto", description="dtype of the weights: auto, float32, bfloat16 or float16")
+    seed: int = Field(0, ge=0, description="seed of the tokens and of random weights")
+    device: Device = "auto"
+    dtype: WeightDtype = "auto"
     plot: Path | None = Field(None, description="draw speed against context", json_schema_extra={"panel": "Output"})

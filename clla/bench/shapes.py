@@ -130,7 +130,7 @@ def random_plan(config: Any, *, kv_budget: str, max_layers_per_group: int) -> Pl
 
 
 def mixed_tiers(row_bytes: int, most: int, tier_size: int) -> tuple[int, ...]:
-    """Bits of the tiers of a latent that takes so many bytes, scales included, in the mix of real plans.
+    """Bits of the tiers of a latent that takes a number of bytes, scales included, in the mix of real plans.
 
     A budget that would want more components than there are raises all widths instead.
 

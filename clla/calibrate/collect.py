@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 
 from clla.artifacts.plan import KVShape
 from clla.artifacts.stats import Stats
-from clla.calibrate.checkpoints import Checkpoints
 from clla.calibrate.far import Note, far_attention
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import BandedMoments
 from clla.calibrate.queries import QueryPower
+from clla.calibrate.recomputation import Recomputation
 from clla.errors import DatasetError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening
@@ -128,7 +128,7 @@ def _side_by_side(keys: Tensor, values: Tensor) -> Tensor:
 
 
 class ProbeCache(RecordingCache):
-    """Shows keys and values to taps, and hands on what these give for them."""
+    """A cache that passes keys and values to taps and returns what they return."""
 
     def __init__(self, config: Any, taps: dict[int, Tap]) -> None:
         super().__init__(config, set())
@@ -203,7 +203,7 @@ class Collector:
         self.cross = BandedMoments(count, hidden, band=band, right_dim=n) if with_inputs else None
         self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.attention = attention_modules(model)
-        self.checkpoints = Checkpoints(model, checkpointing)
+        self.recomputation = Recomputation(model, checkpointing)
         self.window = wanted.window if wanted.window and self._sees_far() else 0
         self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
 
@@ -219,7 +219,7 @@ class Collector:
     def watch(self, input_ids: Tensor, number: int = 0) -> list[Tap]:
         """Run one batch forward and backward; what its layers' caches got."""
         with self._tapped(input_ids, far=self.window > 0) as cache, torch.enable_grad(), ExitStack() as stack:
-            stack.enter_context(self.checkpoints.active(input_ids.numel()))
+            stack.enter_context(self.recomputation.active(input_ids.numel()))
             if self.queries is not None:
                 stack.enter_context(listening(cache))
             if self.window:

@@ -48,7 +48,7 @@ def sampled_label_gradient(logits: Tensor, generator: torch.Generator, *, out: T
             expected="finite numbers",
             remedy="pass --dtype float32; if that does not help, the model is damaged: download it again",
         )
-    # One uniform number a row, drawn on the CPU, keeps the draw identical on every device.
+    # One uniform number per row, drawn on the CPU, keeps the draw identical on every device.
     uniform = torch.rand(len(rows_in), 1, generator=generator, dtype=torch.float32).to(logits.device)
     label, probability = _draw(rows_in, sums, uniform)
     every = torch.arange(len(rows_out), device=out.device)

@@ -24,7 +24,6 @@ from transformers import Cache, PreTrainedModel
 
 from clla.artifacts.stats import Stats
 from clla.calibrate.basis import leading_directions
-from clla.calibrate.checkpoints import replaced
 from clla.calibrate.collect import (
     Collection,
     ProbeCache,
@@ -41,6 +40,7 @@ from clla.calibrate.far import far_attention
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.moments import folded_product
 from clla.calibrate.queries import QueryPower
+from clla.calibrate.recomputation import replaced
 from clla.errors import DatasetError, UnsupportedModelError
 from clla.modeling.hooks_clla import CACHE, attention_modules, rope_of
 from clla.modeling.observe_clla import listening

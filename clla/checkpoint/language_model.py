@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 
+from clla.arguments import Place, checked
 from clla.checkpoint.write import check_output, finished_directory
 from clla.errors import CorruptArtifactError, UnsupportedModelError, UsageError, blamed
 from clla.source.families import text_only
@@ -18,8 +19,9 @@ TOKENS, SAME = 16, 0.01  # that are run through both, and the relative differenc
 POSITIONS_OF_IMAGES = ("mrope_section", "mrope_interleaved")  # of rotations in time, height and width: one for text
 
 
+@checked
 @torch.no_grad()
-def extract_language_model(model: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
+def extract_language_model(model: Place, output: Place, *, overwrite: bool = False) -> Path:
     """Save the language model of a checkpoint for images or sound, with the tokenizer, as a checkpoint of its own.
 
     The weights are the same, in the same dtype; the logits of some tokens are compared before anything is written.

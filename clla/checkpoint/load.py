@@ -186,7 +186,7 @@ def recipe_of(folder: Path) -> Recipe:
     return Recipe()
 
 
-def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: torch.device) -> PreTrainedModel:
+def source_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: torch.device) -> PreTrainedModel:
     """The source of a checkpoint: its own weights, unless they were trained or another model is named.
 
     Args:
@@ -205,10 +205,10 @@ def teacher_of(loaded: Checkpoint, recipe: Recipe, name: str | None, device: tor
     if name is None:
         raise CllaError(
             "the weights of this checkpoint were trained, and it does not say what they were before",
-            expected="the source model as a teacher",
+            expected="the source model, to compare with",
             remedy="name it with --source-model",
         )
-    source = _open_teacher(name)
+    source = _open_named(name)
     for field in SAME_MODEL:
         wanted, found = getattr(loaded.model.config.text_config, field), getattr(source.config, field)
         if wanted != found:
@@ -227,7 +227,7 @@ def _check_base_model(base: dict[str, Any] | None) -> None:
     check_base(model_folder(base["path"], base.get("hub_revision")), base["sha256"], base["path"])
 
 
-def _open_teacher(name: str) -> Source:
+def _open_named(name: str) -> Source:
     try:
         return open_source(name)
     except CllaError as error:

@@ -25,9 +25,9 @@ def compare(
     **settings: Any,
 ) -> None:
     """Run published methods and ours side by side on one model, at equal measured bytes."""
-    with errors(as_json, interrupted="no table was written; moments that were complete stay in --work-dir"):
+    with errors(as_json, interrupted="no table was written; statistics that were complete stay in --work-dir"):
         options = Options.checked(**settings)
-        assert options.budgets, "a mistake in them is told first"
+        assert options.shares, "a mistake in them is told first"
         start()
         from clla.compare.run import run_comparison
 

@@ -37,7 +37,13 @@ def convert(
     model: Annotated[str, typer.Argument(help="Hub id (user/repo\\[@revision]), directory, .gguf file, or 'demo'.")],
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", help="Default: ./MODEL-clla.", rich_help_panel=OUTPUT, parser=path),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory of the checkpoint; default: ./MODEL-clla.",
+            rich_help_panel=OUTPUT,
+            parser=path,
+        ),
     ] = None,
     recipe: RecipeName = "balanced",
     heal: Annotated[
@@ -46,27 +52,29 @@ def convert(
     report_to: ReportTo = None,
     device: Device = "auto",
     dry_run: Annotated[
-        bool, typer.Option(help="Stop after the plan and write it as JSON.", rich_help_panel=RUN)
+        bool, typer.Option("--dry-run", help="Stop after the plan and write it as JSON.", rich_help_panel=RUN)
     ] = False,
     resume: Annotated[
-        bool, typer.Option(help="Take up the finished stages of an interrupted run.", rich_help_panel=RUN)
+        bool, typer.Option("--resume", help="Take up the finished stages of an interrupted run.", rich_help_panel=RUN)
     ] = False,
     work_dir: Annotated[
         Optional[Path],
         typer.Option(
-            help="Keep stats and plans here: another budget then takes seconds.", rich_help_panel=RUN, parser=path
+            help="Keep statistics and plans here: another budget then takes seconds.", rich_help_panel=RUN, parser=path
         ),
     ] = None,
     evaluate: Evaluate = True,
     max_shard_size: Annotated[
-        Optional[str], typer.Option(help="Of the weight files, e.g. '5GB'.", rich_help_panel=OUTPUT)
+        Optional[str], typer.Option(help="Most bytes of a weight file, e.g. '5GB'.", rich_help_panel=OUTPUT)
     ] = None,
     codec_only: Annotated[
-        bool, typer.Option(help="Save the codec without the source's weights.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--codec-only", help="Save the codec without the source's weights.", rich_help_panel=OUTPUT)
     ] = False,
     overwrite: Overwrite = False,
     push_to_hub: Annotated[Optional[str], typer.Option(help="Upload as this repo id.", rich_help_panel=OUTPUT)] = None,
-    private: Annotated[bool, typer.Option(help="Make the repository private.", rich_help_panel=OUTPUT)] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: AsJson = False,
     **changes: Any,
 ) -> None:

@@ -21,14 +21,19 @@ def export(
         Path, typer.Option("--output", "-o", help="Directory to write.", rich_help_panel=OUTPUT, parser=path)
     ],
     format: Annotated[
-        str, typer.Option(help="deepseek: DeepseekV3, as other engines run it.", rich_help_panel=OUTPUT)
+        str,
+        typer.Option(help="deepseek writes DeepseekV3, as other engines run it.", rich_help_panel=OUTPUT),
     ] = "deepseek",
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.", rich_help_panel=OUTPUT)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: AsJson = False,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16.", rich_help_panel=RUN)] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: auto, float32 or bfloat16.", rich_help_panel=RUN)
+    ] = "auto",
 ) -> None:
-    """Write a strict conversion in the form of a model that other engines know; its latents are not quantized there."""
+    """Write a conversion with decoupled keys as a model of other engines; its latents are not quantized there."""
     with errors(as_json, interrupted="nothing was written; the checkpoint is as it was"):
         if format not in FORMATS:
             raise UsageError(f"--format {format}", expected=" or ".join(FORMATS), remedy="use one of them")

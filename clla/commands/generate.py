@@ -24,9 +24,9 @@ def generate(
         Optional[int], typer.Option(min=1, max=LARGEST, help="Tokens to write; default: 100, or what the model takes.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Use the chat template where there is one.")] = True,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    num_beams: Annotated[int, typer.Option(min=1, max=LARGEST, help="Beams.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+    num_beams: Annotated[int, typer.Option(min=1, max=LARGEST, help="Number of beams.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Seed of sampling.")] = 0,
     attend_top_k: Annotated[
         Optional[int],
         typer.Option(min=1, max=LARGEST, help="Old tokens that each new one reads in full; default: all."),

@@ -25,15 +25,21 @@ from clla.commands.options import (
     start,
     with_options,
 )
-from clla.recipe import HealConfig
+from clla.recipe import OPTIONS_OF
 
 
-@with_options({name: ("heal", name) for name in HealConfig.model_fields})
+@with_options(OPTIONS_OF["heal"])
 def heal(
     checkpoint: Annotated[str, typer.Argument(help="Directory that clla convert wrote, or user/repo\\[@revision].")],
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", help="Default: CHECKPOINT-healed.", rich_help_panel=OUTPUT, parser=path),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory of the healed checkpoint; default: CHECKPOINT-healed.",
+            rich_help_panel=OUTPUT,
+            parser=path,
+        ),
     ] = None,
     source_model: Annotated[
         Optional[str],

@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
-from pydantic.fields import FieldInfo
 from rich.markup import escape
 from typer.core import TyperGroup
 
 from clla import console
-from clla.arguments import Settings
 from clla.commands.failures import explained, wants_traceback
 from clla.errors import CllaError, UsageError, is_unicode
 from clla.recipe import SECTIONS
 from clla.recipes import builtin_recipes
 from clla.storage.places import expanded
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from clla.arguments import Settings
 
 CALIBRATION, PLAN, HEAL, OUTPUT, RUN = "Calibration", "Budget and plan", "Healing", "Output", "Run"
 
@@ -50,12 +53,19 @@ def path(text: str) -> Path:
 
 
 Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda, …", rich_help_panel=RUN, autocompletion=one_of("auto", "cpu", "cuda"))
+    str,
+    typer.Option(
+        help="Device to compute on: auto, cpu, cuda or cuda:N.",
+        rich_help_panel=RUN,
+        autocompletion=one_of("auto", "cpu", "cuda"),
+    ),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto, float32, bfloat16.", rich_help_panel=RUN, autocompletion=one_of("auto", "float32", "bfloat16")
+        help="Dtype of the weights: auto, float32, bfloat16 or float16.",
+        rich_help_panel=RUN,
+        autocompletion=one_of("auto", "float32", "bfloat16", "float16"),
     ),
 ]
 RecipeName = Annotated[
@@ -69,7 +79,7 @@ RecipeName = Annotated[
 ReportTo = Annotated[Optional[str], typer.Option(help="Log training to: tensorboard, wandb, …", rich_help_panel=HEAL)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON.", rich_help_panel=OUTPUT)]
 Evaluate = Annotated[bool, typer.Option("--eval/--no-eval", help="Measure before and after.", rich_help_panel=RUN)]
-Overwrite = Annotated[bool, typer.Option(help="Replace what is in --output.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.", rich_help_panel=OUTPUT)]
 PANELS = {"budget": PLAN, "plan": PLAN, "calibration": CALIBRATION, "heal": HEAL, "runtime": RUN}
 
 
@@ -188,8 +198,8 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Commands(TyperGroup):
-    """All commands, and what goes wrong before one of them begins."""
+class Checked(TyperGroup):
+    """A group of commands, and what goes wrong before one of them begins."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         console.write_anything()

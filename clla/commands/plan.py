@@ -8,22 +8,24 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from clla import console
+from clla import console, usage
 from clla.commands.options import OUTPUT, PLAN, AsJson, RecipeName, errors, path, with_options
 from clla.errors import UsageError
-from clla.recipe import OPTIONS, changes_of, load_recipe
+from clla.recipe import OPTIONS_OF, changes_of, load_recipe
 
 SWEEP = "1%,2%,3%,6.25%,12.5%,25%"
 
 
-@with_options({name: field for name, field in OPTIONS.items() if field[0] in ("budget", "plan")})
+@with_options(OPTIONS_OF["plan"])
 def plan(
-    statistics: Annotated[Path, typer.Argument(help="--work-dir of a conversion, or a stats file in it.", parser=path)],
+    statistics: Annotated[
+        Path, typer.Argument(help="--work-dir of a conversion, or a statistics file in it.", parser=path)
+    ],
     recipe: RecipeName = "balanced",
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Plan several budgets and compare them.", rich_help_panel=PLAN)
     ] = False,
-    budgets: Annotated[str, typer.Option(help="Of --sweep, comma-separated.", rich_help_panel=PLAN)] = SWEEP,
+    budgets: Annotated[str, typer.Option(help="What --sweep plans, comma-separated.", rich_help_panel=PLAN)] = SWEEP,
     plot: Annotated[
         Optional[Path],
         typer.Option(help="Draw the plan, or with --sweep the frontier, as .png.", rich_help_panel=OUTPUT, parser=path),
@@ -53,9 +55,10 @@ def plan(
 
         explorer = Explorer(find_kept(statistics), chosen)
         wanted = budgets.split(",") if sweep else [chosen.budget.kv_budget]
-        recipes = [chosen.override({"budget": {"kv_budget": part.strip()}}) for part in wanted]
-        for one in recipes:  # mistakes first
-            explorer.settle(one)
+        with usage.renamed(lambda text: text.replace("--kv-budget", "--budgets") if sweep else text):
+            recipes = [chosen.override({"budget": {"kv_budget": part.strip()}}) for part in wanted]
+            for one in recipes:  # mistakes first
+                explorer.settle(one)
         if not explorer.ready:
             with console.progress("Preparing all budgets, once (layer groups)", explorer.steps) as advance:
                 explorer.prepare(advance)

@@ -13,7 +13,10 @@ from clla import console
 from clla.commands.options import errors, path, recipe_names
 from clla.errors import UsageError
 
+recipes = typer.Typer(name="recipes", help="Built-in recipes.", no_args_is_help=True, add_completion=False)
 
+
+@recipes.command()
 def ls() -> None:
     """List the built-in recipes."""
     with errors(interrupted="nothing was written"):
@@ -21,11 +24,12 @@ def ls() -> None:
         from clla.recipes import builtin_recipes
         from clla.tables import Table
 
-        recipes = {name: load_recipe(name) for name in builtin_recipes()}
-        rows = [(name, recipe.budget.kv_budget, recipe.description) for name, recipe in recipes.items()]
+        found = {name: load_recipe(name) for name in builtin_recipes()}
+        rows = [(name, recipe.budget.kv_budget, recipe.description) for name, recipe in found.items()]
         console.show(Table.of(("name", "KV budget", "description"), rows, words=3))
 
 
+@recipes.command()
 def show(
     name: Annotated[str, typer.Argument(help="Recipe name or YAML file.", autocompletion=recipe_names)] = "balanced",
     schema: Annotated[bool, typer.Option("--schema", help="Print all fields with their meaning.")] = False,
@@ -37,6 +41,7 @@ def show(
         print(json.dumps(Recipe.model_json_schema(), indent=1) if schema else load_recipe(name).to_yaml(), end="")
 
 
+@recipes.command()
 def cp(
     name: Annotated[str, typer.Argument(help="Built-in recipe.", autocompletion=recipe_names)],
     destination: Annotated[Path, typer.Argument(help="File or directory.", parser=path)] = Path("."),

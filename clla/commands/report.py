@@ -23,14 +23,13 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            "--html",
             help="File to write; default: CHECKPOINT-report.html.",
             rich_help_panel=OUTPUT,
             parser=path,
         ),
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.", rich_help_panel=OUTPUT)] = False,
-    prompt: Annotated[Optional[list[str]], typer.Option(help="Continue this, too; may be repeated.")] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt to continue, too; may be repeated.")] = None,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -49,7 +48,7 @@ def report(
                 "layers": [asdict(error) for error in data.errors],
                 "samples": [asdict(sample) for sample in data.samples],
                 "missing": [asdict(item) for item in data.missing],
-                "measured": data.report.to_json() if data.report else None,
+                "measured": data.file.report.to_json() if data.file.report else None,
             }
             print(json.dumps(found))
         for item in data.missing:

@@ -23,7 +23,7 @@ class Row:
         bytes_per_token: cache bytes at the context that quality was measured at.
         long_bytes_per_token: the same at the long context.
         share: of the source's bytes, at the context of the quality.
-        perplexity: over the windows.
+        perplexity: over the samples.
         kl: to the source, nats per token.
         retrieval_nll: of planted codes, None where it was left out.
         retrieval_exact: share of them.

@@ -103,9 +103,9 @@ def pyramidkv(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
 
 
 def less(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
-    """Feature maps are trained on calibration text, in sequences as long as the context, anew for each budget."""
+    """Feature maps are trained on calibration text, in sequences as long as the context, once for each budget."""
     model, kv = ObservedModel(bench.model), bench.source.kv
-    # The fp32 state takes R·(d + 1) values per head, as many bytes as so many tokens.
+    # The fp32 state takes R·(d + 1) values per head, as many bytes as that number of tokens.
     state = -(-LESS_RANK * (kv.head_dim + 1) * 4 // (2 * kv.head_dim * bench.source.dtype.itemsize))
     beside = SINKS + PYRAMID_BLOCK + state
     try:

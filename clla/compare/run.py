@@ -31,7 +31,7 @@ from clla.storage.filenames import COMPARISON
 from clla.storage.files import write_text
 from clla.tables import Table
 from clla.text.reading import check_text
-from clla.text.sequences import evaluation_windows
+from clla.text.sequences import evaluation_samples
 from clla.text.vocabulary import check_tokens
 
 CONTEXT, LONG_CONTEXT = 2048, 8192  # where the model takes as many tokens
@@ -61,7 +61,7 @@ class Comparison:
 
     def recommendations(self) -> list[tuple[float, Row | None]]:
         """For each budget the row of least KL that keeps to it, by this table alone."""
-        return [(budget, recommend(self.rows[1:], budget)) for budget in self.options.budgets]
+        return [(budget, recommend(self.rows[1:], budget)) for budget in self.options.shares]
 
     def tables(self) -> list[Table]:
         """All settings, those left out, and which to take at each budget."""
@@ -114,19 +114,21 @@ def run_comparison(name: str, options: Options) -> Comparison:
     check_text(options.text)
     source, where = open_source(name), pick_device(options.device)
     reach = reach_of(source.config)
-    reach.check_option("--context", options.context)
+    reach.check_option("--sequence-length", options.sequence_length)
     reach.check_option("--long-context", options.long_context)
-    context, long_context = options.context or reach.fit(CONTEXT), options.long_context or reach.fit(LONG_CONTEXT)
+    context = options.sequence_length or reach.fit(CONTEXT)
+    long_context = options.long_context or reach.fit(LONG_CONTEXT)
     calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
     # `first`, so that the inputs are collected, which several methods need.
-    recipe = Recipe().override({"calibration": calibration, "plan": {"latent_input": "first_layer"}})
-    recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": 128}}), source, where)
+    wanted: dict[str, dict[str, Any]] = {"calibration": calibration, "plan": {"latent_input": "first_layer"}}
+    wanted |= {"budget": {"budget_context": 0, "exact_window": 128}, "runtime": {"compute_dtype": options.dtype}}
+    recipe = resolve(Recipe().override(wanted), source, where)
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         run = Run(source, recipe, where, work)
-        windows = evaluation_windows(options.text, run.tokenizer, count=options.samples, length=context)
-        check_tokens(windows, source.config.get_text_config().vocab_size, run.tokenizer)
+        samples = evaluation_samples(options.text, run.tokenizer, count=options.samples, length=context)
+        check_tokens(samples, source.config.get_text_config().vocab_size, run.tokenizer)
         bench = Bench(
             source=source,
             model=run.model(),
@@ -140,20 +142,20 @@ def run_comparison(name: str, options: Options) -> Comparison:
             chunk=options.chunk,
             thorough=not options.quick,
         )
-        rows, left_out = run_methods(bench, names, windows, options)
+        rows, left_out = run_methods(bench, names, samples, options)
         known = unseen(options.text, [fitted_text(options.dataset)], left_out=options.text == "bundled")
     return Comparison(source.name, rows, left_out, options, context, long_context, known)
 
 
 def run_methods(
-    bench: Bench, names: list[str], windows: Tensor, options: Options
+    bench: Bench, names: list[str], samples: Tensor, options: Options
 ) -> tuple[list[Row], list[tuple[str, str, str]]]:
     """Build and measure.
 
     Args:
         bench: the model and its moments.
         names: of methods.
-        windows: [N, context] token ids.
+        samples: [N, context] token ids.
         options: budgets and what is measured.
 
     Returns:
@@ -164,16 +166,16 @@ def run_methods(
     settings = [("source", source)]
     with console.progress("Building (methods)", len(names)) as advance:
         for name in names:
-            settings += [(name, setting) for setting in METHODS[name].settings(bench, options.budgets)]
+            settings += [(name, setting) for setting in METHODS[name].settings(bench, options.shares)]
             advance()
     subjects = {(name, s.name): s.subject for name, s in settings if s.subject is not None}
     labels = {"\0".join(key): subject for key, subject in subjects.items()}
     device = bench.model.device
-    with console.progress("Quality (windows)", len(windows)) as advance:
-        quality = measure(labels, windows.to(device), chunk=bench.chunk, on_window=advance)
+    with console.progress("Quality (samples)", len(samples)) as advance:
+        quality = measure(labels, samples.to(device), chunk=bench.chunk, on_sample=advance)
     trials = []
     if options.trials and plantable(bench.tokenizer, bench.context):
-        count, filler = options.trials, windows.flatten()
+        count, filler = options.trials, samples.flatten()
         trials = make_trials(bench.tokenizer, filler, context=bench.context, count=count)
     rows, base, far = [], 0.0, bench.long_context
     with console.progress("Bytes and retrieval (settings)", len(subjects)) as advance:

@@ -145,7 +145,7 @@ def _prepared(name: str, recipe: Recipe, options: Options, processes: PartialSta
             raise UsageError(
                 f"{options.output} is complete: there is nothing to resume",
                 expected="an interrupted run",
-                remedy="use it, or pass --overwrite to make it anew",
+                remedy="use it, or pass --overwrite to make it again",
             )
         check_output(options.output, expanded(name), overwrite=options.overwrite or ours)
     check_room(_bytes_needed(source, recipe, options))
@@ -186,8 +186,8 @@ def _convert(
         fitted.append(healed_on(learned, tokenizer, length=length))
     measured = None
     if options.report and run.placement != "stream":
-        windows, left_out = run.report_windows()
-        measured = windows, unseen(text, fitted, left_out=left_out)
+        samples, left_out = run.report_samples()
+        measured = samples, unseen(text, fitted, left_out=left_out)
     elif options.report:
         console.say("Nothing is measured, since layers are read from disk; where the model fits: clla eval")
     if recipe.heal is not None:
@@ -196,8 +196,8 @@ def _convert(
         converted, report, healing = heal_and_measure(converted, run.model(), tokenizer, plan, recipe, measured, how)
         recipe = recipe.model_copy(update={"heal": healing.config})
     elif measured is not None:
-        windows, known = measured
-        report = before_and_after(converted, tokenizer, plan, windows, unseen=known)
+        samples, known = measured
+        report = before_and_after(converted, tokenizer, plan, samples, unseen=known)
     if not processes.is_main_process:
         return Conversion(options.output, plan, recipe, codec.predicted_kl, report, converted, healing)
     needed = sum(tensor.numel() for tensor in converted.state_dict().values()) * source.dtype.itemsize
@@ -219,7 +219,7 @@ def _convert(
             healing=healing.to_json() if healing else None,
             origin=origin_of(source).to_json(),
             calibration_tokens=stats.tokens,
-            fitted=[one.to_json() for one in fitted],
+            fitted=fitted,
             predicted_kl=codec.predicted_kl,
             reduction=stats.reduction,
             outlook=codec.outlook,

@@ -32,7 +32,7 @@ from clla.evaluate.measured_cache import with_kept_bytes
 from clla.evaluate.perplexity import Subject, compare
 from clla.evaluate.seen import fingerprint
 from clla.evaluate.source_cache import SourceCache
-from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS
+from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_SAMPLES
 from clla.plan.budget import Budget, settle_budget
 from clla.plan.decoupled import DecoupledSpectra, settle_decoupled
 from clla.plan.frontier import make_outlook
@@ -49,7 +49,7 @@ from clla.source.model import Source
 from clla.source.placement import choose_placement
 from clla.storage.files import digest
 from clla.text.reading import read_documents
-from clla.text.sequences import calibration_blocks, report_windows, self_written, token_batches
+from clla.text.sequences import calibration_blocks, report_samples, self_written, token_batches
 from clla.text.vocabulary import check_tokens
 
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
@@ -305,14 +305,14 @@ class Run:
             result.save(path)
         return result
 
-    def report_windows(self) -> tuple[Tensor, bool]:
+    def report_samples(self) -> tuple[Tensor, bool]:
         """Token ids [N, T] to measure on, and whether they are of the blocks that calibration leaves out.
 
         A text too short to keep enough back is measured on as a whole, and the report says so.
         """
         c, length = self.recipe.calibration, reach_of(self.source.config).fit(REPORT_LENGTH)
-        return report_windows(
-            c.dataset, self.tokenizer, count=REPORT_WINDOWS, length=length, fallback=c.sequence_length or DEFAULT_LENGTH
+        return report_samples(
+            c.dataset, self.tokenizer, count=REPORT_SAMPLES, length=length, fallback=c.sequence_length or DEFAULT_LENGTH
         )
 
 

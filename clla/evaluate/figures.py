@@ -13,7 +13,7 @@ SOURCE_COLOUR, OWN_COLOUR = "#7a7a7a", "#c8452d"
 
 
 def axes_of(width: float, height: float) -> Any:
-    """Axes of a new picture, so many inches wide and high."""
+    """Axes of a new picture of this width and height in inches."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -4,7 +4,7 @@ The model runs on exact keys and values, which are also what the compressed cach
 What that cache then returns is compared with them, and so is the attention of the same queries over it: errors of
 earlier layers do not reach a layer through its input.
 
-Shape legend: N windows, T tokens per window, B sequences, H key-value heads, d head dim.
+Shape legend: N samples, T tokens per sample, B sequences, H key-value heads, d head dim.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ProbeCache(CllaCache):
         if group is None:
             return coded
         exact: Any = self.exact.update(key_states, value_states, layer_idx)
-        stop = coded[0].shape[2] if group.strict else self._rows
+        stop = coded[0].shape[2] if group.windowless else self._rows
         start = max(self._compared.get(layer_idx, 0), group.sinks)
         if stop > start:
             for kind, found, wanted in zip(("key", "value"), coded, exact, strict=True):
@@ -108,25 +108,25 @@ class ProbeCache(CllaCache):
 @torch.no_grad()
 def layer_errors(
     model: CllaForCausalLM,
-    windows: Tensor,
+    samples: Tensor,
     *,
     chunk: int,
-    on_window: Callable[[int], None] = lambda _: None,
+    on_sample: Callable[[int], None] = lambda _: None,
 ) -> tuple[LayerError, ...]:
-    """Measure the layers that share latents, in their order; none where no token of a window leaves the exact ones.
+    """Measure the layers that share latents, in their order; none where no token of a sample leaves the exact ones.
 
     Args:
         model: the converted model, which runs on its own weights.
-        windows: [N, T] token ids.
+        samples: [N, T] token ids.
         chunk: tokens per forward pass.
-        on_window: called with 1 after each window.
+        on_sample: called with 1 after each sample.
     """
     sums = {layer: _Sums() for group in model.config.spec.groups for layer in group.layers}
-    for row in windows.to(model.device):
+    for row in samples.to(model.device):
         cache = ProbeCache(model, sums)
         for ids in row[None].split(chunk, dim=1):
             model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-        on_window(1)
+        on_sample(1)
     found = []
     for layer, own in sorted(sums.items()):
         key, value = own.relative("key"), own.relative("value")

@@ -1,6 +1,6 @@
 """Perplexity and KL, streamed as at inference: chunk by chunk through a cache that is really kept.
 
-Shape legend: N windows, T tokens per window, V vocabulary.
+Shape legend: N samples, T tokens per sample, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Quality:
-    """Attributes: perplexity; kl: mean KL to the reference in nats per token; nbytes: of the last window's cache."""
+    """Attributes: perplexity; kl: mean KL to the reference in nats per token; nbytes: of the last sample's cache."""
 
     perplexity: float
     kl: float
@@ -51,26 +51,26 @@ def stream_logits(subject: Subject, input_ids: Tensor, chunk: int) -> Iterator[t
 
 def compare(
     subjects: dict[str, Subject],
-    windows: Tensor,
+    samples: Tensor,
     *,
     chunk: int,
-    on_window: Callable[[int], None] = lambda _: None,
+    on_sample: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Quality]:
     """Run subjects side by side over the same text.
 
     Args:
         subjects: by name; the first is the reference of the KL.
-        windows: [N, T] token ids, each window from an empty cache.
+        samples: [N, T] token ids, each sample from an empty cache.
         chunk: tokens per forward pass.
-        on_window: called with 1 after each window.
+        on_sample: called with 1 after each sample.
     """
     names = list(subjects)
     nll, kl, nbytes = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    for row in windows:
+    for row in samples:
         ids = row[None]
         streams = [stream_logits(subjects[name], ids, chunk) for name in names]
         for start, steps in zip(range(0, ids.shape[1], chunk), zip(*streams, strict=True), strict=True):
-            targets = row[start + 1 : start + 1 + chunk]  # the window's last token has none
+            targets = row[start + 1 : start + 1 + chunk]  # the sample's last token has none
             reference = steps[0][0][: len(targets)]
             for name, (log_probs, cache) in zip(names, steps, strict=True):
                 log_probs = log_probs[: len(targets)]
@@ -78,6 +78,6 @@ def compare(
                 if name != names[0]:
                     kl[name] += float((reference.exp() * (reference - log_probs)).sum(-1).double().sum())
                 nbytes[name] = cache.nbytes
-        on_window(1)
-    count = len(windows) * (windows.shape[1] - 1)
+        on_sample(1)
+    count = len(samples) * (samples.shape[1] - 1)
     return {name: Quality(math.exp(nll[name] / count), kl[name] / count, nbytes[name]) for name in names}

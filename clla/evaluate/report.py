@@ -36,8 +36,8 @@ class Report:
     Attributes:
         quality: perplexity, kl (nats per token, to the source) and bytes_per_token by name
             (`source`, `int4`: the source with an int4 cache, `converted`).
-        context: tokens per window.
-        windows: number of windows.
+        context: tokens per sample.
+        windows: number of samples.
         chunk: tokens per forward pass.
         cache_bytes: measured and planned bytes of the converted cache by context length.
         source_bytes: measured bytes of the source's cache by context length.
@@ -168,7 +168,7 @@ def before_and_after(
     converted: CllaForCausalLM,
     tokenizer: Any,
     plan: Plan,
-    windows: Tensor,
+    samples: Tensor,
     *,
     chunk: int | None = None,
     contexts: tuple[int, ...] = (),
@@ -184,32 +184,32 @@ def before_and_after(
         converted: the model; the model that it runs on is the reference.
         tokenizer: the source's.
         plan: for planned bytes.
-        windows: [N, T] token ids.
+        samples: [N, T] token ids.
         chunk: tokens per forward pass; default: the exact window, so that a token sees between one and two
             windows exactly, as in decoding.
         contexts: lengths at which caches are measured; T is always among them.
         retrieval_context: tokens around a planted code; 0 leaves retrieval out.
         retrieval_trials: number of codes.
-        unseen: calibration and training did not read the windows; None where that is not known.
+        unseen: calibration and training did not read the samples; None where that is not known.
         source_model: the reference instead, where the weights were trained.
-        on_step: called with 1 after each window.
+        on_step: called with 1 after each sample.
     """
     device = converted.device
-    check_tokens(windows, converted.config.text_config.vocab_size, tokenizer)
-    windows = windows.to(device)
+    check_tokens(samples, converted.config.text_config.vocab_size, tokenizer)
+    samples = samples.to(device)
     chunk = chunk or plan.window or converted.prefill_chunk
     kv_dtype = getattr(torch, converted.config.spec.kv_dtype)
     models = subjects(converted, kv_dtype, source_model)
     # What is measured is in the dtype that is computed in, so what is planned is told in it, too.
     plan = with_kept_bytes(plan, converted.source, itemsize=converted.dtype.itemsize)
-    length = windows.shape[1]
+    length = samples.shape[1]
     quality = {
         name: {
             "perplexity": q.perplexity,
             "bytes_per_token": q.nbytes / length,
             **({"kl": q.kl} if name != "source" else {}),
         }
-        for name, q in compare(models, windows, chunk=chunk, on_window=on_step).items()
+        for name, q in compare(models, samples, chunk=chunk, on_sample=on_step).items()
     }
     lengths = sorted({length, *contexts})
     wide = converted.prefill_chunk
@@ -217,12 +217,12 @@ def before_and_after(
     source = measured_bytes(models["source"], lengths, chunk=wide, device=device)
     codes = {}
     if retrieval_context:
-        trials = make_trials(tokenizer, windows.flatten().cpu(), context=retrieval_context, count=retrieval_trials)
+        trials = make_trials(tokenizer, samples.flatten().cpu(), context=retrieval_context, count=retrieval_trials)
         codes = {name: asdict(retrieve(models[name], trials, chunk=chunk, device=device)) for name in NAMES}
     return Report(
         quality=quality,
         context=length,
-        windows=len(windows),
+        windows=len(samples),
         chunk=chunk,
         cache_bytes={
             c: {

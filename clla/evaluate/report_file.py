@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from clla.artifacts.plan import Plan
 from clla.errors import CllaError, CorruptArtifactError
 from clla.evaluate.figures import draw_healing, draw_plan, draw_quality
 from clla.evaluate.report import LABELS, Report
-from clla.recipe import Recipe
-from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE, REPORT
+from clla.evaluate.seen import FittedText, texts_of
+from clla.recipe import Recipe, load_recipe
+from clla.storage.filenames import HEALING_PICTURE, PLAN_PICTURE, QUALITY_PICTURE, RECIPE, REPORT
 from clla.storage.files import read_json, write_text
 
 
@@ -28,7 +29,7 @@ class ReportFile:
         healing: what training did, from `Healing.to_json`; None if there was none.
         origin: of the source, from `Origin.to_json`.
         calibration_tokens: whose moments were taken, where known.
-        fitted: texts that the model was calibrated and healed on, from `FittedText.to_json`; None where not known.
+        fitted: texts that the model was calibrated and healed on; None where not known.
         predicted_kl: nats per token, of the plan.
         reduction: `coordinates` of a layer's moments, `of` how many values, and the `kl` that this alone costs; None
             where the moments are whole.
@@ -42,7 +43,7 @@ class ReportFile:
     healing: dict[str, Any] | None = None
     origin: dict[str, Any] | None = None
     calibration_tokens: int | None = None
-    fitted: list[dict[str, Any]] | None = None
+    fitted: list[FittedText] | None = None
     predicted_kl: float | None = None
     reduction: dict[str, float] | None = None
     outlook: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class ReportFile:
             **{name: value for name, value in vars(self).items() if name not in ("report", "text")},
             "plan": self.plan.to_json(),
             "recipe": self.recipe.model_dump(mode="json"),
+            "fitted": None if self.fitted is None else [asdict(one) for one in self.fitted],
             "measured": {**self.report.to_json(), "text": self.text} if self.report else None,
         }
         write_text(folder / REPORT, json.dumps(data, indent=1))
@@ -69,6 +71,17 @@ class ReportFile:
             rows = self.report.quality.items()
             points = {LABELS[name]: (row["bytes_per_token"], row["perplexity"]) for name, row in rows}
             draw_quality(points, folder / QUALITY_PICTURE, title=f"{self.report.context} tokens of context")
+
+    @classmethod
+    def of(cls, folder: Path, plan: Plan) -> ReportFile:
+        """The file of a checkpoint, or what its plan and recipe say where it has none or an older one.
+
+        Raises:
+            CorruptArtifactError: as `load`.
+        """
+        recipe = load_recipe(str(folder / RECIPE)) if (folder / RECIPE).is_file() else None
+        found = cls.load(folder) if (folder / REPORT).is_file() else cls(plan, recipe or Recipe())
+        return replace(found, fitted=found.fitted or texts_of(recipe))
 
     @classmethod
     def load(cls, folder: Path) -> ReportFile:
@@ -93,6 +106,8 @@ class ReportFile:
             known |= {"plan": Plan.from_json(data["plan"]), "recipe": Recipe.model_validate(data["recipe"])}
             if measured:
                 known |= {"report": Report.from_json(measured), "text": measured.get("text")}
+            if "fitted" in known:
+                known["fitted"] = [FittedText(**one) for one in known["fitted"]]
             found = cls(**known)
             _ = found.before  # it can be read
         except (KeyError, TypeError, ValueError, AttributeError) as error:

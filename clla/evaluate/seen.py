@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from clla.errors import CorruptArtifactError, DatasetError
-from clla.recipe import load_recipe
-from clla.storage.filenames import RECIPE, REPORT
-from clla.storage.files import read_json
+from clla.errors import DatasetError
+from clla.recipe import Recipe
 from clla.text.reading import hub_dataset, local_file, open_text, read_documents
 from clla.text.sequences import calibration_blocks, held_out_blocks, holds_back
 
@@ -36,9 +32,6 @@ class FittedText:
     dataset: str
     sha256: str | None
     held_out: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fingerprint(dataset: str) -> str:
@@ -73,12 +66,12 @@ def fitted_text(dataset: str, *, held_out: bool | None = None) -> FittedText:
 
 
 def unseen(text: str, fitted: Sequence[FittedText] | None, *, left_out: bool) -> bool | None:
-    """Whether windows of a text are new to a model: False if it was fitted to them, None if that cannot be known.
+    """Whether samples of a text are new to a model: False if it was fitted to them, None if that cannot be known.
 
     Args:
         text: that is measured on.
         fitted: texts that the model was fitted to; None if they are not known.
-        left_out: the windows are of the blocks that are kept back of every text.
+        left_out: the samples are of the blocks that are kept back of every text.
     """
     if fitted is None:
         return None
@@ -116,26 +109,11 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
     return (part for part in parts if len(part) >= TELLING)
 
 
-def fitted_of(folder: Path) -> list[FittedText] | None:
-    """Texts that a checkpoint was calibrated and healed on, by its report, or by its recipe where that is older.
-
-    None where neither says.
-    """
-    report, recipe = folder / REPORT, folder / RECIPE
-    noted = read_json(report).get("fitted") if report.is_file() else None
-    try:
-        if noted is not None:
-            return [FittedText(**one) for one in noted]
-    except TypeError as error:
-        raise CorruptArtifactError(
-            f"{report} does not say what the model was fitted to: {error}",
-            expected="a report as clla wrote it",
-            remedy="copy or download the checkpoint again",
-        ) from error
-    if not recipe.is_file():
+def texts_of(recipe: Recipe | None) -> list[FittedText] | None:
+    """Texts that a recipe has a model fitted to, for checkpoints whose report does not say it; None without one."""
+    if recipe is None:
         return None
-    found = load_recipe(str(recipe))
-    names = [found.calibration.dataset]
-    if found.heal is not None:
-        names.append(found.heal.dataset or found.calibration.dataset)
+    names = [recipe.calibration.dataset]
+    if recipe.heal is not None:
+        names.append(recipe.heal.dataset or recipe.calibration.dataset)
     return [FittedText(name, None, True) for name in names]

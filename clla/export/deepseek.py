@@ -1,4 +1,4 @@
-"""A strict checkpoint of groups of one layer as DeepseekV3, whose kernels many engines have.
+"""A checkpoint with decoupled keys and groups of one layer as DeepseekV3, whose kernels many engines have.
 
 Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) is the decoupled key with a latent for each layer. What it
 lacks is folded into the weights:
@@ -48,7 +48,7 @@ def check_expressible(model: CllaForCausalLM, plan: Plan) -> None:
     if found:
         raise CllaError(
             "this checkpoint cannot be written as DeepseekV3: " + "; ".join(reason for reason, _ in found),
-            expected="a strict conversion of a plain Llama without layer groups",
+            expected="a conversion of a plain Llama with decoupled keys and one layer per group",
             remedy="; ".join(dict.fromkeys(remedy for _, remedy in found)),
         )
 

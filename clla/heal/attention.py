@@ -42,7 +42,7 @@ def view_of(length: int, *, window: int, flush_block: int, sinks: int, chunk: in
 
     Args:
         length: T.
-        window: W; 0 for the strict form, in which even a token itself is read from its latent.
+        window: W; 0 with decoupled keys, where even a token itself is read from its latent.
         flush_block: tokens that leave together.
         sinks: S.
         chunk: tokens per forward pass.

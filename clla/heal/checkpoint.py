@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, teacher_of
+from clla.checkpoint.load import checkpoint_folder, checkpoint_reach, load_checkpoint, recipe_of, source_of
 from clla.checkpoint.write import (
     RunOptions,
     check_kept,
@@ -23,18 +23,18 @@ from clla.checkpoint.write import (
 from clla.errors import resumable
 from clla.evaluate.report import Report
 from clla.evaluate.report_file import ReportFile
-from clla.evaluate.seen import fitted_of, unseen
-from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_WINDOWS, Healing, HealOptions, heal_and_measure
+from clla.evaluate.seen import unseen
+from clla.heal.run import HEAL_LENGTH, REPORT_LENGTH, REPORT_SAMPLES, Healing, HealOptions, heal_and_measure
 from clla.heal.sharding import launched_sharded
 from clla.heal.text import healed_on
 from clla.publish.card import write_card
 from clla.recipe import SHORTEST, Recipe
 from clla.source.device import pick_device, start_processes
-from clla.storage.filenames import RECIPE, REPORT
+from clla.storage.filenames import RECIPE
 from clla.storage.files import write_text
 from clla.storage.places import expanded, holding
 from clla.text.reading import check_text
-from clla.text.sequences import report_text, report_windows
+from clla.text.sequences import report_samples, report_text
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,16 @@ def _heal(
     recipe = recipe.override({"heal": {**changes, "sequence_length": length}})
     assert recipe.heal is not None
     loaded = load_checkpoint(str(folder), device=device, dtype=options.dtype)
-    teacher = teacher_of(loaded, recipe, options.teacher, device)
+    teacher = source_of(loaded, recipe, options.teacher, device)
     measured, text = None, recipe.heal.dataset or recipe.calibration.dataset
-    fitted = fitted_of(folder)
+    earlier = ReportFile.of(folder, loaded.plan)
+    fitted = earlier.fitted
     if fitted is not None:
         fitted = [*fitted, healed_on(text, loaded.tokenizer, length=length)]
     if options.report:
         wanted = reach.fit(REPORT_LENGTH)
-        windows, left_out = report_windows(text, loaded.tokenizer, count=REPORT_WINDOWS, length=wanted, fallback=length)
-        measured = windows, unseen(report_text(text), fitted, left_out=left_out)
+        samples, left_out = report_samples(text, loaded.tokenizer, count=REPORT_SAMPLES, length=wanted, fallback=length)
+        measured = samples, unseen(report_text(text), fitted, left_out=left_out)
     logs = options.output.with_name(options.output.name + "-logs")
     how = HealOptions(work / "heal", resume=options.resume, tracker=options.tracker, logs=logs)
     stored = getattr(torch, loaded.model.config.spec.kv_dtype)
@@ -108,8 +109,6 @@ def _heal(
             loaded.model, teacher, loaded.tokenizer, loaded.plan, recipe, measured, how
         )
     recipe = recipe.model_copy(update={"heal": healing.config})
-    # What the conversion wrote down; a checkpoint without says what it can.
-    earlier = ReportFile.load(folder) if (folder / REPORT).is_file() else ReportFile(loaded.plan, recipe)
     if not processes.is_main_process:
         return recipe, report, healing
     needed = sum(tensor.numel() for tensor in model.state_dict().values()) * stored.itemsize
@@ -122,7 +121,7 @@ def _heal(
             report=report,
             text=report_text(text),
             healing=healing.to_json(),
-            fitted=None if fitted is None else [one.to_json() for one in fitted],
+            fitted=fitted,
         ).save(out)
         write_card(out, options.output.name)
     if options.work_dir is None:

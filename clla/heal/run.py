@@ -29,7 +29,7 @@ from clla.heal.text import healing_text
 from clla.heal.train import BEST, Point, Progress, Schedule, discard, load_trained, train
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
-from clla.recipe import HealConfig, Recipe
+from clla.recipe import HealConfig, Recipe, named
 from clla.storage.files import read_json, write_text
 from clla.text.vocabulary import check_tokens
 
@@ -39,7 +39,7 @@ BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 CODEC_LR = 1e-3  # for the GPU's batch
 
 HEAL_LENGTH = 2048  # of training sequences, where the model takes as many
-REPORT_WINDOWS, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after, likewise
+REPORT_SAMPLES, REPORT_LENGTH, RETRIEVAL_TRIALS = 2, 2048, 8  # of before and after, likewise
 WORTH = 0.1  # of the held-out KL, below which healing was not worth its cost
 STATE_BYTES = 32  # a trained parameter: two states with Adam's moments in fp32, and twice the best state
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "bf16"}
@@ -121,7 +121,7 @@ def heal_and_measure(
         tokenizer: its own.
         plan: that it runs on.
         recipe: whose `heal` is not None.
-        measured: windows [N, T] to measure on and whether they are unseen, as of `unseen`; None measures nothing.
+        measured: samples [N, T] to measure on and whether they are unseen, as of `unseen`; None measures nothing.
         options: how to run.
 
     Returns:
@@ -136,12 +136,12 @@ def heal_and_measure(
     def report(model: CllaForCausalLM) -> Report | None:
         if measured is None:
             return None
-        windows, unseen = measured
+        samples, unseen = measured
         return before_and_after(
             model,
             tokenizer,
             plan,
-            windows,
+            samples,
             retrieval_context=around,
             retrieval_trials=RETRIEVAL_TRIALS,
             unseen=unseen,
@@ -203,20 +203,21 @@ def check_healing(config: HealConfig, *, window: int, flush_block: int, tracker:
         raise UsageError(
             f"sequences of {length} tokens with an exact window of {window}",
             expected=f"at least {2 * window + 2 * flush_block} tokens, so that there are latents to learn from",
-            remedy="raise heal.sequence_length (--sequence-length), or convert with a smaller --exact-window",
+            remedy=f"raise {named('heal', 'sequence_length')}, or convert with a smaller exact window",
         )
     for name, value in (("batch_tokens", config.batch_tokens), ("tokens", config.tokens)):
         if value is not None and value < length:
             raise UsageError(
-                f"heal.{name} {value} with sequences of {length}",
-                expected="at least one sequence a step and one step",
-                remedy=f"raise heal.{name}, or lower heal.sequence_length",
+                f"{named('heal', name)} {value} with sequences of {length}",
+                expected="at least one sequence per step and one step",
+                remedy=f"raise it, or lower {named('heal', 'sequence_length')}",
             )
     if config.tokens is not None and config.batch_tokens is not None and config.tokens < config.batch_tokens:
         raise UsageError(
-            f"heal.tokens {config.tokens} with steps of heal.batch_tokens {config.batch_tokens}",
+            f"{named('heal', 'tokens')} {config.tokens} with steps of {named('heal', 'batch_tokens')} "
+            f"{config.batch_tokens}",
             expected="at least one step",
-            remedy="raise heal.tokens (--tokens), or lower heal.batch_tokens (--batch-tokens)",
+            remedy="raise the first or lower the second",
         )
     installed = [str(kind) for kind in get_available_trackers()]
     if tracker and tracker not in installed:
@@ -269,9 +270,10 @@ def heal(
     steps = min(config.tokens // length, len(sequences)) // max(1, batch)
     if batch < 1 or steps < 1:
         raise UsageError(
-            f"heal.batch_tokens {config.batch_tokens} and heal.tokens {config.tokens} with sequences of {length}",
-            expected="at least one sequence a step and one step",
-            remedy="lower heal.batch_tokens or heal.sequence_length, or pass a longer heal.dataset",
+            f"{len(sequences)} sequences of {length} tokens to train on, in steps of {config.batch_tokens} tokens",
+            expected="enough text for one step",
+            remedy=f"lower {named('heal', 'batch_tokens')} or {named('heal', 'sequence_length')}, or give a longer "
+            f"{named('heal', 'dataset')}",
         )
     accelerator = _accelerator(config, options, teacher)
     sharded = launched_sharded()
@@ -280,7 +282,7 @@ def heal(
     else:
         distiller = Distiller(teacher, make_student(converted, config.train))
     trained = sum(p.numel() for p in distiller.student.parameters() if p.requires_grad)
-    check_disk(work, STATE_BYTES * trained, instead="train less with --train codec")
+    check_disk(work, STATE_BYTES * trained, instead=f"train less: 'codec' for {named('heal', 'train')}")
     codec_steps = round(config.codec_share * steps)
 
     def fit_codecs() -> int:
@@ -340,7 +342,8 @@ def heal(
             raise CllaError(
                 f"the device has too little memory to train '{config.train}': {reason(error)}",
                 expected="teacher, student, gradients and Adam's moments on it",
-                remedy="pass --gradient-checkpointing, --train codec or a shorter --sequence-length",
+                remedy=f"set {named('heal', 'gradient_checkpointing')}, give 'codec' for {named('heal', 'train')}, or "
+                f"lower {named('heal', 'sequence_length')}",
             ) from error
     if options.tracker:
         accelerator.end_training()

@@ -22,14 +22,14 @@ from clla.text.sequences import (
     holds_back,
     self_written,
     token_batches,
-    whole_windows,
+    whole_samples,
 )
 
-HELD_OUT_WINDOWS = 4
+HELD_OUT_SAMPLES = 4
 
 
 def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, work: Path) -> tuple[Tensor, Tensor]:
-    """Sequences [N, T] (int32) to train on, made once and kept in `work`, and windows [M, T] that training leaves out.
+    """Sequences [N, T] (int32) to train on, made once and kept in `work`, and samples [M, T] that training leaves out.
 
     A text shorter than what is wanted is read again in another order. Of text that the model writes itself the last
     sequences are kept back.
@@ -50,11 +50,11 @@ def healing_text(config: HealConfig, model: PreTrainedModel, tokenizer: Any, wor
             console.say(f"Packing the text again: {error.got}")
     wanted = max(1, config.tokens // length)
     if config.dataset == "self":
-        total = config.tokens + HELD_OUT_WINDOWS * length
+        total = config.tokens + HELD_OUT_SAMPLES * length
         written = self_written(model, tokenizer, tokens=total, sequence_length=length, seed=config.seed)
         with console.progress("Writing (tokens)", total) as advance:
             rows = torch.cat([_counted(batch.cpu(), advance) for batch in written])
-        sequences, held = rows[:-HELD_OUT_WINDOWS], rows[-HELD_OUT_WINDOWS:]
+        sequences, held = rows[:-HELD_OUT_SAMPLES], rows[-HELD_OUT_SAMPLES:]
     else:
         sequences, held = _packed(config, tokenizer, wanted)
     sequences = sequences.to(torch.int32)
@@ -75,7 +75,7 @@ def _counted(batch: Tensor, advance: console.Advance) -> Tensor:
 
 
 def _packed(config: HealConfig, tokenizer: Any, wanted: int) -> tuple[Tensor, Tensor]:
-    """Sequences [wanted, T] of a text, and windows [M, T] of what is kept back of it."""
+    """Sequences [wanted, T] of a text, and samples [M, T] of what is kept back of it."""
     assert config.dataset and config.sequence_length
     dataset, length = config.dataset, config.sequence_length
 
@@ -86,11 +86,11 @@ def _packed(config: HealConfig, tokenizer: Any, wanted: int) -> tuple[Tensor, Te
 
     if holds_back(dataset, tokenizer, length=length):
         left_out = held_out_blocks(read_documents(dataset, tell=False))
-        held = whole_windows(left_out, tokenizer, count=HELD_OUT_WINDOWS, length=length)
+        held = whole_samples(left_out, tokenizer, count=HELD_OUT_SAMPLES, length=length)
         sequences = pack(calibration_blocks(read_documents(dataset)), wanted)
     else:  # too short for that: keep the last sequences back
-        sequences = pack(read_documents(dataset), wanted + HELD_OUT_WINDOWS)
-        count = min(HELD_OUT_WINDOWS, len(sequences) // 2)
+        sequences = pack(read_documents(dataset), wanted + HELD_OUT_SAMPLES)
+        count = min(HELD_OUT_SAMPLES, len(sequences) // 2)
         if count == 0:
             raise DatasetError(
                 f"{config.dataset} has a single sequence of {length} tokens",

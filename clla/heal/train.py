@@ -75,7 +75,7 @@ class Schedule:
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
     def is_due(self, step: int) -> bool:
-        """Whether held-out KL is measured after so many steps."""
+        """Whether held-out KL is measured after this step."""
         return step * self.evaluations // self.steps > (step - 1) * self.evaluations // self.steps
 
 

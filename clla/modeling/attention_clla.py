@@ -26,7 +26,7 @@ class LatentRows(PackedRows):
     Args:
         data, layout, used, workspace: as of `PackedRows`.
         codec: with `decoder` [G, 2·H·d, r] and `mean` [G, 2·H·d] of the group's layers, keys first.
-        hidden: [B], so many rows at the front nobody may see (padding, and sinks, which are exact).
+        hidden: [B], number of rows at the front that no query may see (padding, and sinks, which are exact).
         reach: at least the largest of them.
         turns: rotation to the rows' positions; None for models without.
         index: [B, K'], the rows that are read; None for all.

@@ -229,7 +229,7 @@ def _sums_like(
 
 
 def make_tables(layout: Layout, ranks: "tuple[int, ...]", device: torch.device) -> None:
-    """Make what launches for these rows look up, for so many components of a row."""
+    """Make what launches for these rows look up, for a number of components of a row."""
     for rank in ranks:
         block_table(tuple(flat_layout(layout)), COMPONENTS, rank, device)
 

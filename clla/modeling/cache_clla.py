@@ -5,7 +5,7 @@ newest slots are exact. When a layer group's last layer has run and the exact bu
 are encoded and leave it, `flush_block` at a time (`group_clla.py`). Sinks are the first S tokens of each sequence
 that are no padding; they stay exact wherever they lie.
 
-With a `capacity` a group keeps at most so many rows: when more have come, those that the newest queries look
+With a `capacity` a group keeps at most that number of rows: when more have come, those that the newest queries look
 at least are dropped (`evict_clla.py`). Rows stay in the order of their slots, padding leaves first, so the
 kept rows are masked like the last K slots before the exact ones.
 
@@ -88,9 +88,9 @@ class CllaCache(Cache):
         config: the model's `CllaConfig`.
         codec: its `codec` module (one module per layer group).
         rope: rotations of the model; None without.
-        max_cache_len: allocate for so many tokens at once, so that nothing moves as tokens come and a forward pass of
-            one token can be compiled or captured; None to grow.
-        select: old tokens that a layer reads in full where few queries come; the others are judged by the first
+        max_cache_len: allocate for this number of tokens at once, so that nothing moves as tokens come and a forward
+            pass of one token can be compiled or captured; None to grow.
+        attend_top_k: old tokens that a layer reads in full where few queries come; the others are judged by the first
             components of their latents alone. None for all.
     """
 
@@ -100,10 +100,10 @@ class CllaCache(Cache):
         codec: Any,
         rope: Optional[Rope],
         max_cache_len: Optional[int] = None,
-        select: Optional[int] = None,
+        attend_top_k: Optional[int] = None,
     ) -> None:
         spec = config.spec
-        self.config, self.codec, self.select, self.most_tokens = config, codec, select, max_cache_len
+        self.config, self.codec, self.attend_top_k, self.most_tokens = config, codec, attend_top_k, max_cache_len
         self.timeline, self._workspace = Timeline(rope), Workspace()
         self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         self.groups = [
@@ -204,7 +204,7 @@ class CllaCache(Cache):
                     group.make_room(count)
                 step = self._step(count, position_ids.device)
                 for group in self.groups:
-                    group.begin(step, self.select, self._workspace)
+                    group.begin(step, self.attend_top_k, self._workspace)
         except BaseException:
             self._restore()
             raise

@@ -68,7 +68,7 @@ class DecoupledGroup(LatentGroup):
             unread: its own keys and values, which nothing is made of.
             plain: the attention that the model would compute.
             scaling: of the logits.
-            most: up to so many queries are absorbed, where attention is ordinary and no gradient is wanted.
+            most: up to this number of queries are absorbed, where attention is ordinary and no gradient is wanted.
         """
         index, home, tokens = self.layers.index(layer), query.device, query.shape[2]
         like = self._turn(tokens)

@@ -1,4 +1,4 @@
-"""Which latents stay when only so many may: those that the newest queries look at most.
+"""Which latents stay when their number is limited: those that the newest queries look at most.
 
 The score is SnapKV's and PyramidKV's (arXiv 2404.14469, 2406.02069): attention weights of an observation window,
 max-pooled over neighbouring tokens; here also averaged over the heads and layers that share a latent.

@@ -112,7 +112,7 @@ class LatentGroup:
         """Drop what only one forward pass needs."""
         self._handed: Any = None  # where the tensors lie that `update` gave last
         self._step: Optional[Step] = None  # of this forward pass, if it reads latents
-        self._select: Optional[int] = None
+        self._top_k: Optional[int] = None
         self._incoming: dict[int, Tensor] = {}  # layer -> [B, 2H, T, d] of this forward pass
         self._incoming_rows: Optional[Tensor] = None  # [B, T, N] of this forward pass (`first` only)
         self._rows: Optional[LatentRows] = None  # for the layers of one forward pass
@@ -120,7 +120,7 @@ class LatentGroup:
         self._moved: Optional[Tensor] = None  # exact tokens [G, B, 2H, S + C, d] that `write_back` writes
 
     @property
-    def strict(self) -> bool:
+    def windowless(self) -> bool:
         """No exact window at all: even the current tokens are read from their latents."""
         return self.window == 0
 
@@ -134,7 +134,7 @@ class LatentGroup:
         """Rows that are allocated at once."""
         if self.max_cache_len is None:
             return 0
-        return self.max_cache_len if self.strict else leaving_slots(self.max_cache_len, self.window, self.block)
+        return self.max_cache_len if self.windowless else leaving_slots(self.max_cache_len, self.window, self.block)
 
     @property
     def slots(self) -> int:
@@ -153,7 +153,7 @@ class LatentGroup:
         return self._step is not None
 
     def _layout(self, encoded: int, filled: int) -> "tuple[int, int]":
-        """Exact slots for sinks and for the newest tokens once so many tokens are encoded and exact."""
+        """Exact slots for sinks and for the newest tokens, for given numbers of encoded and exact tokens."""
         if self.max_cache_len is not None:
             return min(self.sinks, self.room), self.slots
         return exact_layout(encoded, filled, self.window, self.sinks, self.block)
@@ -186,7 +186,7 @@ class LatentGroup:
         """Take the first layer's attention input [B, T, h] (`first` source) and encode it."""
         held = self._storage(hidden)
         rows = self._packed(self._encode(hidden.to(held.rows.device)))
-        if self.strict:
+        if self.windowless:
             self._append(held, rows)
             self._resize(held, *self._layout(self.encoded, 0))
         else:
@@ -202,10 +202,10 @@ class LatentGroup:
         assert self.held is not None
         self._resize(self.held, *self._layout(self.encoded, self.filled + count))
 
-    def begin(self, step: Step, select: "Optional[int]", workspace: Workspace) -> None:
-        """The next forward pass reads latents: all of them, or the `select` best of each layer."""
+    def begin(self, step: Step, top_k: "Optional[int]", workspace: Workspace) -> None:
+        """The next forward pass reads latents: all of them, or the `top_k` best of each layer."""
         held = self.held
-        assert held is not None and self.capacity is None and not self.strict
+        assert held is not None and self.capacity is None and not self.windowless
         rows = held.rows[:, : self.kept] if self.max_cache_len is None else held.rows
         if self.max_cache_len is not None:  # tables made while a graph is recorded would lie in that graph's memory
             if on_gpu(rows):
@@ -216,7 +216,7 @@ class LatentGroup:
         self._rows = LatentRows(
             rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace
         )
-        self._step, self._select = step, select
+        self._step, self._top_k = step, top_k
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
         """Take one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
@@ -228,7 +228,7 @@ class LatentGroup:
             return keys, values
         held = self._storage(keys)
         new = torch.cat((keys, values), dim=1).to(held.rows.device)  # [B, 2H, T, d]
-        if self.strict:
+        if self.windowless:
             self._capture_sinks(held.exact[index, :, :, : self.sink_slots], new, self.timeline.length)
             both = self._decode(held, index, new[:, :, :0])
         else:
@@ -254,10 +254,10 @@ class LatentGroup:
         exact = held.exact[index].float()  # [B, 2H, S + C, d]
         near = (query.float() * scaling @ exact[:, : self.heads].mT).unflatten(2, (-1, tokens))
         near = (near + step.bias.to(near.device)).flatten(2, 3)  # [B, H, M, S + C]
-        if self._select is not None and rows.count > self._select:
+        if self._top_k is not None and rows.count > self._top_k:
             rank = judging_rank(self.layout)
             judged = rows.weights(query, near, index, scaling=scaling, turned=turned, rank=rank)
-            best_rows = judged[..., : rows.count].sum((1, 2)).topk(self._select, sorted=False).indices
+            best_rows = judged[..., : rows.count].sum((1, 2)).topk(self._top_k, sorted=False).indices
             rows = rows.chosen(best_rows.sort().values)
         found = rows.weights(query, near, index, scaling=scaling, turned=turned)
         out = rows.summed(found, exact[:, self.heads :], index)
@@ -269,7 +269,7 @@ class LatentGroup:
         held, written, count = self.held, self._step is not None, self.timeline.incoming
         incoming, rows = self._incoming, self._incoming_rows
         self.forget()
-        if held is None or self.strict:
+        if held is None or self.windowless:
             return
         total = self.filled + count
         leaving = leaving_slots(total, self.window, self.block)
@@ -330,7 +330,7 @@ class LatentGroup:
             self._moved = None
 
     def _resize(self, held: _Storage, sinks: int, slots: int) -> None:
-        """Give the exact buffer so many slots for sinks and for the newest tokens."""
+        """Resize the exact buffer's slots for sinks and for the newest tokens."""
         before, newest = self.sink_slots, self.newest_slots
         if (sinks, slots) == (before, newest):
             return

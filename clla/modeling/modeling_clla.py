@@ -195,7 +195,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             return loaded
         codec = load_file(str(cached_file(path, CODEC_FILE, **where)))
         if tensor_digest(codec) != config.spec.codec_sha256:
-            raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it anew")
+            raise ValueError(f"{CODEC_FILE} in {path} is damaged: its checksum does not match; copy it again")
         unfit = (
             "revision",
             "subfolder",
@@ -269,7 +269,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         """An empty compressed cache for one batch of sequences.
 
         Args:
-            max_cache_len: allocate for so many tokens at once (see `CllaCache`); None to grow as tokens come.
+            max_cache_len: allocate for this number of tokens at once (see `CllaCache`); None to grow as tokens come.
         """
         own = self.source.config._attn_implementation
         if is_observed(own):  # in this process it is not registered yet, where another one pickled the model
@@ -350,7 +350,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]; or `inputs_embeds` [B, T, h].
             attention_mask: [B, past + T], zeros at padding; None for no padding but that of earlier calls.
             position_ids: [B, T].
-            past_key_values: what an earlier call returned; made anew when None. transformers from 5.24 on call it
+            past_key_values: what an earlier call returned; a new one when None. transformers from 5.24 on call it
                 `cache`; both names are understood.
             labels: [B, T], for the loss.
             use_cache: False only means that the cache is not returned.

@@ -24,7 +24,7 @@ def reading_mode() -> Any:
 
 
 class Workspace:
-    """Memory that every forward pass writes anew: taken afresh, it would cost as much as what is computed in it.
+    """Memory that every forward pass writes again: allocating it each time would cost as much as the computation in it.
 
     Nothing is read from it after its pass, at whose end it is released. It grows to unpacked latents of one group (at
     most `HELD_BYTES`) and the keys of one block.
@@ -48,14 +48,14 @@ class Workspace:
 
 
 class PackedRows:
-    """Rows of one layer group as the layers of one forward pass read them; made anew for each.
+    """Rows of one layer group as the layers of one forward pass read them; new for each.
 
     Args:
         data: [B, K, N] uint8.
         layout: of a row.
         dtype: of what is computed, and of unpacked rows.
-        hidden: [B], so many rows at the front nobody may see.
-        used: [1], so many rows of `data` hold a token; None for all.
+        hidden: [B], number of rows at the front that no query may see.
+        used: [1], number of rows of `data` that hold a token; None for all.
         workspace: shared with other rows, if nobody else reads them at the same time.
     """
 

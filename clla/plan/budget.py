@@ -33,7 +33,7 @@ class Budget:
 
     @classmethod
     def of(cls, config: BudgetConfig, *, source_bytes: float) -> Budget:
-        """A settled recipe's budget, of a source with so many KV bytes per token."""
+        """A settled recipe's budget, of a source with `source_bytes` KV bytes per token."""
         assert config.exact_window is not None, "the recipe is settled"
         amount = parse_budget(config.kv_budget, source_bytes=source_bytes)
         return cls(amount, config.budget_context or None, config.exact_window, config.num_sinks, config.eviction_ratio)

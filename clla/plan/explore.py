@@ -21,7 +21,7 @@ from clla.plan.spectra import Spectra
 from clla.recipe import Recipe
 from clla.storage.filenames import CONFIG
 
-EXPECTED = "the --work-dir of a conversion, or a stats file in it"
+EXPECTED = "the --work-dir of a conversion, or a statistics file in it"
 REMEDY = "make one without converting: clla convert MODEL --work-dir DIR --dry-run"
 
 

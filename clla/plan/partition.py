@@ -52,7 +52,7 @@ class Outline:
         return max(0.0, self._sum(segment, least, self._fit(least, lambda worth: (worth > least).double())))
 
     def price(self, segments: Sequence[Segment], bits: float, low: float, high: float) -> float:
-        """Price between two others at which groups take so many bits, by bisection of its logarithm."""
+        """Price between two others at which groups take that number of bits, by bisection of its logarithm."""
         low, high = math.log(low), math.log(high)
         while high - low > 0.05:
             middle = (low + high) / 2
@@ -63,7 +63,7 @@ class Outline:
         return math.exp(high)
 
     def price_of(self, segments: Sequence[Segment], bits: float) -> float:
-        """Price at which groups take so many bits, sought below that of their layers alone."""
+        """Price at which groups take that number of bits, sought below that of their layers alone."""
         layers = [(start + i, 1) for start, size in segments for i in range(size)]
         worth = max(self.spectra.energy(*layer) for layer in layers)
         if worth <= 0:

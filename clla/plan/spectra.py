@@ -120,7 +120,7 @@ class Spectra:
         return {}
 
     def rank(self, size: int) -> int:
-        """Components that a group of so many layers has."""
+        """Components of a group of this number of layers."""
         if self.source == "group":
             return size * self.stats.width
         assert self.stats.input_mean is not None, "the stats were collected without inputs"

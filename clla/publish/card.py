@@ -102,7 +102,7 @@ def _results(facts: Facts) -> list[EvalResult]:
             dataset_config=found.config,
             dataset_split=found.split,
             dataset_revision=found.revision,
-            dataset_args={"windows": report.windows, "context": report.context, "chunk": report.chunk},
+            dataset_args={"samples": report.windows, "context": report.context, "chunk": report.chunk},
             metric_type="perplexity",
             metric_name=label,
             metric_value=report.quality[name]["perplexity"],

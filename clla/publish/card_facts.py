@@ -20,7 +20,7 @@ class Facts:
         name: under which code loads the checkpoint: a Hub id or a directory.
         made: the report.
         origin: of its source.
-        adapter: the codec was saved without the source's weights.
+        codec_only: the codec was saved without the source's weights.
         chat: its tokenizer has a chat template.
         pictures: names of those in the folder.
     """
@@ -28,7 +28,7 @@ class Facts:
     name: str
     made: ReportFile
     origin: Origin
-    adapter: bool
+    codec_only: bool
     chat: bool
     pictures: frozenset[str]
 
@@ -58,7 +58,7 @@ def read_facts(folder: Path, name: str) -> Facts:
         name=name,
         made=made,
         origin=origin,
-        adapter=config.get("base_model") is not None,
+        codec_only=config.get("base_model") is not None,
         chat=(folder / "chat_template.jinja").is_file(),
         pictures=frozenset(file.name for file in folder.glob("clla_*.png")),
     )

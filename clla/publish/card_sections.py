@@ -49,8 +49,8 @@ def usage(facts: Facts) -> str:
         "code that runs it is in this repository, hence `trust_remote_code=True`; with the package `clla` installed, "
         "`clla.register()` does instead.",
     ]
-    if facts.adapter:
-        parts.append(_adapter(facts))
+    if facts.codec_only:
+        parts.append(_codec_only(facts))
     return "\n\n".join([*parts, VLLM.format(name=facts.name)])
 
 
@@ -92,7 +92,7 @@ def quality(facts: Facts) -> str:
     parts = [
         "## Quality",
         report.quality_table(facts.made.before).markdown(),
-        f"{report.windows} windows of {report.context:,} tokens of {text_of(facts.made.text)}, {seen}; each from an "
+        f"{report.windows} samples of {report.context:,} tokens of {text_of(facts.made.text)}, {seen}; each from an "
         f"empty cache, {report.chunk:,} tokens per forward pass, read through the cache as in generation. All rows "
         "come from one run. KL is that from the source's predictions to the row's, mean over all tokens.",
     ]
@@ -182,7 +182,7 @@ def _exact(plan: Plan) -> str:
 
 
 def _weights(facts: Facts) -> str:
-    if facts.adapter:
+    if facts.codec_only:
         return "This repository holds the codec alone; the weights are the base model's."
     trained = facts.made.healing["config"]["train"] if facts.made.healing else "codec"
     if facts.made.plan.decoupled and not facts.made.healing:
@@ -196,7 +196,7 @@ def _trained(what: str) -> str:
     return {"codec": "the codec", "attention": "codec and attention", "all": "codec and all weights"}[what]
 
 
-def _adapter(facts: Facts) -> str:
+def _codec_only(facts: Facts) -> str:
     if facts.origin.hub_id:
         return f"Loading it fetches the weights from {facts.source}, in the revision that was converted."
     return (

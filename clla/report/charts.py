@@ -43,7 +43,7 @@ def draw_quality(points: Sequence[Measured], frontier: Sequence[Point], source_b
     Args:
         points: measured.
         frontier: (bytes per token, expected KL), ascending in bytes.
-        source_bytes: a token.
+        source_bytes: per token.
         width: px.
     """
     least = min(p.nbytes for p in points) / 2
@@ -162,6 +162,6 @@ def draw_healing(history: Sequence[dict[str, Any]], width: int) -> Drawing:
 
 
 def _doublings(low: float, high: float, most: int) -> list[float]:
-    """Powers of two within the ends, every so many of them."""
+    """Powers of two between the ends, at most `most` of them, evenly spread."""
     found = [2.0**e for e in range(64) if low <= 2.0**e <= high]
     return found[:: -(-len(found) // most)] if found else []

@@ -11,12 +11,11 @@ from clla.artifacts.plan import Plan
 from clla.checkpoint.load import check_folder
 from clla.errors import CorruptArtifactError
 from clla.evaluate.layer_errors import LayerError
-from clla.evaluate.report import Report
 from clla.evaluate.report_file import ReportFile
 from clla.recipe import Recipe, load_recipe
 from clla.report.samples import Sample
 from clla.source.lengths import Reach
-from clla.storage.filenames import CONFIG, RECIPE, REPORT
+from clla.storage.filenames import CONFIG, RECIPE
 from clla.storage.files import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -42,12 +41,7 @@ class PageData:
         recipe: resolved; None for a checkpoint without.
         recipe_text: the same as YAML.
         healed: what was trained: empty, `codec`, `attention` or `all`.
-        report: source, int4 and converted side by side; None if not measured.
-        predicted_kl: nats per token if every token were coded; None if not known.
-        reduction: as in `Stats`.
-        outlook: from `clla.plan.frontier`; empty for older checkpoints.
-        healing: from `Healing.to_json`; None if not healed.
-        before: measured before healing.
+        file: what `clla_report.json` says, and what was measured for the page where it says nothing.
         errors: of each layer by itself.
         error_text: what they were measured on.
         samples: text of both models.
@@ -63,24 +57,19 @@ class PageData:
     recipe: Recipe | None
     recipe_text: str
     healed: str
-    report: Report | None
-    predicted_kl: float | None
-    reduction: dict[str, float] | None
-    outlook: dict[str, Any]
-    healing: dict[str, Any] | None
+    file: ReportFile
     made: str
     version: str
     errors: tuple[LayerError, ...] = ()
     error_text: str = ""
     samples: tuple[Sample, ...] = ()
-    before: Report | None = None
     missing: tuple[Missing, ...] = ()
     reach: Reach = field(default_factory=Reach)
 
     @property
     def context(self) -> int:
         """Tokens at which bytes are told."""
-        return self.plan.at_context or (self.report.context if self.report else self.reach.fit(8192))
+        return self.plan.at_context or (self.file.report.context if self.file.report else self.reach.fit(8192))
 
     @property
     def dataset(self) -> str:
@@ -106,7 +95,6 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
     recipe = load_recipe(str(recipe_path)) if recipe_path.is_file() else None
     try:
         plan = Plan.from_json(config["clla"])
-        found = ReportFile.load(folder) if (folder / REPORT).is_file() else ReportFile(plan, recipe or Recipe())
         return PageData(
             name=_name(folder, recipe),
             shape=_shape(config.get("text_config") or {}, plan),
@@ -114,12 +102,7 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
             recipe=recipe,
             recipe_text=recipe_path.read_text(encoding="utf-8") if recipe is not None else "",
             healed=config["clla"].get("healed") or "",
-            report=found.report,
-            predicted_kl=found.predicted_kl,
-            reduction=found.reduction,
-            outlook=found.outlook,
-            healing=found.healing,
-            before=found.before,
+            file=ReportFile.of(folder, plan),
             made=made,
             version=version,
         )
@@ -134,7 +117,7 @@ def read_checkpoint(folder: Path, *, made: str, version: str) -> PageData:
 def what_is_missing(data: PageData) -> tuple[Missing, ...]:
     """What the files lack and no run of the model makes up for."""
     lacking = []
-    if not data.outlook.get("spectra"):
+    if not data.file.outlook.get("spectra"):
         lacking.append(
             Missing(
                 "Spectra of the groups and the expected quality at other budgets",

@@ -42,7 +42,7 @@ def render(data: PageData) -> str:
         tables=tables,
         words=words,
         groups_table=groups_table,
-        healed=healing_table(data.before, data.report),
+        healed=healing_table(data.file.before, data.file.report),
         figures=_figures(data),
         style=Markup(style),
         script=Markup(script),
@@ -68,18 +68,18 @@ def _figures(data: PageData) -> dict[str, Any]:
     longest = data.reach.positions or max(131_072, 4 * data.context)
     found["memory"] = _both(partial(charts.draw_memory, plan, (64, longest)), HALF)
     if points := tables.measured_points(data):
-        assert data.report is not None
-        source = data.report.quality["source"]["bytes_per_token"]
+        assert data.file.report is not None
+        source = data.file.report.quality["source"]["bytes_per_token"]
         found["quality"] = _both(partial(charts.draw_quality, points, tables.frontier(data), source), HALF)
-    spectra = data.outlook.get("spectra") or []
+    spectra = data.file.outlook.get("spectra") or []
     bounds = plan_charts.spectrum_bounds(spectra)
     if bounds is not None and len(spectra) == len(plan.groups):
         drawn = (plan_charts.draw_spectrum(plan, i, spectrum, bounds) for i, spectrum in enumerate(spectra))
         found["spectra"] = [drawing.markup() for drawing in drawn]
     if data.errors:
         found["layers"] = _both(partial(charts.draw_layers, data.errors, plan), WIDE)
-    if data.healing is not None and data.healing.get("history"):
-        found["healing"] = _both(partial(charts.draw_healing, data.healing["history"]), HALF)
+    if data.file.healing is not None and data.file.healing.get("history"):
+        found["healing"] = _both(partial(charts.draw_healing, data.file.healing["history"]), HALF)
     return found
 
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from clla import console
 from clla._version import __version__
-from clla.checkpoint.load import Checkpoint, checkpoint_folder, checkpoint_reach, load_checkpoint, teacher_of
+from clla.checkpoint.load import Checkpoint, checkpoint_folder, checkpoint_reach, load_checkpoint, source_of
 from clla.errors import CllaError, UsageError
 from clla.evaluate.layer_errors import layer_errors
 from clla.evaluate.report import UNSEEN, before_and_after
-from clla.evaluate.seen import fitted_of, unseen
+from clla.evaluate.seen import unseen
 from clla.recipe import Recipe
 from clla.report.data import Missing, PageData, read_checkpoint, what_is_missing
 from clla.report.options import Options
@@ -24,10 +24,10 @@ from clla.report.samples import PROMPTS, built_in, make_samples
 from clla.source.device import pick_device
 from clla.storage.places import check_file, holding
 from clla.text.reading import check_text
-from clla.text.sequences import evaluation_windows
+from clla.text.sequences import evaluation_samples
 from clla.text.vocabulary import check_tokens
 
-LONGEST = 2048  # tokens of a window, where the model takes as many
+LONGEST = 2048  # tokens of a sample, where the model takes as many
 
 
 def make_page(name: str, html: Path, options: Options, *, prompts: tuple[str, ...] = ()) -> PageData:
@@ -76,13 +76,13 @@ def _measured(data: PageData, folder: Path, options: Options, prompts: tuple[str
     data = replace(data, missing=data.missing + missing)
     reach = data.reach
     length = options.sequence_length or reach.fit(LONGEST)
-    windows = evaluation_windows(options.text, loaded.tokenizer, count=max(1, options.num_samples), length=length)
-    check_tokens(windows, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
+    ids = evaluation_samples(options.text, loaded.tokenizer, count=max(1, options.num_samples), length=length)
+    check_tokens(ids, loaded.model.config.text_config.vocab_size, loaded.tokenizer)
     if options.num_samples:
-        known = unseen(options.text, fitted_of(folder), left_out=options.text == "bundled")
-        data = _with_errors(data, loaded, source, windows, options.text, known)
+        known = unseen(options.text, data.file.fitted, left_out=options.text == "bundled")
+        data = _with_errors(data, loaded, source, ids, options.text, known)
     if source is not None and (built or prompts):
-        chosen = [*prompts, *built_in(loaded.tokenizer, windows.flatten(), built, reach)]
+        chosen = [*prompts, *built_in(loaded.tokenizer, ids.flatten(), built, reach)]
         with console.progress("Writing samples (prompts)", len(chosen)) as advance:
             samples = make_samples(
                 source,
@@ -105,34 +105,34 @@ def _with_errors(
     data: PageData,
     loaded: Checkpoint,
     source: PreTrainedModel | None,
-    windows: Tensor,
+    ids: Tensor,
     text: str,
     known: bool | None,
 ) -> PageData:
-    """Errors of layers over windows [N, T], and quality on them, where it is not known.
+    """Errors of layers over samples [N, T], and quality on them, where it is not known.
 
     `known` says whether the model was fitted to them, as of `unseen`.
     """
     plan, chunk = data.plan, data.plan.window or loaded.model.prefill_chunk
-    with console.progress("Measuring layers (windows)", len(windows)) as advance:
-        errors = layer_errors(loaded.model, windows, chunk=chunk, on_window=advance)
-    data = replace(data, errors=errors, error_text=_described(windows, text, known))
+    with console.progress("Measuring layers (samples)", len(ids)) as advance:
+        errors = layer_errors(loaded.model, ids, chunk=chunk, on_sample=advance)
+    data = replace(data, errors=errors, error_text=_described(ids, text, known))
     if not errors:
-        why = f"No token of {windows.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
+        why = f"No token of {ids.shape[1]} leaves the exact window of {plan.window} and becomes a latent."
         data = replace(data, missing=(*data.missing, Missing("Errors of layers", why, "A longer --sequence-length.")))
-    if data.report is not None or source is None:
+    if data.file.report is not None or source is None:
         return data
-    with console.progress("Measuring quality (windows)", len(windows)) as advance:
+    with console.progress("Measuring quality (samples)", len(ids)) as advance:
         report = before_and_after(
-            loaded.model, loaded.tokenizer, plan, windows, unseen=known, source_model=source, on_step=advance
+            loaded.model, loaded.tokenizer, plan, ids, unseen=known, source_model=source, on_step=advance
         )
-    return replace(data, report=report)
+    return replace(data, file=replace(data.file, report=report))
 
 
 def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTrainedModel | None, tuple[Missing, ...]]:
     """The source to compare with; without one the page says so, unless the user named it."""
     try:
-        return teacher_of(loaded, data.recipe or Recipe(), options.source_model, loaded.model.device), ()
+        return source_of(loaded, data.recipe or Recipe(), options.source_model, loaded.model.device), ()
     except CllaError as error:
         if options.source_model is not None:
             raise
@@ -140,16 +140,16 @@ def _source(loaded: Checkpoint, data: PageData, options: Options) -> tuple[PreTr
         return None, (Missing("Text of the source beside the converted model's", error.got + ".", how),)
 
 
-def _described(windows: Tensor, text: str, known: bool | None) -> str:
+def _described(ids: Tensor, text: str, known: bool | None) -> str:
     own = f"{'the bundled text' if text == 'bundled' else Path(text).name}, {UNSEEN[known]}"
-    many = "one window" if len(windows) == 1 else f"{len(windows)} windows"
-    return f"{many} of {windows.shape[1]:,} tokens of {own}"
+    many = "one sample" if len(ids) == 1 else f"{len(ids)} samples"
+    return f"{many} of {ids.shape[1]:,} tokens of {own}"
 
 
 def _not_wanted(data: PageData, *, quality: bool, samples: bool) -> tuple[Missing, ...]:
     """What is not there because it was not asked for."""
     lacking = []
-    if data.report is None and not quality:
+    if data.file.report is None and not quality:
         how = "clla report without --num-samples 0 measures it."
         lacking.append(Missing("Perplexity and KL", "The conversion did not measure them (--no-eval).", how))
     if not quality:

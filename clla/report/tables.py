@@ -34,9 +34,9 @@ def headline(data: PageData) -> str:
         f"At {context:,} tokens {what} takes {own:,.0f} bytes per token instead of {source:,} "
         f"({words.percent(own / source)}, {source / own:.3g} times less)"
     )
-    if data.report is None:
+    if data.file.report is None:
         return text + "; what that costs was not measured."
-    quality = data.report.quality
+    quality = data.file.report.quality
     before, after = quality["source"]["perplexity"], quality["converted"]["perplexity"]
     return (
         f"{text}; perplexity goes from {before:.3f} to {after:.3f} ({100 * (after / before - 1):+.2f} %), "
@@ -51,10 +51,10 @@ def tiles(data: PageData) -> list[Tile]:
     whose = "of these layers' cache" if plan.kept_layers else "of the source's cache"
     found = [
         Tile(words.percent(own / source), whose, f"at {context:,} tokens"),
-        Tile(f"{own:,.0f} B", "a token", f"source {source:,} B"),
+        Tile(f"{own:,.0f} B", "per token", f"source {source:,} B"),
     ]
-    if data.report is not None:
-        quality = data.report.quality
+    if data.file.report is not None:
+        quality = data.file.report.quality
         before, after = quality["source"]["perplexity"], quality["converted"]["perplexity"]
         found.append(Tile(f"{100 * (after / before - 1):+.2f} %", "perplexity", f"{before:.3f} → {after:.3f}"))
         found.append(Tile(f"{quality['converted']['kl']:.4f}", "KL, nats per token", "to the source"))
@@ -65,13 +65,13 @@ def tiles(data: PageData) -> list[Tile]:
 
 def measured_points(data: PageData) -> list[Measured]:
     """Points of the picture of quality."""
-    if data.report is None:
+    if data.file.report is None:
         return []
     found = []
-    if data.before is not None:
-        row = data.before.quality["converted"]
+    if data.file.before is not None:
+        row = data.file.before.quality["converted"]
         found.append(Measured("before", "before healing", row["bytes_per_token"], row["kl"]))
-    for name, row in data.report.quality.items():
+    for name, row in data.file.report.quality.items():
         if name != "source":
             found.append(
                 Measured("own" if name == "converted" else "other", _brief(name), row["bytes_per_token"], row["kl"])
@@ -81,12 +81,12 @@ def measured_points(data: PageData) -> list[Measured]:
 
 def frontier(data: PageData) -> list[tuple[float, float]]:
     """(bytes per token, KL) that the plan expects of other budgets, scaled to what was measured of this one."""
-    report, expected = data.report, data.outlook.get("frontier") or {}
+    report, expected = data.file.report, data.file.outlook.get("frontier") or {}
     if report is None or not expected.get("row_bytes"):
         return []
-    if data.healing is not None and data.before is None:
+    if data.file.healing is not None and data.file.before is None:
         return []
-    kl = (data.before or report).quality["converted"]["kl"]
+    kl = (data.file.before or report).quality["converted"]["kl"]
     kept = data.plan.kept_bytes_at(report.context)
     return [
         ((data.plan.bytes_at(report.context, row) + kept) / report.context, loss * kl)
@@ -153,10 +153,10 @@ def settings(data: PageData) -> list[tuple[str, str]]:
     found.append(("latent input", "all layers of a group" if plan.source == "group" else "its first layer"))
     if plan.capacity is not None:
         found.append(("eviction", f"at most {plan.capacity:,} latents per group"))
-    if data.predicted_kl is not None:
-        found.append(("predicted KL", f"{data.predicted_kl:.4f} nats per token if no token were exact"))
-    if data.reduction is not None:
-        found.append(("moments", f"in {data.reduction['coordinates']:,.0f} of {data.reduction['of']:,.0f} coordinates"))
+    if data.file.predicted_kl is not None:
+        found.append(("predicted KL", f"{data.file.predicted_kl:.4f} nats per token if no token were exact"))
+    if kept := data.file.reduction:
+        found.append(("moments", f"in {kept['coordinates']:,.0f} of {kept['of']:,.0f} coordinates"))
     found.append(("trained", data.healed or "nothing; the weights are the source's"))
     if recipe is not None and recipe.provenance is not None:
         found.append(("made with", ", ".join(f"{k} {v}" for k, v in recipe.provenance.versions.items())))

@@ -56,7 +56,7 @@ class GroupReader:
         rope: rotation of keys; None without.
         heads: key-value heads of the model that this rank has, as indices.
         query_heads: of this rank.
-        most_rows: of several sequences side by side, at most so many are read at once.
+        most_rows: of several sequences side by side, at most this number is read at once.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GroupReader:
         self.window, self.block, self.sinks = spec.window, spec.flush_block, spec.sinks
         self.kv_heads, self.head_dim, self.from_input = spec.heads, spec.head_dim, spec.from_first
         self.codec, self.rope, self.heads, self.most_rows = codec, rope, heads, most_rows
-        # Up to so many new tokens of a sequence read latents; more decode them once.
+        # Up to this number of new tokens of a sequence read latents; more decode them once.
         few = reading_tokens(self.kv_heads, self.head_dim, self.kv_heads * query_heads // len(heads))
         self.few = few if self.window or group.rope_pairs else 0
         self._decoder: Decoder | None = None
@@ -103,7 +103,7 @@ class GroupReader:
         return bool(self.window or self.sinks)
 
     def old(self, total: int, count: int) -> int:
-        """Of `total` tokens, the last `count` of them new, so many are read from their latents."""
+        """How many of `total` tokens, the last `count` of them new, are read from their latents."""
         return leaving_slots(total - count, self.window, self.block) if self.window else total
 
     def write(self, both: dict[int, Tensor], latents: Pages) -> None:

@@ -23,7 +23,7 @@ NEAR = 64  # or by no more than this many rows
 
 @dataclass
 class Side:
-    """Attributes: sequences: their numbers in the batch; old: of their tokens, so many are read from latents."""
+    """Attributes: sequences: their numbers in the batch; old: number of their tokens that are read from latents."""
 
     sequences: list[int]
     old: list[int]
@@ -78,7 +78,7 @@ class Side:
         return slots_at(self.table(self.batch), self.places, size)
 
     def hidden_rows(self, sinks: int) -> list[int]:
-        """Of each sequence's rows, so many are padding, or sinks, which are read exactly."""
+        """Number of each sequence's rows that are padding, or sinks, which are read exactly."""
         return [self.rows - old + min(sinks, old) for old in self.old]
 
     def hidden(self, sinks: int) -> Tensor:
@@ -92,7 +92,7 @@ class Side:
             batch: of the exact pages; its block table differs from that of the latents.
             sinks: first tokens that are exact.
             size: tokens per page.
-            window: of the others a new token sees so many, itself among them; None for all.
+            window: number of the others that a new token sees, itself among them; None for all.
         """
         device = batch.table.device
         old = torch.tensor(self.old, device=device)[:, None]

@@ -32,7 +32,7 @@ class Window(NamedTuple):
         return cls(page, layers, tokens, sinks)
 
     def blocks(self, more: int = 0) -> int:
-        """Exact blocks of a sequence, with so many tokens more than the window: they begin and end in one."""
+        """Exact blocks of a sequence, with a number of tokens more than the window: they begin and end in one."""
         return -(-(self.tokens + more) // EXACT_BLOCK) + 1 + -(-self.sinks // EXACT_BLOCK)
 
 

@@ -184,7 +184,7 @@ def damaged(path: Path, why: str) -> CorruptArtifactError:
     return CorruptArtifactError(
         f"{path} cannot be read: {why}",
         expected="a file written by clla",
-        remedy="delete it and run the conversion again, or copy it anew from where it came",
+        remedy="delete it and run the conversion again, or copy it again from where it came",
     )
 
 

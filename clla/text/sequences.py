@@ -77,7 +77,7 @@ def token_batches(
         raise DatasetError(
             f"the text is shorter than one sequence ({len(buffer)} tokens)",
             expected=f"at least {sequence_length} tokens",
-            remedy="pass a longer --dataset or a smaller --sequence-length",
+            remedy="give a longer text to fit the model on, or shorter sequences",
         )
     stacked = torch.tensor(sequences)
     return list(stacked.split(batch_size))
@@ -97,44 +97,44 @@ def held_out_blocks(documents: Iterable[str]) -> Iterator[str]:
 
 
 def holds_back(dataset: str, tokenizer: Any = None, *, length: int = 0) -> bool:
-    """Whether a text is long enough to keep anything back of it; with a tokenizer, one window of `length` tokens."""
+    """Whether a text is long enough to keep anything back of it; with a tokenizer, one sample of `length` tokens."""
     blocks = held_out_blocks(read_documents(dataset, tell=False))
     if tokenizer is None:
         return next(blocks, None) is not None
     try:
-        return len(whole_windows(blocks, tokenizer, count=1, length=length)) == 1
+        return len(whole_samples(blocks, tokenizer, count=1, length=length)) == 1
     except DatasetError:
         return False
 
 
-def evaluation_windows(dataset: str, tokenizer: Any, *, count: int, length: int) -> Tensor:
-    """Windows [count, length] to measure on: a text from its start, or what calibration leaves out of the
+def evaluation_samples(dataset: str, tokenizer: Any, *, count: int, length: int) -> Tensor:
+    """Samples [count, length] to measure on: a text from its start, or what calibration leaves out of the
     bundled text.
 
     Raises:
-        DatasetError: as `read_documents`, or the text is shorter than one window.
+        DatasetError: as `read_documents`, or the text is shorter than one sample.
     """
     documents = read_documents(dataset)
     blocks = held_out_blocks(documents) if dataset == "bundled" else documents
-    return whole_windows(blocks, tokenizer, count=count, length=length)
+    return whole_samples(blocks, tokenizer, count=count, length=length)
 
 
-def report_windows(dataset: str, tokenizer: Any, *, count: int, length: int, fallback: int) -> tuple[Tensor, bool]:
-    """Windows [N, T] of a text to measure on, and whether they are of the blocks that are kept back.
+def report_samples(dataset: str, tokenizer: Any, *, count: int, length: int, fallback: int) -> tuple[Tensor, bool]:
+    """Samples [N, T] of a text to measure on, and whether they are of the blocks that are kept back.
 
-    A text too short to keep enough back is measured on as a whole, in windows no longer than `fallback`. Where the
+    A text too short to keep enough back is measured on as a whole, in samples no longer than `fallback`. Where the
     model writes its own, the bundled one is taken (`report_text`).
 
     Raises:
-        DatasetError: as `read_documents`, or the text is shorter than one window.
+        DatasetError: as `read_documents`, or the text is shorter than one sample.
     """
     text = report_text(dataset)
     try:
         blocks = held_out_blocks(read_documents(text, tell=False))
-        return whole_windows(blocks, tokenizer, count=count, length=length), True
+        return whole_samples(blocks, tokenizer, count=count, length=length), True
     except DatasetError:
         documents = read_documents(text, tell=False)
-        return whole_windows(documents, tokenizer, count=count, length=min(length, fallback)), False
+        return whole_samples(documents, tokenizer, count=count, length=min(length, fallback)), False
 
 
 def report_text(dataset: str) -> str:
@@ -142,11 +142,11 @@ def report_text(dataset: str) -> str:
     return "bundled" if dataset == "self" else dataset
 
 
-def whole_windows(documents: Iterable[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
-    """The first `count` windows of `length` tokens of a text, in order, documents joined by blank lines.
+def whole_samples(documents: Iterable[str], tokenizer: Any, *, count: int, length: int) -> Tensor:
+    """The first `count` samples of `length` tokens of a text, in order, documents joined by blank lines.
 
     Raises:
-        DatasetError: the text is shorter than one window.
+        DatasetError: the text is shorter than one sample.
     """
     ids: list[int] = []
     for i, text in enumerate(documents):
@@ -157,7 +157,7 @@ def whole_windows(documents: Iterable[str], tokenizer: Any, *, count: int, lengt
     if found == 0:
         raise DatasetError(
             f"the text has {len(ids)} tokens",
-            expected=f"at least one window of {length}",
+            expected=f"at least one sample of {length}",
             remedy="pass a longer text or a smaller --sequence-length",
         )
     return torch.tensor(ids[: found * length]).view(found, length)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clla.artifacts.stats import Stats
-from clla.calibrate import checkpoints
+from clla.calibrate import recomputation
 from clla.calibrate.collect import Collection, Collector, batch_generator, collect, unrotated_gradient
 from clla.calibrate.fisher import sampled_label_gradient
 from clla.calibrate.rope_detection import rope_settings
@@ -98,10 +98,10 @@ def test_layers_that_run_again_give_the_same_moments(name: str) -> None:
 
 @pytest.mark.parametrize("room, used", ((1 << 40, False), (1 << 10, True)))
 def test_memory_decides_whether_layers_run_again(monkeypatch: pytest.MonkeyPatch, room: int, used: bool) -> None:
-    monkeypatch.setattr(checkpoints, "free_memory", lambda _: room)
+    monkeypatch.setattr(recomputation, "free_memory", lambda _: room)
     model, batches = pico(), [tokens(2, 40, seed) for seed in range(3)]
     runs = ran_again(model, collector := collector_of(model), batches)
-    assert collector.checkpoints.used == used
+    assert collector.recomputation.used == used
     assert (runs > len(batches) * len(model.model.layers)) == used
 
 

@@ -188,14 +188,65 @@ def test_functions_refuse_wrong_values(what: str, checkpoint: Path) -> None:
     with pytest.raises(UsageError) as caught:
         WRONG[what](str(checkpoint))
     assert caught.value.got and caught.value.remedy
+    assert "--" not in str(caught.value).replace("show --schema", ""), "which are the command line's"
+
+
+TOLD: dict[str, tuple[Callable[[], Any], str]] = {
+    "unknown": (lambda: clla.convert_model("x", windows=3), "got an unexpected keyword argument 'windows'"),  # type: ignore[call-arg]
+    "missing": (lambda: clla.heal_model(), "heal_model() misses the argument 'checkpoint'"),  # type: ignore[call-arg]
+    "by number": (lambda: clla.extract_language_model(5, "x"), "model is 5"),  # type: ignore[arg-type]
+    "too many": (lambda: clla.load_model("x", "cpu"), "unexpected positional argument after 'checkpoint'"),  # type: ignore[misc]
+    "a flag": (lambda: clla.convert_model("x", evaluate="x"), "evaluate is 'x'"),  # type: ignore[arg-type]
+    "a remedy": (lambda: clla.convert_model("x", heal_tokens=3), "add heal=True"),
+    "a flag that is off": (lambda: clla.convert_model("x", codec_only=True, max_shard_size="5GB"), "codec_only=True"),
+    "a budget": (lambda: clla.convert_model("x", kv_budget="200%"), "budget.kv_budget (kv_budget): "),
+    "help": (lambda: clla.evaluate_model("x", chunk=0), "help(clla.evaluate_model) says"),
+}
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_functions_name_their_arguments(what: str) -> None:
+    call, told = TOLD[what]
+    with pytest.raises(UsageError) as caught:
+        call()
+    assert told in str(caught.value) and "--" not in str(caught.value).replace("show --schema", "")
+
+
+COMMANDS = {
+    "compare x --budgets 300%": "--budgets 300% is out of range",
+    "compare x --budgets 0.5B": "--budgets is '0.5B'",
+    "compare x --budgets 6.25": "'6.25%' for percent",
+    "eval x --chunk 0": "clla eval --help says",
+    "bench --shape tiny --repeats 0": "clla bench --help says",
+    "bench --shape tiny --kv-budget 300%": "--kv-budget 300% is out of range",
+    "convert x --num-sinks -1": "budget.num_sinks (--num-sinks): ",
+    "convert x --heal --heal-tokens 0": "heal.tokens (--heal-tokens): ",
+}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_name_their_options(line: str) -> None:
+    done = command(*line.split())
+    told = " ".join(done.stderr.split())
+    assert done.exit_code == 2 and COMMANDS[line] in told and "token (1)" not in told, told
+
+
+def test_what_healing_cannot_do_names_the_options_of_who_asks(checkpoint: Path, pico_dir: Path, tmp_path: Path) -> None:
+    asked = {
+        "heal.tokens (--tokens) 40 with": ("heal", checkpoint, "--tokens", 40),
+        "heal.tokens (--heal-tokens) 40 with": ("convert", pico_dir, "--heal", "--heal-tokens", 40),
+    }
+    for told, words in asked.items():
+        done = command(*words, "-o", tmp_path / "out", "--no-eval", "--device", "cpu")
+        assert done.exit_code == 2 and told in " ".join(done.stderr.split()), done.stderr
+    with pytest.raises(UsageError, match=r"heal\.tokens \(tokens\) 40 with"):
+        clla.heal_model(checkpoint, output=tmp_path / "out", tokens=40, evaluate=False)
 
 
 def test_several_wrong_values_are_told_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         clla.evaluate_model("x", num_samples=0, chunk=-1, sequence_length=1)
-    assert all(
-        option in caught.value.got for option in ("--num-samples is 0", "--chunk is -1", "--sequence-length is 1")
-    )
+    assert all(option in caught.value.got for option in ("num_samples is 0", "chunk is -1", "sequence_length is 1"))
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 1572864), ("300kb", 300_000)])

@@ -10,7 +10,9 @@ import sys
 from typing import get_args
 
 import pytest
+import typer
 
+from clla.cli import app
 from clla.recipe import HealConfig, PlanConfig, RuntimeConfig
 from clla.recipes import builtin_recipes
 
@@ -68,6 +70,22 @@ print(" ".join(names))
     done = piped(script=script)
     assert done.returncode == 0, done.stderr
     assert {"plan", "doctor", "convert", "eval", "heal"} <= set(done.stdout.split())
+
+
+def test_a_command_imports_no_other_command() -> None:
+    done = piped(
+        script=MAIN.replace("main()", "sys.argv[1:] = ['recipes', 'ls']\ntry: main()\nfinally: print(*sys.modules)")
+    )
+    loaded = {name for name in done.stdout.split() if name.startswith(("clla.commands.", "torch", "numpy"))}
+    assert loaded == {"clla.commands.options", "clla.commands.failures", "clla.commands.recipes"}
+
+
+def test_helps_are_sentences_and_only_what_is_on_can_be_switched_off() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, option in [(name, option) for name, command in commands.items() for option in command.params]:
+        assert not option.secondary_opts or option.default is True, (name, option.name)
+        fragment = re.match(r"(Of|For|Default)\b", option.help or "Of")
+        assert not fragment and option.help.endswith((".", "…")), (name, option.name, option.help)
 
 
 def completed(shell: str, line: str) -> str:
@@ -148,8 +166,11 @@ def test_tables_are_not_cut_in_a_narrow_terminal() -> None:
 from clla import console
 from clla.tables import Table
 titles = ("predicted-loss", "bytes/token", "a-long-heading", "another-heading")
-console.show(Table.of(titles, [("0.12345678", "123,456,789", "some words that wrap", "x")]))
+console.show(Table.of(titles, [("0.12345678", "123,456,789", "some words", "x")]))
+titles, cells = ("some setting", *["bytes at 2048"] * 12, "last"), ("6.25 %, window 128", *["100.0 %"] * 12, "50 %")
+console.show(Table.of(titles, [cells], words=1))
 """
     written = piped(script=script, COLUMNS="30").stdout
     assert "…" not in written
+    assert all(cell in written for cell in ("some words", "6.25 %, window 128", "100.0 %", "50 %", "last"))
     assert all(word in written for word in ("predicted-loss", "123,456,789", "a-long-heading", "another-heading"))

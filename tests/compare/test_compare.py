@@ -16,7 +16,7 @@ from clla.compare.comparison import Row, pareto, recommend
 from clla.compare.methods import METHODS
 
 SMALL = [
-    "--context",
+    "--sequence-length",
     "256",
     "--long-context",
     "512",
@@ -62,7 +62,7 @@ def test_a_few_bytes_of_lengths_do_not_break_a_budget() -> None:
 @pytest.fixture(scope="module")
 def folder(pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("comparison") / "out"
-    arguments = ["compare", pico_dir, "--budget", "50%,25%", "--dataset", text_file, "--text", text_file]
+    arguments = ["compare", pico_dir, "--budgets", "50%,25%", "--dataset", text_file, "--text", text_file]
     result = CliRunner().invoke(app, [str(a) for a in (*arguments, *SMALL, "--retrieval-trials", "1", "-o", out)])
     assert result.exit_code == 0, result.output + result.stderr
     assert "Recommendation" in result.stdout

@@ -39,7 +39,7 @@ def text() -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("commands")
     (folder / "text.txt").write_text(text(), encoding="utf-8")
-    gc.freeze()  # `clla bench` collects garbage before every pass, which takes long among all that tests import
+    (folder / "brief.txt").write_text(text()[: 3 * LENGTH], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", lambda *_, **__: None)
         yield folder
@@ -84,9 +84,11 @@ def test_commands(name: str, folder: Path) -> None:
     page = ran("report", name, out, *window, "--num-prompts", 1, "--max-new-tokens", 2)
     assert len(page["layers"]) == len([layer for group in made["plan"]["groups"] for layer in group["layers"]])
     assert len(page["samples"]) == 1 and "html" in Path(page["output"]).read_text(encoding="utf-8")
+    gc.freeze()  # `clla bench` collects garbage before every pass, which takes long among all that tests import
     ran("bench", name, out, "--contexts", 40, "--new-tokens", 2, "--repeats", 1)
     steps = ["--tokens", 2 * LENGTH, "--batch-tokens", LENGTH, "--sequence-length", LENGTH, "--evaluations", 1]
-    ran("heal", name, out, "-o", folder / name / "healed", *steps, "--train", "codec", "--no-eval")
+    steps += ["--dataset", folder / "brief.txt", "--train", "codec", "--no-eval"]
+    ran("heal", name, out, "-o", folder / name / "healed", *steps)
 
 
 def check_bytes(measured: dict[str, Any], plan: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -15,89 +14,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from typer.testing import CliRunner
 
 from clla.checkpoint.checksums import check_files
 from clla.cli import app
 
-OPTIONS = ["--calibration-tokens", "8192", "--sequence-length", "256", "--budget-context", "512",
+OPTIONS = ["--calibration-tokens", "2048", "--sequence-length", "256", "--budget-context", "512",
            "--exact-window", "16", "--kv-budget", "25%"]  # fmt: skip
 KILLS = 6
 PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial")  # names of their own, which no other run repeats
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="watches processes through /proc")
 
-# Imports once what takes seconds, then runs `python -m clla` in a process of its own for every line that it reads.
-SERVER = """
-import json, os, runpy, sys, traceback
-import clla.cli, clla.convert.pipeline, clla.publish.push, transformers
-import matplotlib.backends.backend_agg, transformers.models.llama.modeling_llama
-print("ready", flush=True)
-for line in sys.stdin:
-    log, *argv = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        with open(log, "w") as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-        sys.stdin.close()
-        sys.argv = ["clla", *argv]
-        code = 0
-        try:
-            runpy.run_module("clla", run_name="__main__", alter_sys=True)
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 70
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # what was imported for all takes its time to go
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Server:
-    """Runs conversions in processes that can be killed, without the seconds of their start-up."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def start(self, folder: Path, command: list[str]) -> int:
-        """Begin a conversion; its process id."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([str(folder / "log"), *command]) + "\n")
-        self.process.stdin.flush()
-        return int(self._line())
-
-    def end(self) -> int:
-        """Wait for it; its exit code, negative for a signal."""
-        return int(self._line())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
 
 def command_of(model: Path, text: Path, folder: Path, *more: str) -> list[str]:
     folder.mkdir(exist_ok=True)
-    return ["convert", str(model), "-o", str(folder / "out"), "--dataset", str(text), *OPTIONS, *more]
+    return ["-m", "clla", "convert", str(model), "-o", str(folder / "out"), "--dataset", str(text), *OPTIONS, *more]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -138,48 +71,44 @@ def computed(pid: int) -> float | None:
 
 @pytest.fixture(scope="module")
 def unbroken(
-    server: Server, pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+    pico_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, bytes], float, list[str]]:
     """Files of an unbroken run, the seconds it computes, and the paths that appeared on the way, in order."""
     folder = tmp_path_factory.mktemp("unbroken")
-    pid, seconds, appeared = server.start(folder, command_of(pico_dir, text_file, folder)), 0.0, []
-    for seconds, new in watch(pid, folder):  # noqa: B007
+    run, seconds, appeared = Fork(*command_of(pico_dir, text_file, folder)), 0.0, []
+    for seconds, new in watch(run.pid, folder):  # noqa: B007
         appeared += sorted(new)
-    assert server.end() == 0, (folder / "log").read_text()
+    assert run.wait() == 0, run.output
     return contents(folder / "out"), seconds, appeared
 
 
 @pytest.mark.slow
 def test_kills_at_any_moment(
-    server: Server,
-    unbroken: tuple[dict[str, bytes], float, list[str]],
-    pico_dir: Path,
-    text_file: Path,
-    tmp_path: Path,
+    unbroken: tuple[dict[str, bytes], float, list[str]], pico_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Half of them spread over the time of a run, half when some file or directory has just appeared."""
     expected, seconds, appeared = unbroken
     dice = random.Random(0)
     moments: list[float | str] = [(i + dice.random()) / (KILLS // 2) * 0.95 * seconds for i in range(KILLS // 2)]
-    moments += ["out", *dice.sample(sorted(set(appeared) - {"out", "log"}), KILLS - len(moments) - 1)]
+    moments += ["out", *dice.sample(sorted(set(appeared) - {"out"}), KILLS - len(moments) - 1)]
     killed = 0
     for number, moment in enumerate(moments):
         folder = tmp_path / str(number)
         command = command_of(pico_dir, text_file, folder)
-        pid = server.start(folder, command)
-        for now, new in watch(pid, folder):
+        run = Fork(*command)
+        for now, new in watch(run.pid, folder):
             if now >= moment if isinstance(moment, float) else moment in new:
-                os.kill(pid, signal.SIGKILL)
+                run.kill()
                 break
-        killed += server.end() == -signal.SIGKILL
+        killed += run.wait() == -signal.SIGKILL
         if (folder / "out").exists():  # what has its final name is complete
             assert contents(folder / "out") == expected, moment
         ended = (folder / "out").exists() and not (folder / "out.work").exists()  # nothing was left but to exit
-        server.start(folder, [*command, "--resume"])
-        assert server.end() == (2 if ended else 0), (moment, (folder / "log").read_text())
+        again = Fork(*command, "--resume")
+        assert again.wait() == (2 if ended else 0), (moment, again.output)
         assert contents(folder / "out") == expected, moment
         left = {path.name for path in folder.iterdir()}
-        assert left == {"out", "log"}, (moment, left)
+        assert left == {"out"}, (moment, left)
     assert killed >= KILLS - 2, "most of them must hit a living process"
 
 
@@ -188,7 +117,7 @@ def test_a_command_that_is_killed(
     unbroken: tuple[dict[str, bytes], float, list[str]], pico_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """As a user would see it: `python -m clla`, killed while it calibrates or later, and again with --resume."""
-    command = [sys.executable, "-m", "clla", *command_of(pico_dir, text_file, tmp_path)]
+    command = [sys.executable, *command_of(pico_dir, text_file, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "out.work").exists():
         assert process.poll() is None
@@ -206,11 +135,7 @@ def test_a_command_that_is_killed(
 
 @pytest.mark.slow
 def test_an_earlier_checkpoint_survives_until_the_new_one_is_complete(
-    server: Server,
-    unbroken: tuple[dict[str, bytes], float, list[str]],
-    pico_dir: Path,
-    text_file: Path,
-    tmp_path: Path,
+    unbroken: tuple[dict[str, bytes], float, list[str]], pico_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """With --overwrite: killed while the new one is written, the old one is whole."""
     command = command_of(pico_dir, text_file, tmp_path, "--overwrite")
@@ -218,15 +143,14 @@ def test_an_earlier_checkpoint_survives_until_the_new_one_is_complete(
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / name).write_bytes(data)
     (tmp_path / "out" / "README.md").write_text("the old one")
-    pid = server.start(tmp_path, command)
-    for _, new in watch(pid, tmp_path):
+    run = Fork(*command)
+    for _, new in watch(run.pid, tmp_path):
         if any(name.startswith("out.partial/model") for name in new):
-            os.kill(pid, signal.SIGKILL)
+            run.kill()
             break
-    assert server.end() == -signal.SIGKILL
+    assert run.wait() == -signal.SIGKILL
     assert (tmp_path / "out" / "README.md").read_text() == "the old one" and check_files(tmp_path / "out")
-    server.start(tmp_path, [*command, "--resume"])
-    assert server.end() == 0
+    assert Fork(*command, "--resume").wait() == 0
     assert contents(tmp_path / "out") == unbroken[0]
 
 
@@ -242,7 +166,7 @@ def test_killed_after_the_last_rename(
     pico_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is complete but its work is still there: --resume ends in peace, and only for the same run."""
-    short = [*command_of(pico_dir, text_file, tmp_path, "--no-eval"), "--calibration-tokens", "1024"]
+    short = [*command_of(pico_dir, text_file, tmp_path, "--no-eval")[2:], "--calibration-tokens", "1024"]
     run = CliRunner()
     with monkeypatch.context() as patch:
         own = shutil.rmtree

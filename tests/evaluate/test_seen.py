@@ -12,7 +12,8 @@ import pytest
 from helpers import clla
 
 from clla.evaluate.report import UNSEEN
-from clla.evaluate.seen import FittedText, fitted_of, fitted_text, unseen
+from clla.evaluate.report_file import ReportFile
+from clla.evaluate.seen import FittedText, fitted_text, unseen
 from clla.text.reading import bundled_path
 
 SHORT, LONG = "a few words of text\n" * 20, "a line of a longer text, with a number\n" * 10_000
@@ -117,7 +118,8 @@ def test_commands_say_what_is_known(own: Path, text_file: Path, tmp_path: Path) 
     older = Path(shutil.copytree(own, tmp_path / "older"))
     report = older / "clla_report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"fitted": None}))
-    assert fitted_of(older) == [FittedText(str(text_file), None, True)]  # as of an older checkpoint
+    plan = ReportFile.load(older).plan
+    assert ReportFile.of(older, plan).fitted == [FittedText(str(text_file), None, True)]  # as of an older checkpoint
 
 
 @pytest.mark.parametrize("command", ["eval", "report", "compare"])

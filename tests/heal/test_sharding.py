@@ -96,10 +96,10 @@ def test_a_killed_sharded_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     processes = two_processes(*arguments, **SHARDED)
     deadline = time.monotonic() + 120
     while not list(work.glob("heal/step-0000000[2-3]")) and time.monotonic() < deadline:
-        assert processes[0].poll() is None, processes[0].communicate()[0]
+        assert not processes[0].ended(), processes[0].output
         time.sleep(0.01)
     for process in processes:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     assert [process.wait() for process in processes] == [-signal.SIGKILL] * 2 and not broken.exists()
     finish(two_processes(*arguments, "--resume", **SHARDED))
     states = [next(folder.glob("heal/step-*")) for folder in (kept, work)]  # the checkpoint may be of an earlier step

@@ -216,7 +216,7 @@ def test_the_best_tokens_by_weight_are_selected(
         monkeypatch.setattr(rows_clla, "HELD_BYTES", 0)
     converted, ids = lossy(sinks=0), tokens(2, 60)
     _, cache = logits_of(converted, ids, parts(59, 1))
-    cache.select = 9
+    cache.attend_top_k = 9
     weights = weights_of_last_token(converted, ids)
     with torch.no_grad():
         converted(ids[:, 59:], past_key_values=cache)
@@ -249,7 +249,7 @@ def test_only_what_is_selected_and_exact_is_seen(monkeypatch: pytest.MonkeyPatch
     _, cache = logits_of(converted, ids, parts(69, 1))
     keep = torch.tensor([[4, 9, 17, 30, 31]])
     monkeypatch.setattr(Tensor, "topk", lambda self, k, **_: torch.return_types.topk((self[:, :5], keep)))
-    cache.select = 5
+    cache.attend_top_k = 5
     with torch.no_grad():
         other = ids.clone()
         found = converted(ids[:, 69:], past_key_values=cache).logits

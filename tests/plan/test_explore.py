@@ -136,6 +136,8 @@ def test_sweep_as_table_json_and_picture(work: Path, tmp_path: Path) -> None:
         (("--latent-input", "first_layer"), "inputs"),
         (("--sweep", "--kv-budget", "3%"), "--sweep"),
         (("--budgets", "3%"), "--sweep"),
+        (("--sweep", "--budgets", "300%"), "(--budgets): Value error"),
+        (("--sweep", "--budgets", "0.01%"), "raise --budgets"),
         (("--kv-budget", "0.01%"), "leaves nothing"),
     ),
 )

@@ -80,7 +80,7 @@ class Page(HTMLParser):
 def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any]]:
     """A page of the pico with everything on it, and the figures that the command printed."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    done = clla("report", checkpoint, "--html", path, *FAST, "--prompt", f"Say {ATTACK} twice", "--json")
+    done = clla("report", checkpoint, "--output", path, *FAST, "--prompt", f"Say {ATTACK} twice", "--json")
     assert done.exit_code == 0, done.output + done.stderr
     return Page(path.read_text(encoding="utf-8")), json.loads(done.stdout)
 
@@ -91,13 +91,18 @@ def data(checkpoint: Path) -> PageData:
     return read_checkpoint(checkpoint, made="2026-01-02", version="0")
 
 
-def healed(data: PageData) -> PageData:
-    """The same with a healing run in its report."""
+def healed(data: PageData, report: Report | None = None) -> PageData:
+    """The same with a healing run in its report, and what was measured after it."""
     history = [{"tokens": 0, "kl": None, "held_out": 0.5}, {"tokens": 4096, "kl": 0.4, "held_out": 0.3125}]
     before = {"converted": {"perplexity": 17.125, "kl": 0.4375, "bytes_per_token": 99.0}}
-    healing = {"config": {"train": "all"}, "history": history, "verdict": "Healing took KL down", "before": before}
-    report = Report(quality=before, context=128, windows=1, chunk=32)
-    return replace(data, healed="all", healing=healing, before=report)
+    earlier = Report(quality=before, context=128, windows=1, chunk=32).to_json()
+    healing = {"config": {"train": "all"}, "history": history, "verdict": "Healing took KL down", "before": earlier}
+    return replace(data, healed="all", file=replace(data.file, healing=healing, report=report or data.file.report))
+
+
+def without_outlook(data: PageData, plan: Plan) -> PageData:
+    """The same with another plan, of which nothing else is known."""
+    return replace(data, plan=plan, file=replace(data.file, outlook={}))
 
 
 def test_every_figure_is_on_the_page(made: tuple[Page, dict[str, Any]], data: PageData) -> None:
@@ -117,7 +122,7 @@ def test_every_figure_is_on_the_page(made: tuple[Page, dict[str, Any]], data: Pa
     for group in plan.groups:
         assert f"{len(group.tier_bits) * plan.tier_size:,}" in page.text
         assert words.percent(group.predicted_loss / plan.predicted_loss) in page.text
-    assert data.predicted_kl is not None and f"{data.predicted_kl:.4f}" in page.text
+    assert data.file.predicted_kl is not None and f"{data.file.predicted_kl:.4f}" in page.text
     assert data.recipe_text.strip() in page.text and "seed: 0" in page.text
     for sample in found["samples"]:
         assert sample["shared"].translate(CONTROL).strip() in page.text
@@ -161,8 +166,8 @@ def test_what_users_supply_is_escaped(made: tuple[Page, dict[str, Any]], data: P
     sample = Sample(ATTACK, ATTACK, 9, ATTACK, 1, None, None, 0)
     bad = replace(data, name=ATTACK, shape=ATTACK, recipe_text=ATTACK, error_text=ATTACK, samples=(sample,))
     worse = replace(healed(bad), plan=replace(bad.plan, source=ATTACK))
-    assert worse.healing is not None
-    worse.healing.update(verdict=ATTACK)
+    assert worse.file.healing is not None
+    worse.file.healing.update(verdict=ATTACK)
     html = render(worse)
     assert html.count("<script") == 1 and html.count("</script") == 1 and "alert(1)</title>" not in html
     assert Page(html).text.count(ATTACK) >= 9
@@ -180,7 +185,7 @@ def test_characters_that_are_no_text(data: PageData, tmp_path: Path) -> None:
 def test_healing_is_shown_where_there_was_some(data: PageData, made: tuple[Page, dict[str, Any]]) -> None:
     assert "healing" not in made[0].sections and "no training" not in made[0].text.lower()
     report = replace(read_report(made[1]), context=128)
-    page = Page(render(replace(healed(data), report=report)))
+    page = Page(render(healed(data, report)))
     assert "healing" in page.sections
     for figure in ("17.125", "0.4375", "Healing took KL down", "Trained: all", "held-out KL 0.3125"):
         assert figure in page.text, figure
@@ -231,14 +236,14 @@ def test_layers_that_are_kept(data: PageData) -> None:
     bits = data.plan.groups[0].tier_bits
     groups = (LayerGroup((1, 3), bits, 1.0), LayerGroup((5, 7), bits, 2.0))
     plan = replace(data.plan, groups=groups, kept_layers=(0, 2, 4, 6, 8, 9), kept_window=32, at_context=2048)
-    page = Page(render(replace(data, plan=plan, outlook={})))
+    page = Page(render(without_outlook(data, plan)))
     assert "6 layers (0, 2, 4, 6, 8–9) keep" in page.text and "a window of 32 tokens" in page.text
     assert "cache of the 4 converted layers" in page.text and "6 layers kept as they are" in page.text
     assert page.text.count("layers 8–9: not converted") == 2
-    stateful = Page(render(replace(data, plan=replace(plan, kept_window=0), outlook={})))
+    stateful = Page(render(without_outlook(data, replace(plan, kept_window=0))))
     assert "a state of fixed size, which is not counted" in stateful.text and "6 layers kept as" not in stateful.text
     plan = replace(plan, kept_window=0, kept_state_bytes=12_345)
-    stateful = Page(render(replace(data, plan=plan, outlook={})))
+    stateful = Page(render(without_outlook(data, plan)))
     assert "bounded by a state of 12,345 bytes" in stateful.text and "6 layers kept as they are" in stateful.text
 
 
@@ -259,20 +264,20 @@ def test_plans_without_a_context_or_with_eviction(data: PageData) -> None:
     page = Page(render(replace(data, plan=evicting)))
     assert "64 of 4,080 tokens" in page.text and "at most 64 latents per group" in page.text and "any" in page.text
     whole = replace(data.plan, groups=(LayerGroup((0, 1, 2, 3), (16,) * 32, 0.0),), window=0, sinks=0)
-    assert whole.row_bytes > 0 and Page(render(replace(data, plan=whole, outlook={}))).text
+    assert whole.row_bytes > 0 and Page(render(without_outlook(data, whole))).text
 
 
 def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
     quick = ["--num-samples", 0, "--num-prompts", 0]
-    refused = clla("report", checkpoint, "--html", mine, *quick)
+    refused = clla("report", checkpoint, "--output", mine, *quick)
     assert refused.exit_code == 2 and "no page that clla wrote" in flat(refused.stderr)
     assert mine.read_text() == "<p>mine</p>"
-    assert clla("report", checkpoint, "--html", tmp_path, *quick).exit_code == 2
+    assert clla("report", checkpoint, "--output", tmp_path, *quick).exit_code == 2
     ours = tmp_path / "ours.html"
     for _ in range(2):
-        assert clla("report", checkpoint, "--html", ours, *quick).exit_code == 0
+        assert clla("report", checkpoint, "--output", ours, *quick).exit_code == 0
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -287,13 +292,13 @@ def test_files_that_are_not_ours_are_left_alone(checkpoint: Path, tmp_path: Path
 )
 def test_mistakes(checkpoint: Path, tmp_path: Path, options: list[Any], code: int, says: str) -> None:
     path = tmp_path / "page.html"
-    done = clla("report", checkpoint, "--html", path, *options)
+    done = clla("report", checkpoint, "--output", path, *options)
     assert done.exit_code == code and says in flat(done.stderr), done.stderr
     assert not path.exists()
 
 
 def test_what_is_no_checkpoint_or_damaged(checkpoint: Path, pico_dir: Path, tmp_path: Path) -> None:
-    assert "not converted" in flat(clla("report", pico_dir, "--html", tmp_path / "p.html").stderr)
+    assert "not converted" in flat(clla("report", pico_dir, "--output", tmp_path / "p.html").stderr)
     folder = tmp_path / "damaged"
     shutil.copytree(checkpoint, folder)
     (folder / "clla_report.json").write_text('{"measured": {"source": 3}}')
@@ -310,7 +315,7 @@ def test_an_untold_source_costs_only_the_samples(checkpoint: Path, tmp_path: Pat
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "clla_recipe.yaml").unlink()
     (folder / CHECKSUMS).unlink()
-    done = clla("report", folder, "--html", tmp_path / "p.html", *FAST, "--json")
+    done = clla("report", folder, "--output", tmp_path / "p.html", *FAST, "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["samples"] == [] and len(found["layers"]) == 4

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,22 @@ from clla.modeling.modeling_clla import CllaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import HALF_SLIDING, byte_tokenizer, pico_config, pico_of
+from forks import Fork, imported_once
 from helpers import converted_of, plan_of, stats_of, strict_of
 
 clla.register()  # in an engine its plugin does so
+imported_once("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "clla.serving.model")
+os.environ.pop("TRITON_INTERPRET")  # no engine has it
 
 Checkpoint = tuple[Path, CllaForCausalLM]
 NEW = 32  # greedy tokens that are compared
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
@@ -130,16 +139,7 @@ def greedy_of_source(model: CllaForCausalLM, ids: list[int]) -> list[int]:
 
 def environment(**more: str) -> dict[str, str]:
     """For engine processes: little memory, one thread, the plugin as installed."""
-    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return {
-        **own,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        **more,
-    }
+    return {**os.environ, **SETTINGS, **more}
 
 
 Run = Callable[..., dict[str, Any]]
@@ -160,15 +160,9 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Run:
         folder = tmp_path_factory.mktemp("engine")
         job = {"engine": engine, "rounds": rounds, "tokens": NEW, **more}
         (folder / "job.json").write_text(json.dumps(job))
-        done = subprocess.run(
-            [sys.executable, WORKER, folder / "job.json", folder / "result.json"],
-            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(own_process)), **(variables or {})),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stdout[-6000:]
-        return {**json.loads((folder / "result.json").read_text()), "log": done.stdout}
+        settings = {**SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)), **(variables or {})}
+        done = Fork(WORKER, folder / "job.json", folder / "result.json", **settings)
+        assert done.wait() == 0, done.output[-6000:]
+        return {**json.loads((folder / "result.json").read_text()), "log": done.output}
 
     return run

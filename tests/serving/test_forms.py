@@ -51,6 +51,6 @@ def test_decoupled_keys_on_two_ranks(tmp_path: Path, run_engine: Run) -> None:
     model = saved(tmp_path, FORMS["decoupled"]())
     prompts = [prompt(length, seed) for seed, length in enumerate((40, 133, 300))]
     found = run_engine(
-        {"model": str(tmp_path), "max_model_len": 512, "tensor_parallel_size": 2}, [prompts], own_process=True
+        {"model": str(tmp_path), "max_model_len": 512, "tensor_parallel_size": 2}, [prompts], own_process=False
     )
     assert [answer["tokens"] for answer in found["rounds"][0]] == [greedy(model, ids) for ids in prompts]

@@ -26,11 +26,11 @@ from clla.evaluate.seen import fingerprint
 from clla.text.reading import bundled_path, load_documents, read_documents
 from clla.text.sequences import (
     calibration_blocks,
-    evaluation_windows,
+    evaluation_samples,
     held_out_blocks,
     self_written,
     token_batches,
-    whole_windows,
+    whole_samples,
 )
 
 BOS, EOS, FIRST_WORD = 1, 2, 10
@@ -234,28 +234,28 @@ def test_short_text_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bos", (False, True))
-def test_whole_windows_are_the_text_in_order(bos: bool) -> None:
+def test_whole_samples_are_the_text_in_order(bos: bool) -> None:
     tokenizer = WordTokenizer(bos=bos)
     texts = documents(6, 11)
     stream = [i for text in texts for i in tokenizer(text)["input_ids"]]
-    windows = whole_windows(texts, tokenizer, count=4, length=8)
+    windows = whole_samples(texts, tokenizer, count=4, length=8)
     assert windows.flatten().tolist() == stream[:32] and windows.shape == (4, 8)
-    everything = whole_windows(texts, tokenizer, count=1000, length=8)
+    everything = whole_samples(texts, tokenizer, count=1000, length=8)
     assert everything.flatten().tolist() == stream[: len(stream) // 8 * 8]
 
 
-def test_whole_windows_join_documents_by_a_blank_line() -> None:
+def test_whole_samples_join_documents_by_a_blank_line() -> None:
     class Characters(WordTokenizer):
         def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) for c in text]}
 
-    windows = whole_windows(["ab", "cd"], Characters(), count=1, length=6)
+    windows = whole_samples(["ab", "cd"], Characters(), count=1, length=6)
     assert "".join(map(chr, windows[0].tolist())) == "ab\n\ncd"
 
 
-def test_whole_windows_of_too_short_a_text_are_refused() -> None:
+def test_whole_samples_of_too_short_a_text_are_refused() -> None:
     with pytest.raises(DatasetError, match="the text has 7 tokens"):
-        whole_windows([numbered(0, 7)], WordTokenizer(), count=2, length=8)
+        whole_samples([numbered(0, 7)], WordTokenizer(), count=2, length=8)
 
 
 class Echo:
@@ -472,7 +472,7 @@ def test_no_more_of_a_long_text_is_read_than_is_measured_on(
     path = tmp_path / f"a.{'txt' if kind == 'txt' else 'jsonl'}"
     path.write_text(text if kind == "txt" else rows([text] if kind == "one row" else text.split("\n")))
     tokenizer = Counting()
-    windows = evaluation_windows(str(path), tokenizer, count=2, length=512)
+    windows = evaluation_samples(str(path), tokenizer, count=2, length=512)
     assert windows.flatten().tolist() == list(range(FIRST_WORD, FIRST_WORD + 1024))
     assert tokenizer.read < 40_000
     assert len(next(read_documents(str(path)))) <= (len(text) if kind == "one row" else part)
@@ -480,7 +480,7 @@ def test_no_more_of_a_long_text_is_read_than_is_measured_on(
 
 def test_words_longer_than_expected_are_read_on(tmp_path: Path) -> None:
     text = "\n".join(f"w{i:0100d}" for i in range(3000))
-    assert whole_windows([text], WordTokenizer(), count=2, length=1000).shape == (2, 1000)
+    assert whole_samples([text], WordTokenizer(), count=2, length=1000).shape == (2, 1000)
 
 
 def test_long_texts_are_cut_into_documents_that_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from clla.source.placement import decoder_layers
 ROOM = 0.6  # of the free memory, that activations may take; logits and their gradient need some, too
 
 
-class Checkpoints:
+class Recomputation:
     """Decides for every forward pass with a graph whether layers are run again.
 
     Args:

@@ -1,4 +1,4 @@
-"""The engine makes of blocks, groups and ranks what `latent_block` expects of it."""
+"""The engine makes of blocks, groups and ranks what `clla.serving.block_size` expects of it."""
 
 from __future__ import annotations
 

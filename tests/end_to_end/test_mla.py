@@ -1,4 +1,4 @@
-"""The strict form from the command line: conversion, healing, evaluation, export; and its parallel student."""
+"""Recipe `mla` from the command line: conversion, healing, evaluation, export; and its parallel student."""
 
 from __future__ import annotations
 
