@@ -5,9 +5,7 @@ heads and mixtures of experts need no special case. Their gradients are those of
 before RoPE follow from those after it. No weight has a gradient, and the graph begins at the first layer's keys and
 values.
 
-Errors of different tokens do not cost the same. The loss E[(gᵀe)²] of errors e is split into a factor of tokens and one
-of directions: with weights w_t = |g_t|², of mean 1, moments are E[w y yᵀ] and the metric is E[g gᵀ/w]. Between two
-layers the weight is the geometric mean of theirs.
+Errors of different tokens do not cost the same: moments and metric are weighted (`importance.py`).
 
 Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d, L convertible layers.
 """
@@ -15,10 +13,11 @@ Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from clla.artifacts.plan import KVShape
 from clla.artifacts.stats import Stats
 from clla.calibrate.far import Note, far_attention
 from clla.calibrate.fisher import sampled_label_gradient
+from clla.calibrate.importance import WARM_UP, Importance
 from clla.calibrate.moments import BandedMoments
 from clla.calibrate.queries import QueryPower
 from clla.calibrate.recomputation import Recomputation
@@ -40,7 +40,6 @@ from clla.modeling.rotary_clla import Rotation
 from clla.source.recording import RecordingCache
 
 CHECKED_TOKENS = 48
-LEAST_IMPORTANCE = 1e-3  # of a token, relative to the mean
 
 
 @dataclass
@@ -205,6 +204,7 @@ class Collector:
         self.attention = attention_modules(model)
         self.recomputation = Recomputation(model, checkpointing)
         self.window = wanted.window if wanted.window and self._sees_far() else 0
+        self.importance: Importance | None = None  # of tokens, once `warm_up` has run; before, all count alike
         self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
 
     def add(self, input_ids: Tensor, number: int = 0) -> None:
@@ -215,6 +215,13 @@ class Collector:
             number: of it among all batches, from which its labels follow.
         """
         self.fold(self.watch(input_ids, number))
+
+    def warm_up(self, batches: Sequence[Tensor]) -> None:
+        """Learn from the first batches [B, T] how tokens are to be weighted."""
+        metric = BandedMoments(len(self.wanted.layers), self.wanted.kv.values, band=1)
+        for number, batch in enumerate(batches):
+            metric.add(self.gradient_rows(self.watch(batch, number)))
+        self.importance = Importance(list(metric.second_moment()[:, 0].to(self.model.device)))
 
     def watch(self, input_ids: Tensor, number: int = 0) -> list[Tap]:
         """Run one batch forward and backward; what its layers' caches got."""
@@ -274,11 +281,9 @@ class Collector:
     def fold(self, taps: list[Tap]) -> None:
         """Add what the layers' caches got to the moments."""
         values, gradients = self.rows(taps), self.gradient_rows(taps)
-        weights = [importance(rows) for rows in gradients] if self.wanted.weighted else None
+        weights = None if self.importance is None else self.importance.weights(gradients)
         self.moments.add(values, weights=weights)
-        self.metric.add(
-            gradients if weights is None else [g / w.sqrt()[:, None] for g, w in zip(gradients, weights, strict=True)]
-        )
+        self.metric.add(gradients if weights is None else [rows / weights.sqrt()[:, None] for rows in gradients])
         if self.inputs is not None and self.cross is not None:
             hidden = [self._rows(tap.hidden) for tap in taps]  # [N, h] each
             self.inputs.add(hidden, weights=weights)
@@ -327,7 +332,7 @@ class Collector:
             tokens=self.moments.count,
             mean=self.moments.mean(),
             covariance=self.moments.covariance(),
-            fisher=self.metric.second_moment()[:, 0] * self.moments.mean_weight()[:, None, None],
+            fisher=self.metric.second_moment()[:, 0] * (self.moments.total / self.moments.count),
             made_from=made_from,
             window=self.window,
             **inputs,
@@ -347,8 +352,13 @@ def collect(
         made_from: hash of source, data and settings.
         on_tokens: called with the number of tokens after each batch, for progress.
     """
-    device, processes = collector.model.device, PartialState()
-    for number, batch in enumerate(batches):
+    device, processes, following = collector.model.device, PartialState(), iter(batches)
+    first: list[Tensor] = []
+    if collector.wanted.weighted:  # by every process for itself, so that all weigh alike
+        while sum(batch.numel() for batch in first) < WARM_UP and (batch := next(following, None)) is not None:
+            first.append(batch.to(device))
+        collector.warm_up(first)
+    for number, batch in enumerate(chain(first, following)):
         if number % processes.num_processes == processes.process_index:
             collector.add(batch.to(device), number)
         if on_tokens is not None:
@@ -361,13 +371,6 @@ def collect(
 def near_tokens(window: int, length: int) -> int:
     """How near queries do not count in sequences of a length: W, or less, so that most of what is read is far."""
     return min(window, length // 4)
-
-
-def importance(gradients: Tensor) -> Tensor:
-    """Weights [N] of tokens by their gradients [N, n]: |g|², and at least `LEAST_IMPORTANCE` of the batch's mean."""
-    weights = gradients.square().sum(-1)
-    mean = weights.mean()
-    return weights.clamp_min(float(LEAST_IMPORTANCE * mean)) if mean > 0 else torch.ones_like(weights)
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:

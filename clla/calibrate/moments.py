@@ -16,7 +16,7 @@ STRIPS = 4  # in which products of a layer with itself are cut, so that most of 
 
 
 class BandedMoments:
-    """Mean and second moments E[√(w_l w_l+j) a_l b_(l+j)ᵀ] for all layers l and offsets 0 <= j < `band`.
+    """Mean and second moments E[w a_l b_(l+j)ᵀ] for all layers l and offsets 0 <= j < `band`, weights w of mean 1.
 
     Products are formed and summed in fp32 on the data's device, one for each layer with all of its neighbours, and
     folded into fp64 every `FOLD` batches, around a shift (the first batch's mean), so that centring afterwards does
@@ -38,14 +38,14 @@ class BandedMoments:
         self._square = True  # left and right are the same
 
     def add(
-        self, left: Sequence[Tensor], right: Sequence[Tensor] | None = None, *, weights: Sequence[Tensor] | None = None
+        self, left: Sequence[Tensor], right: Sequence[Tensor] | None = None, *, weights: Tensor | None = None
     ) -> None:
         """Fold in one batch.
 
         Args:
             left: [N, n_left] of each layer.
             right: [N, n_right]; by default `left`.
-            weights: w [N] of each layer's rows; by default 1.
+            weights: w [N] of the rows, in any unit; by default 1.
         """
         self._square = right is None
         if self._shift is None:
@@ -53,8 +53,7 @@ class BandedMoments:
                 torch.stack([x.float().mean(0) for x in rows]) for rows in (left, left if right is None else right)
             ]
             self._shift = (means[0], means[1])
-        device = self._shift[0].device
-        roots = None if weights is None else torch.stack([w.to(device, torch.float32).sqrt() for w in weights], dim=1)
+        roots = None if weights is None else weights.to(self._shift[0]).sqrt()
         rows = around(left, self._shift[0], roots)  # [N, L·(n + 1)]
         others = rows if right is None else around(right, self._shift[1], roots)
         self.count += len(rows)
@@ -115,19 +114,14 @@ class BandedMoments:
         return out
 
     @property
-    def _totals(self) -> Tensor:
-        """Sums of the weights, [L]."""
-        return self._products[:, 0, -1, -1]
+    def total(self) -> float:
+        """Sum of the weights."""
+        self._fold()
+        return float(self._products[0, 0, -1, -1])
 
     def _means(self) -> tuple[Tensor, Tensor]:
         """Weighted means of left [L, n_left] and right [L, n_right], less the shifts."""
-        totals = self._totals[:, None]
-        return self._products[:, 0, :-1, -1] / totals, self._products[:, 0, -1, :-1] / totals
-
-    def mean_weight(self) -> Tensor:
-        """E[w] of each layer, [L], fp32."""
-        self._fold()
-        return (self._totals / self.count).float()
+        return self._products[:, 0, :-1, -1] / self.total, self._products[:, 0, -1, :-1] / self.total
 
     def mean(self) -> Tensor:
         """Weighted mean of the left factor, [L, n_left], fp32."""
@@ -152,10 +146,8 @@ class BandedMoments:
         """Moments of rows to which `left` and `right` were added, of weights of mean 1."""
         layers, band, n, m = self._products.shape
         out = torch.zeros(layers, band, n - 1, m - 1)
-        roots = self._totals.sqrt()
         for j in range(min(band, layers)):
-            scales = (roots[: layers - j] * roots[j:])[:, None, None]
-            out[: layers - j, j] = (self._moved(j, left, right)[:, :-1, :-1] / scales).float()
+            out[: layers - j, j] = (self._moved(j, left, right)[:, :-1, :-1] / self.total).float()
         return out
 
 
@@ -178,7 +170,7 @@ def around(layers: Sequence[Tensor], shift: Tensor, roots: Tensor | None = None)
     Args:
         layers: y [N, n] of each.
         shift: [L, n].
-        roots: √w [N, L]; None for ones.
+        roots: √w [N]; None for ones.
     """
     count, n = shift.shape
     out = torch.empty(len(layers[0]), count, n + 1, device=shift.device)
@@ -186,7 +178,7 @@ def around(layers: Sequence[Tensor], shift: Tensor, roots: Tensor | None = None)
         torch.sub(rows.to(shift.device), shift[number], out=out[:, number, :n])
     out[..., n] = 1
     if roots is not None:
-        out *= roots[..., None]
+        out *= roots[:, None, None]
     return out.flatten(1)
 
 

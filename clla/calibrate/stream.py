@@ -31,13 +31,13 @@ from clla.calibrate.collect import (
     alike,
     batch_generator,
     fewest_logits,
-    importance,
     near_tokens,
     tap_hook,
     token_rows,
 )
 from clla.calibrate.far import far_attention
 from clla.calibrate.fisher import sampled_label_gradient
+from clla.calibrate.importance import Importance, warm_up_batches
 from clla.calibrate.moments import folded_product
 from clla.calibrate.queries import QueryPower
 from clla.calibrate.recomputation import replaced
@@ -176,10 +176,6 @@ class LayerStack:
             return self.model(input_ids=input_ids, use_cache=True, **options)
 
 
-def _name(kind: str, layer: int | None, b: int) -> str:
-    return f"{kind}-{b}" if layer is None else f"{kind}-{layer}-{b}"
-
-
 class _Caught(Exception):
     """What the first layer is called with is known."""
 
@@ -267,38 +263,43 @@ class StreamedCollector:
             self.spill.drop(f"hidden-{top}-{b}")
 
     def _backward(self, batches: Sequence[Tensor], made_from: str, on_tokens: Callable[[int], None]) -> Stats:
-        found = self._empty()
-        count = 0
+        """All layers from the last to the first, then moments, since all layers have a say in the tokens' weights."""
+        layers, skip = self.wanted.layers, self.wanted.skip_positions
+        weights: list[Tensor] = []
         for number in reversed(range(len(self.stack))):
-            own = self.wanted.layers.index(number) if number in self.wanted.layers else None
-            n = self.wanted.kv.values
-            metric = torch.zeros(n, n, dtype=torch.float64, device=self.device)
+            own = layers.index(number) if number in layers else None
             for b, ids in enumerate(batches):
                 tap = self._step_back(number, b, ids)
                 on_tokens(ids.numel())
                 if own is None:
                     continue
-                gradient = token_rows(tap.gradient, self.wanted.skip_positions)
-                weights = importance(gradient) if self.wanted.weighted else gradient.new_ones(len(gradient))
-                gradient = gradient / weights.sqrt()[:, None]
-                metric += gradient.mT @ gradient
-                self.spill.put(f"weights-{b}", weights)
-                self.spill.put(f"values-{own}-{b}", token_rows(tap.values, self.wanted.skip_positions).float())
+                self.spill.put(f"gradients-{own}-{b}", token_rows(tap.gradient, skip))
+                self.spill.put(f"values-{own}-{b}", token_rows(tap.values, skip).float())
                 if self.queries is not None:
-                    self.queries.add(own, tap.query, self.wanted.skip_positions)
+                    self.queries.add(own, tap.query, skip)
                 if self.wanted.with_inputs:
-                    self.spill.put(f"inputs-{b}", token_rows(tap.hidden, self.wanted.skip_positions).float())
+                    self.spill.put(f"inputs-{own}-{b}", token_rows(tap.hidden, skip).float())
             if own is not None:
-                count = self._finish(found, own, metric, len(batches))
+                shares = self._shares(own, batches)
+                weights = [a + b for a, b in zip(weights, shares, strict=True)] if weights else shares
+        weights = [Importance.settled(total / len(layers)) for total in weights]
+        mean = float(torch.cat(weights).mean(dtype=torch.float64))
+        roots = [(w / mean).sqrt()[:, None] for w in weights]  # of weights of mean 1
+        found = self._empty()
+        for own in reversed(range(len(layers))):
+            self._finish(found, own, roots)
         found |= {} if self.queries is None else self.queries.tensors()
-        return Stats(
-            layers=self.wanted.layers,
-            kv=self.wanted.kv,
-            tokens=count,
-            made_from=made_from,
-            window=self.window,
-            **found,
-        )
+        tokens = sum(len(root) for root in roots)
+        return Stats(layers=layers, kv=self.wanted.kv, tokens=tokens, made_from=made_from, window=self.window, **found)
+
+    def _shares(self, own: int, batches: Sequence[Tensor]) -> list[Tensor]:
+        """What a layer adds to the weights of the tokens, [N] for each batch."""
+        if not self.wanted.weighted:
+            return [torch.ones(len(self._held("gradients", own, b)), device=self.device) for b in range(len(batches))]
+        first = [self._held("gradients", own, b) for b in range(warm_up_batches(batches))]
+        metric = folded_product((rows, rows) for rows in first) / sum(len(rows) for rows in first)
+        importance = Importance([metric])
+        return [importance.share(0, self._held("gradients", own, b)) for b in range(len(batches))]
 
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
         """Run one layer on one batch once more, with a graph, to pass the gradient through it."""
@@ -341,16 +342,14 @@ class StreamedCollector:
                 return False
         return any(seen) and alike(found, expected)
 
-    def _finish(self, found: dict[str, Tensor], own: int, fisher: Tensor, batches: int) -> int:
-        """Moments of a layer that has seen all batches, with itself and the layers above; how many tokens they are."""
-        weights = [self._held("weights", None, b) for b in range(batches)]
-        count = sum(len(w) for w in weights)
-        total = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
-        fisher = fisher * total / count**2
-        roots = [(w * (count / total)).float().sqrt()[:, None] for w in weights]  # of weights of mean 1
+    def _finish(self, found: dict[str, Tensor], own: int, roots: list[Tensor]) -> None:
+        """Moments of a layer, with itself and the layers above, from weights whose roots [N, 1] are given."""
+        batches, count = len(roots), sum(len(root) for root in roots)
+        gradients = (self._held("gradients", own, b) / root for b, root in enumerate(roots))
+        fisher = folded_product((rows, rows) for rows in gradients) / count
         found["mean"][own] = self._centre("values", own, roots, count).cpu()
         if self.basis is not None:
-            covariance = self._product("values", own, own, batches) / count
+            covariance = self._product(("values", own), ("values", own), batches) / count
             basis = leading_directions(covariance.float(), fisher.float(), self.basis, seed=self.wanted.seed)
             found["reading"][own], found["writing"][own] = basis.reading.cpu(), basis.writing.cpu()
             found["dropped"][own] = basis.dropped
@@ -360,35 +359,34 @@ class StreamedCollector:
         found["fisher"][own] = fisher.cpu()
         reach = range(min(self.band, len(self.wanted.layers) - own))
         for j in reach:
-            found["covariance"][own, j] = (self._product("values", own, own + j, batches) / count).cpu()
+            found["covariance"][own, j] = (self._product(("values", own), ("values", own + j), batches) / count).cpu()
         if self.wanted.with_inputs:
-            found["input_mean"][own] = self._centre("inputs", None, roots, count).cpu()
-            found["input_covariance"][own] = (self._product("inputs", None, None, batches) / count).cpu()
+            found["input_mean"][own] = self._centre("inputs", own, roots, count).cpu()
+            found["input_covariance"][own] = (self._product(("inputs", own), ("inputs", own), batches) / count).cpu()
             for j in reach:
-                found["input_cross"][own, j] = (self._product("inputs", None, own + j, batches) / count).cpu()
+                found["input_cross"][own, j] = (
+                    self._product(("inputs", own), ("values", own + j), batches) / count
+                ).cpu()
         for b in range(batches):
+            self.spill.drop(f"gradients-{own}-{b}")
+            self.spill.drop(f"inputs-{own}-{b}")
             self.spill.drop(f"values-{own + self.band - 1}-{b}")
-        return count
 
-    def _centre(self, kind: str, layer: int | None, roots: list[Tensor], count: int) -> Tensor:
+    def _centre(self, kind: str, layer: int, roots: list[Tensor], count: int) -> Tensor:
         """Weighted mean of a layer's rows, in fp64; they are left as √w·(row - mean)."""
         rows = [(self._held(kind, layer, b), root) for b, root in enumerate(roots)]
         mean = torch.stack([(own * root.square()).sum(0, dtype=torch.float64) for own, root in rows]).sum(0) / count
         for b, (own, root) in enumerate(rows):
-            self.spill.put(_name(kind, layer, b), (own - mean.float()) * root)
+            self.spill.put(f"{kind}-{layer}-{b}", (own - mean.float()) * root)
         return mean
 
-    def _product(self, kind: str, left: int | None, right: int | None, batches: int) -> Tensor:
-        """Sum over tokens of the outer products of two layers' rows, in fp64."""
-        return folded_product(self._pairs(kind, left, right, batches))
+    def _product(self, left: tuple[str, int], right: tuple[str, int], batches: int) -> Tensor:
+        """Sum over tokens of the outer products of two layers' rows, each by kind and layer, in fp64."""
+        pairs = ((self._held(*left, b), self._held(*right, b)) for b in range(batches))
+        return folded_product(pairs)
 
-    def _pairs(self, kind: str, left: int | None, right: int | None, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for b in range(batches):
-            a = self._held(kind, left, b)
-            yield a, a if right == left else self._held("values", right, b)
-
-    def _held(self, kind: str, layer: int | None, b: int) -> Tensor:
-        return self.spill.get(_name(kind, layer, b)).to(self.device)
+    def _held(self, kind: str, layer: int, b: int) -> Tensor:
+        return self.spill.get(f"{kind}-{layer}-{b}").to(self.device)
 
     def _empty(self) -> dict[str, Tensor]:
         """Where the moments go, on the CPU in fp32."""

@@ -11,9 +11,10 @@ from helpers import tokens
 from torch import Tensor
 
 from clla.calibrate import far
-from clla.calibrate.collect import Collection, Collector, batch_generator, importance
+from clla.calibrate.collect import Collection, Collector, batch_generator, collect
 from clla.calibrate.far import far_attention, gradients
 from clla.calibrate.fisher import sampled_label_gradient
+from clla.calibrate.importance import LEAST, RIDGE
 from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
 from clla.source.families import kv_shape, split_layers
@@ -152,21 +153,32 @@ def test_what_cannot_be_seen_counts_all_queries() -> None:
     torch.testing.assert_close(stats.fisher, plain.stats("test").fisher, rtol=1e-3, atol=1e-7)
 
 
-def test_weights_and_metric_share_the_loss() -> None:
+@pytest.mark.parametrize("streamed", (False, True))
+def test_weights_and_metric_share_the_loss(streamed: bool) -> None:
     """E[(gᵀe)²] of errors that are alike for all tokens is what moments and metric say together."""
-    model, ids = pico(), tokens(4, 64)
+    model, batches = pico(), [tokens(4, 64, seed) for seed in range(2)]
     collector = collector_of(model, window=16)
-    taps = collector.watch(ids)
-    collector.fold(taps)
-    stats = collector.stats("test")
-    for number, rows in enumerate(collector.gradient_rows(taps)):
-        w = importance(rows)
-        w = w / w.mean()
-        torch.testing.assert_close(
-            stats.fisher[number], rows.mT @ (rows / w[:, None]) / len(rows), rtol=1e-4, atol=1e-7
-        )
-        y = collector.rows(taps)[number]
+    every = [collector.watch(batch, number) for number, batch in enumerate(batches)]
+    gradients = [torch.cat(rows) for rows in zip(*map(collector.gradient_rows, every), strict=True)]
+    values = [torch.cat(rows) for rows in zip(*map(collector.rows, every), strict=True)]
+    w = torch.zeros(len(gradients[0]))
+    for rows in gradients:
+        fisher = (rows.mT @ rows).double() / len(rows)
+        ridged = fisher + RIDGE * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=torch.float64)
+        w += (
+            torch.einsum("ni,ij,nj->n", rows.double(), ridged.inverse(), rows.double())
+            / torch.trace(ridged.inverse() @ fisher)
+        ).float()
+    w = (w / len(gradients)).clamp_min(LEAST)
+    w = w / w.mean()
+    if streamed:
+        stats = StreamedCollector(model, collector.wanted).collect(batches, made_from="test")
+    else:
+        stats = collect(collector, batches, made_from="test")
+    for number, (y, rows) in enumerate(zip(values, gradients, strict=True)):
+        metric = rows.mT @ (rows / w[:, None]) / len(rows)
+        torch.testing.assert_close(stats.fisher[number], metric, rtol=1e-3, atol=1e-7)
         mean = (w[:, None] * y).mean(0)
-        torch.testing.assert_close(stats.mean[number], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats.mean[number], mean, rtol=1e-3, atol=1e-5)
         moments = (y - mean).mT @ (w[:, None] * (y - mean)) / len(rows)
         torch.testing.assert_close(stats.covariance[number, 0], moments, rtol=1e-3, atol=1e-5)
