@@ -200,11 +200,11 @@ class Run:
     def _streamed_stats(self, wanted: Collection) -> Stats:
         """Layer by layer; hidden states go to the work directory where they would take much of the memory."""
         batches = list(self.batches())
-        tokens, layers = sum(batch.numel() for batch in batches), self.source.config.get_text_config().num_hidden_layers
-        width = self.source.config.get_text_config().hidden_size * self.dtype.itemsize
-        spilled = tokens * (
-            (layers + 2) * width + 4 * (self.recipe.plan.max_layers_per_group + 1) * self.source.kv.values
-        )
+        text_config = self.source.config.get_text_config()
+        tokens, layers, hidden = sum(b.numel() for b in batches), text_config.num_hidden_layers, text_config.hidden_size
+        # Hidden states go as keys, values and gradients come; most there is when all of these are there.
+        kept = 4 * (2 * self.source.kv.values + hidden * wanted.with_inputs) * len(self.source.layers)
+        spilled = tokens * (2 * hidden * self.dtype.itemsize + max(layers * hidden * self.dtype.itemsize, kept))
         in_memory = self.placement != "stream" and spilled < HIDDEN_ROOM * psutil.virtual_memory().available
         folder = None if in_memory else self.work / "spill"
         if folder is not None:

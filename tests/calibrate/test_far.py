@@ -165,10 +165,8 @@ def test_weights_and_metric_share_the_loss(streamed: bool) -> None:
     for rows in gradients:
         fisher = (rows.mT @ rows).double() / len(rows)
         ridged = fisher + RIDGE * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=torch.float64)
-        w += (
-            torch.einsum("ni,ij,nj->n", rows.double(), ridged.inverse(), rows.double())
-            / torch.trace(ridged.inverse() @ fisher)
-        ).float()
+        inverse, wide = ridged.inverse(), rows.double()
+        w += (((wide @ inverse) * wide).sum(1) / torch.trace(inverse @ fisher)).float()
     w = (w / len(gradients)).clamp_min(LEAST)
     w = w / w.mean()
     if streamed:
