@@ -1,6 +1,6 @@
 """Everything that a GPU is needed for, in a few minutes: what is right, what is fast, and what healing buys.
 
-    python benchmarks/on_gpu.py [--minutes 8] [--output scratch/on-gpu] [--steps correct,kernels,…]
+    python benchmarks/on_gpu.py [--minutes 8] [--output scratch/on-gpu] [--steps kernels,eager,…]
         [--weights MODEL --dataset TEXT --text TEXT]
 
 Each step is a process with a time limit of its own, so that one that hangs or fails costs no other. What it has found

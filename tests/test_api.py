@@ -159,7 +159,7 @@ def test_the_examples_of_the_docstrings_run(tmp_path: Path, monkeypatch: pytest.
         byte_tokenizer().save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     order = ("convert_model", "load_model", "evaluate_model", "heal_model", "register", "extract_language_model")
-    assert {*order, "CllaError", "__version__"} == set(clla.__all__)
+    assert set(order) == {name for name in clla.__all__ if inspect.isfunction(getattr(clla, name))}
     for name in order:
         text = inspect.getdoc(getattr(clla, name)) or ""
         assert all(part in text for part in ("Args:", "Returns:", "Raises:")) or name == "register"

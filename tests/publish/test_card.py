@@ -267,7 +267,12 @@ def test_results_on_a_hub_data_set_come_back_from_the_metadata(healed: Path, tmp
         assert (result.dataset_type, result.dataset_split) == ("maker/texts", "validation")
         assert result.metric_type == "perplexity"
         assert result.metric_value == report["measured"][name]["perplexity"]
-    assert own.dataset_args == {key: report["measured"][key] for key in ("windows", "context", "chunk")}
+    measured = report["measured"]
+    assert own.dataset_args == {
+        "samples": measured["windows"],
+        "context": measured["context"],
+        "chunk": measured["chunk"],
+    }
     report["measured"]["unseen"] = False
     (folder / "clla_report.json").write_text(json.dumps(report))
     card = ModelCard(render(folder, "me/pico"))

@@ -175,7 +175,7 @@ def test_defaults_keep_to_the_positions(converted: Path) -> None:
     [
         "convert SOURCE --sequence-length 161",
         "convert SOURCE --budget-context 161 --kv-budget 50%",
-        "compare SOURCE --context 161",
+        "compare SOURCE --sequence-length 161",
         "compare SOURCE --long-context 161",
         "eval CONVERTED --sequence-length 161",
         "eval CONVERTED --contexts 64,161",

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -18,7 +19,7 @@ from helpers import clla
 from clla import api
 from clla.artifacts.plan import KVShape, Plan
 from clla.checkpoint.write import OLD, PARTIAL, check_output, finished_directory, tidy
-from clla.cli import app, recipes_app
+from clla.cli import COMMANDS
 from clla.commands.options import path
 from clla.convert.stages import stats_bytes
 from clla.errors import CllaError, UsageError, resumable
@@ -182,8 +183,12 @@ def test_path_options_take_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Every option and argument that the commands have for a path."""
     monkeypatch.setenv("HOME", str(tmp_path))
     found = []
-    for command in (*app.registered_commands, *recipes_app.registered_commands):
-        for name, kind in get_type_hints(command.callback, include_extras=True).items():
+    called = [getattr(import_module(f"clla.commands.{file}"), file) for file in COMMANDS.values()]
+    groups = [one for one in called if isinstance(one, typer.Typer)]
+    assert groups, "clla recipes is one"
+    callbacks = [one for one in called if one not in groups]
+    for callback in (*callbacks, *(command.callback for group in groups for command in group.registered_commands)):
+        for name, kind in get_type_hints(callback, include_extras=True).items():
             if "pathlib" in str(get_args(kind)[:1]):
                 assert get_args(kind)[1].parser is path, name
                 found.append(name)
