@@ -22,7 +22,7 @@ from torch import Tensor
 from clla.artifacts.plan import KVShape, Plan
 from clla.artifacts.stats import Stats
 from clla.convert.factor import make_codec
-from clla.plan.budget import Budget
+from clla.plan.budget import GROUP_SIZE, Budget
 from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
@@ -72,7 +72,7 @@ class Timing:
 
 def measured(stats: Stats, budget: float, device: torch.device) -> Timing:
     """Weigh, plan and factor once."""
-    spectra, config = Spectra(stats, device=device), PlanConfig()
+    spectra, config = Spectra(stats, device=device), PlanConfig(max_layers_per_group=GROUP_SIZE)
     start, processor = time.perf_counter(), time.process_time()
     _ = spectra.weighted
     weighed = _now(device)
@@ -121,7 +121,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     layers, kv = SHAPES[args.shape]
-    stats = random_stats(args.layers or layers, kv, PlanConfig().max_layers_per_group)
+    stats = random_stats(args.layers or layers, kv, GROUP_SIZE)
     print(f"moments of {len(stats.layers)} layers of {kv.values} values", file=sys.stderr)
     found = measured(stats, args.budget, pick_device(args.device))
     if args.json:

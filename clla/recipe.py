@@ -49,9 +49,9 @@ class CalibrationConfig(_Section):
     )
     tokens: int | None = Field(None, gt=0, description="tokens to read; by default 16384 on CPU, 262144 on GPU")
     sequence_length: int | None = Field(
-        None, ge=SHORTEST, description="tokens per sequence; by default 1024, or as many as the model takes"
+        None, ge=SHORTEST, description="tokens per sequence; by default 2048, or as many as the model takes"
     )
-    batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; by default 1 on CPU, 8 on GPU")
+    batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; by default 1 on CPU, 4 on GPU")
     skip_positions: int = Field(8, ge=0, description="first positions of each sequence left out (sinks are outliers)")
     basis: int = Field(
         2048,
@@ -123,7 +123,13 @@ class PlanConfig(_Section):
     layout: Literal["free", "deepseek"] = Field(
         "free", description="'deepseek' keeps decoupled keys within what DeepseekV3 can express (clla export)"
     )
-    max_layers_per_group: int = Field(6, ge=1, le=64, description="most layers that share a latent")
+    max_layers_per_group: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="most layers that share a latent; by default 6, below 6.25 % up to 16, so that a layer reads "
+        "about as many components, but at least 6 and no more than have 12288 values per token",
+    )
     bits: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6, 8), description="bit widths a component may take")
     tier_size: int = Field(8, description="neighbouring components that share a bit width")
     metric: Literal["fisher", "pca", "weights", "asvd"] = Field(
@@ -131,6 +137,12 @@ class PlanConfig(_Section):
     )
     metric_power: float = Field(0.75, ge=0, le=1, description="exponent of the Fisher metric")
     flush_block: int = Field(16, ge=1, description="tokens that leave the exact window at once")
+
+    @property
+    def group_size(self) -> int:
+        """`max_layers_per_group` of a resolved recipe."""
+        assert self.max_layers_per_group is not None, "the recipe is not resolved"
+        return self.max_layers_per_group
 
     @property
     def source(self) -> Literal["group", "first"]:

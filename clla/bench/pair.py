@@ -88,7 +88,7 @@ def load_pair(checkpoint: str, *, device: torch.device, dtype: str) -> Pair:
 
 
 def random_pair(
-    name: str, *, kv_budget: str, max_layers_per_group: int, device: torch.device, dtype: str, seed: int
+    name: str, *, kv_budget: str, max_layers_per_group: int | None, device: torch.device, dtype: str, seed: int
 ) -> Pair:
     """A shape with random weights, plan and codec.
 

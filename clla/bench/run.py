@@ -21,7 +21,7 @@ from clla.checkpoint.load import checkpoint_folder, checkpoint_reach
 from clla.errors import UsageError
 from clla.evaluate.figures import draw_speed
 from clla.evaluate.measured_cache import with_kept_bytes
-from clla.recipe import BudgetConfig, PlanConfig
+from clla.recipe import BudgetConfig
 from clla.source.device import pick_device
 from clla.source.lengths import Reach, reach_of
 from clla.storage.places import PICTURES, check_file
@@ -111,7 +111,7 @@ def _pair(checkpoint: str | None, options: Options, device: torch.device) -> Pai
     return random_pair(
         str(options.shape),
         kv_budget=options.kv_budget or BudgetConfig().kv_budget,
-        max_layers_per_group=options.max_layers_per_group or PlanConfig().max_layers_per_group,
+        max_layers_per_group=options.max_layers_per_group,
         device=device,
         dtype=options.dtype,
         seed=options.seed,

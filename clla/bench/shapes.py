@@ -21,6 +21,7 @@ from clla.artifacts.plan import LayerGroup, Plan
 from clla.bench.largest_batch import largest
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import RowLayout
+from clla.plan.budget import derive_group_size
 from clla.recipe import PlanConfig, parse_budget
 from clla.source.families import kv_shape, split_layers
 
@@ -92,13 +93,13 @@ def random_model(config: Any, *, dtype: torch.dtype, device: torch.device, seed:
     return model.eval().requires_grad_(False)
 
 
-def random_plan(config: Any, *, kv_budget: str, max_layers_per_group: int) -> Plan:
+def random_plan(config: Any, *, kv_budget: str, max_layers_per_group: int | None = None) -> Plan:
     """Layer groups of neighbours whose packed latents take the budget.
 
     Args:
         config: of a shape.
         kv_budget: share or bytes, as in a recipe; it counts latents only.
-        max_layers_per_group: layers of a group; the last one may have fewer.
+        max_layers_per_group: layers of a group; the last one may have fewer. By default as a recipe chooses.
 
     Raises:
         UsageError: the budget is not readable, or too small or too large for latents.
@@ -107,8 +108,9 @@ def random_plan(config: Any, *, kv_budget: str, max_layers_per_group: int) -> Pl
     kv, defaults = kv_shape(config), PlanConfig()
     source_bytes = len(layers) * kv.values * STORED.itemsize
     budget, spent, groups = parse_budget(kv_budget, source_bytes=source_bytes), 0, []
-    for start in range(0, len(layers), max_layers_per_group):
-        own = layers[start : start + max_layers_per_group]
+    size = max_layers_per_group or derive_group_size(budget / source_bytes, kv.values)
+    for start in range(0, len(layers), size):
+        own = layers[start : start + size]
         room = round(budget * (start + len(own)) / len(layers)) - spent  # of whole bytes, what is left over goes on
         tiers = mixed_tiers(room, len(own) * kv.values // defaults.tier_size, defaults.tier_size)
         spent += RowLayout(tiers, defaults.tier_size).row_bytes

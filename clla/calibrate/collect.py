@@ -168,7 +168,7 @@ class Collection:
         with_queries: also collect the strength of queries (for the `decoupled` key).
         seed: of the sampled labels.
         window: W, newest tokens that will be exact: the metric counts what queries at least as far away read.
-        weighted: tokens count by their gradients; else all alike.
+        with_metric: also collect gradients, by which tokens count; else all count alike, and the metric is I.
     """
 
     layers: tuple[int, ...]
@@ -180,7 +180,7 @@ class Collection:
     with_queries: bool = False
     seed: int = 0
     window: int = 0
-    weighted: bool = True
+    with_metric: bool = True
 
 
 class Collector:
@@ -203,7 +203,7 @@ class Collector:
         self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.attention = attention_modules(model)
         self.recomputation = Recomputation(model, checkpointing)
-        self.window = wanted.window if wanted.window and self._sees_far() else 0
+        self.window = wanted.window if wanted.with_metric and wanted.window and self._sees_far() else 0
         self.importance: Importance | None = None  # of tokens, once `warm_up` has run; before, all count alike
         self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
 
@@ -224,15 +224,20 @@ class Collector:
         self.importance = Importance(list(metric.second_moment()[:, 0].to(self.model.device)))
 
     def watch(self, input_ids: Tensor, number: int = 0) -> list[Tap]:
-        """Run one batch forward and backward; what its layers' caches got."""
-        with self._tapped(input_ids, far=self.window > 0) as cache, torch.enable_grad(), ExitStack() as stack:
+        """Run one batch forward and, for the metric, backward; what its layers' caches got."""
+        with_metric = self.wanted.with_metric
+        with self._tapped(input_ids, far=self.window > 0) as cache, ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(with_metric))
             stack.enter_context(self.recomputation.active(input_ids.numel()))
             if self.queries is not None:
                 stack.enter_context(listening(cache))
             if self.window:
                 window = near_tokens(self.window, input_ids.shape[1])
                 stack.enter_context(far_attention(self.model, window, cache.reader))
-            logits = self.model(input_ids=input_ids, use_cache=True, **{CACHE: cache}).logits
+            options = {} if with_metric else fewest_logits(self.model)
+            logits = self.model(input_ids=input_ids, use_cache=True, **{CACHE: cache}, **options).logits
+            if not with_metric:
+                return list(cache.taps.values())
             self._top = sampled_label_gradient(logits, batch_generator(self.wanted.seed, number), out=self._top)
             logits.backward(self._top)
         return list(cache.taps.values())
@@ -280,10 +285,12 @@ class Collector:
     @torch.no_grad()
     def fold(self, taps: list[Tap]) -> None:
         """Add what the layers' caches got to the moments."""
-        values, gradients = self.rows(taps), self.gradient_rows(taps)
-        weights = None if self.importance is None else self.importance.weights(gradients)
+        values, weights = self.rows(taps), None
+        if self.wanted.with_metric:
+            gradients = self.gradient_rows(taps)
+            weights = None if self.importance is None else self.importance.weights(gradients)
+            self.metric.add(gradients if weights is None else [rows / weights.sqrt()[:, None] for rows in gradients])
         self.moments.add(values, weights=weights)
-        self.metric.add(gradients if weights is None else [rows / weights.sqrt()[:, None] for rows in gradients])
         if self.inputs is not None and self.cross is not None:
             hidden = [self._rows(tap.hidden) for tap in taps]  # [N, h] each
             self.inputs.add(hidden, weights=weights)
@@ -306,7 +313,7 @@ class Collector:
     def join(self, device: torch.device) -> None:
         """Add up the moments of all processes; afterwards each has those of all. `device` talks to the others."""
         for moments in (self.moments, self.metric, self.inputs, self.cross):
-            if moments is not None:
+            if moments is not None and (moments is not self.metric or self.wanted.with_metric):
                 moments.join(device)
         if self.queries is not None:
             self.queries.join(device)
@@ -319,6 +326,11 @@ class Collector:
         """
         if self.moments.count == 0:
             raise DatasetError("no calibration tokens were read", remedy="pass a longer --dataset")
+        count, n = len(self.wanted.layers), self.wanted.kv.values
+        if self.wanted.with_metric:
+            fisher = self.metric.second_moment()[:, 0] * (self.moments.total / self.moments.count)
+        else:
+            fisher = torch.eye(n).repeat(count, 1, 1)
         inputs: dict[str, Tensor] = {} if self.queries is None else self.queries.tensors()
         if self.inputs is not None and self.cross is not None:
             inputs |= {
@@ -332,7 +344,7 @@ class Collector:
             tokens=self.moments.count,
             mean=self.moments.mean(),
             covariance=self.moments.covariance(),
-            fisher=self.metric.second_moment()[:, 0] * (self.moments.total / self.moments.count),
+            fisher=fisher,
             made_from=made_from,
             window=self.window,
             **inputs,
@@ -354,7 +366,7 @@ def collect(
     """
     device, processes, following = collector.model.device, PartialState(), iter(batches)
     first: list[Tensor] = []
-    if collector.wanted.weighted:  # by every process for itself, so that all weigh alike
+    if collector.wanted.with_metric:  # by every process for itself, so that all weigh alike
         while sum(batch.numel() for batch in first) < WARM_UP and (batch := next(following, None)) is not None:
             first.append(batch.to(device))
         collector.warm_up(first)

@@ -209,7 +209,7 @@ class StreamedCollector:
         self.queries = QueryPower(model, wanted.layers, wanted.rope) if wanted.with_queries else None
         self.stack, self.spill = LayerStack(model), Spill(folder)
         self.attention = attention_modules(model)
-        self.device, self.window = model.device, wanted.window
+        self.device, self.window = model.device, wanted.window if wanted.with_metric else 0
 
     def collect(
         self, batches: Sequence[Tensor], *, made_from: str, on_tokens: Callable[[int], None] = lambda _: None
@@ -230,7 +230,8 @@ class StreamedCollector:
             raise DatasetError("no calibration tokens were read", remedy="pass a longer --dataset")
         try:
             self._forward(batches, on_tokens)
-            self._top(batches)
+            if self.wanted.with_metric:
+                self._top(batches)
             return self._backward(batches, made_from, on_tokens)
         finally:
             self.spill.clear()
@@ -273,7 +274,8 @@ class StreamedCollector:
                 on_tokens(ids.numel())
                 if own is None:
                     continue
-                self.spill.put(f"gradients-{own}-{b}", token_rows(tap.gradient, skip))
+                if self.wanted.with_metric:
+                    self.spill.put(f"gradients-{own}-{b}", token_rows(tap.gradient, skip))
                 self.spill.put(f"values-{own}-{b}", token_rows(tap.values, skip).float())
                 if self.queries is not None:
                     self.queries.add(own, tap.query, skip)
@@ -294,26 +296,29 @@ class StreamedCollector:
 
     def _shares(self, own: int, batches: Sequence[Tensor]) -> list[Tensor]:
         """What a layer adds to the weights of the tokens, [N] for each batch."""
-        if not self.wanted.weighted:
-            return [torch.ones(len(self._held("gradients", own, b)), device=self.device) for b in range(len(batches))]
+        if not self.wanted.with_metric:
+            return [torch.ones(len(self._held("values", own, b)), device=self.device) for b in range(len(batches))]
         first = [self._held("gradients", own, b) for b in range(warm_up_batches(batches))]
         metric = folded_product((rows, rows) for rows in first) / sum(len(rows) for rows in first)
         importance = Importance([metric])
         return [importance.share(0, self._held("gradients", own, b)) for b in range(len(batches))]
 
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
-        """Run one layer on one batch once more, with a graph, to pass the gradient through it."""
-        hidden = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach().requires_grad_()
-        with self._tapped(number, ids, far=self.window > 0) as (tap, cache), torch.enable_grad(), ExitStack() as stack:
+        """Run one layer on one batch once more, for the metric with a graph, to pass the gradient through it."""
+        hidden, with_metric = self.spill.get(f"hidden-{number}-{b}").to(self.device).detach(), self.wanted.with_metric
+        hidden.requires_grad_(with_metric)
+        with self._tapped(number, ids, far=self.window > 0) as (tap, cache), ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(with_metric))
             if self.queries is not None:
                 stack.enter_context(listening(cache))
             if self.window:
                 window = near_tokens(self.window, ids.shape[1])
                 stack.enter_context(far_attention(self.model, window, cache.reader))
             out = self.stack.run(number, hidden, tuple(ids.shape), cache)
-            out.backward(self.spill.get(f"gradient-{b}").to(out.device))
-        assert hidden.grad is not None
-        self.spill.put(f"gradient-{b}", hidden.grad)
+            if with_metric:
+                out.backward(self.spill.get(f"gradient-{b}").to(out.device))
+                assert hidden.grad is not None
+                self.spill.put(f"gradient-{b}", hidden.grad)
         self.spill.drop(f"hidden-{number}-{b}")
         return tap
 
@@ -345,8 +350,11 @@ class StreamedCollector:
     def _finish(self, found: dict[str, Tensor], own: int, roots: list[Tensor]) -> None:
         """Moments of a layer, with itself and the layers above, from weights whose roots [N, 1] are given."""
         batches, count = len(roots), sum(len(root) for root in roots)
-        gradients = (self._held("gradients", own, b) / root for b, root in enumerate(roots))
-        fisher = folded_product((rows, rows) for rows in gradients) / count
+        if self.wanted.with_metric:
+            gradients = (self._held("gradients", own, b) / root for b, root in enumerate(roots))
+            fisher = folded_product((rows, rows) for rows in gradients) / count
+        else:
+            fisher = torch.eye(self.wanted.kv.values, dtype=torch.float64)
         found["mean"][own] = self._centre("values", own, roots, count).cpu()
         if self.basis is not None:
             covariance = self._product(("values", own), ("values", own), batches) / count

@@ -53,8 +53,8 @@ from clla.text.sequences import calibration_blocks, report_samples, self_written
 from clla.text.vocabulary import check_tokens
 
 DEFAULT_TOKENS = {"cpu": 16_384, "cuda": 262_144}
-DEFAULT_LENGTH = 1024  # of calibration sequences
-DEFAULT_BATCH = {"cpu": 1, "cuda": 8}
+DEFAULT_LENGTH = 2048  # of calibration sequences, much longer than an exact window
+DEFAULT_BATCH = {"cpu": 1, "cuda": 4}
 DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT = 4096, 32_768  # where the model names no length, and where it names a longer one
 DAMAGE_SEQUENCES, DAMAGE_CHUNK = 2, 128  # that planners measure on
 HIDDEN_ROOM = 0.2  # of the free memory, that hidden states may take before they are spilled to disk
@@ -74,7 +74,9 @@ def resolve(recipe: Recipe, source: Source, device: torch.device) -> Recipe:
         reach.check_option("heal.sequence_length", recipe.heal.sequence_length)
     longest = min(reach.tokens or DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT)
     recipe = settle_decoupled(recipe, head_dim=source.kv.head_dim)
-    recipe = settle_budget(recipe, source_bytes=source.bytes_per_token, context=longest, layers=len(source.layers))
+    recipe = settle_budget(
+        recipe, source_bytes=source.bytes_per_token, context=longest, layers=len(source.layers), values=source.kv.values
+    )
     tokens = recipe.calibration.tokens or DEFAULT_TOKENS.get(device.type, DEFAULT_TOKENS["cuda"])
     batch_size = recipe.calibration.batch_size or DEFAULT_BATCH.get(device.type, DEFAULT_BATCH["cuda"])
     dtype = str(pick_dtype(recipe.runtime.compute_dtype, source.dtype, device)).removeprefix("torch.")
@@ -167,16 +169,18 @@ class Run:
         wanted = Collection(
             layers=self.source.layers,
             kv=self.source.kv,
-            band=plan.max_layers_per_group,
+            band=plan.group_size,
             rope=self.rope,
             skip_positions=calibration.skip_positions,
             with_inputs=needs_inputs(plan.metric, plan.source),
             with_queries=self.with_queries,
             seed=calibration.seed,
             window=exact_window,
-            weighted=plan.metric == "fisher",
+            with_metric=plan.metric == "fisher",
         )
         stats = self._streamed_stats(wanted) if streams else self._stats_at_once(wanted)
+        if wanted.with_metric and stats.window < wanted.window:
+            console.say("This model's attention cannot be watched: the metric counts what near queries read, too")
         if (reduction := stats.reduction) is not None:
             console.say(
                 f"Moments are kept in {reduction['coordinates']} of {reduction['of']} coordinates per layer; what "
@@ -323,7 +327,7 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
     time, sums of all of them in fp64. Beside them the moments of one largest group and what is made of them.
     """
     layers, n = len(source.layers), min(source.kv.values, recipe.calibration.basis)
-    band = min(recipe.plan.max_layers_per_group, layers)
+    band = min(recipe.plan.group_size, layers)
     total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40) + 12 * (band * n) ** 2
     if source.kv.values > n:  # reading and writing, and one layer's whole moments
         total += 8 * source.kv.values * (layers * n + 5 * source.kv.values)
@@ -336,7 +340,7 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
 def stats_bytes(source: Source, recipe: Recipe) -> int:
     """Size of the stats as they are written, fp32: what `Stats` says of its tensors."""
     layers, values = len(source.layers), source.kv.values
-    width, band = min(values, recipe.calibration.basis), min(recipe.plan.max_layers_per_group, layers)
+    width, band = min(values, recipe.calibration.basis), min(recipe.plan.group_size, layers)
     numbers = layers * ((band + 1) * width**2 + values)
     if values > width:
         numbers += 2 * layers * width * values

@@ -25,7 +25,7 @@ from clla.source.placement import choose_placement
 from clla.storage.filenames import CONFIG, TOKENIZER_CONFIG
 from clla.storage.files import read_json
 
-PASSES = 3.5  # forward passes that calibration costs, about (docs/lab-notes.md)
+PASSES = 3  # forward passes that calibration costs, about (docs/lab-notes.md)
 TRAINED_BYTES = 16  # memory of a trained weight: itself, its gradient, Adam's two moments
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", TOKENIZER_CONFIG, "spiece.model", "vocab.txt")
 Status = Literal["ok", "warning", "problem"]

@@ -11,6 +11,9 @@ from clla.recipe import BudgetConfig, PlanConfig, Recipe, parse_budget
 
 WINDOWS = (128, 64, 32, 16)
 WINDOW_SHARE = 1 / 3  # of the budget, at most, when the window is derived
+GROUP_SIZE, GROUP_SHARE = 6, 1 / 16  # layers per group, enough for this share of the source's bytes
+LARGEST_GROUP = 16  # layers; all of them are too many for the calibration text
+COORDINATES = 12_288  # of a group: the time that its moments take grows with their third power
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,23 @@ def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, conte
         if fixed <= WINDOW_SHARE * budget * context:
             return window
     return WINDOWS[-1]
+
+
+def derive_group_size(share: float, values: int, source: str = "group") -> int:
+    """Most layers per group: as many as keep the components that a layer reads about the same.
+
+    Longer groups lose less, but a latent's components grow with its layers and with the budget, and every layer of the
+    group reads them all.
+
+    Args:
+        share: budget as a share of the source's bytes.
+        values: coordinates of a layer's moments.
+        source: of the latents; one made from the first layer's input says little of layers far above it.
+    """
+    if source == "first":
+        return GROUP_SIZE
+    most = min(LARGEST_GROUP, COORDINATES // values, round(GROUP_SIZE * GROUP_SHARE / share))
+    return max(GROUP_SIZE, most)
 
 
 def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int:
@@ -108,7 +128,7 @@ def kept_rows(encoded: int, evict: float | None) -> int:
     return encoded if evict is None else max(1, round(encoded * (1 - evict)))
 
 
-def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: int) -> Recipe:
+def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: int, values: int) -> Recipe:
     """A recipe with context, window and group size filled in, and its budget checked.
 
     Args:
@@ -116,6 +136,7 @@ def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: in
         source_bytes: the source's KV bytes per token.
         context: at which a budget holds that names none; 0 counts latents only.
         layers: convertible ones, L.
+        values: that each of them caches per token, n.
 
     Raises:
         UsageError: as `latent_bits` and `parse_budget`.
@@ -131,9 +152,12 @@ def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: in
     latent_bits(
         recipe.plan, Budget(budget, at or None, window, own.num_sinks, own.eviction_ratio), source_bytes=source_bytes
     )
+    group = recipe.plan.max_layers_per_group or derive_group_size(
+        budget / source_bytes, min(values, recipe.calibration.basis), recipe.plan.source
+    )
     return recipe.override(
         {
             "budget": {"budget_context": at, "exact_window": window},
-            "plan": {"max_layers_per_group": min(recipe.plan.max_layers_per_group, layers)},
+            "plan": {"max_layers_per_group": min(group, layers)},
         }
     )

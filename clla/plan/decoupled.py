@@ -108,9 +108,9 @@ def settle_decoupled(recipe: Recipe, *, head_dim: int) -> Recipe:
             expected="plan.latent_input 'first_layer', no exact window, no sinks and no eviction, as in --recipe mla",
             remedy="leave those out, or use plan.key 'reconstruct'",
         )
-    if plan.layout == "deepseek" and plan.max_layers_per_group > 1:
+    if plan.layout == "deepseek" and plan.max_layers_per_group != 1:
         raise UsageError(
-            f"plan.layout 'deepseek' with groups of up to {plan.max_layers_per_group} layers",
+            f"plan.layout 'deepseek' with groups of up to {plan.max_layers_per_group or 'several'} layers",
             expected="groups of one layer: DeepseekV3 shares no latent between layers",
             remedy="pass --max-layers-per-group 1",
         )

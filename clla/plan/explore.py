@@ -157,7 +157,7 @@ class Explorer:
                 expected="a planner that needs statistics alone: dynamic, uniform, cluster or pyramid",
                 remedy="clla convert MODEL --planner kvsharer --dry-run",
             )
-        if min(recipe.plan.max_layers_per_group, layers) > band:
+        if min(recipe.plan.max_layers_per_group or 1, layers) > band:
             raise UsageError(
                 f"groups of up to {recipe.plan.max_layers_per_group} layers from moments of {band} neighbours",
                 expected=f"--max-layers-per-group {band} or less",
@@ -174,7 +174,9 @@ class Explorer:
                 remedy=f"clla convert MODEL --exact-window {window} --dry-run collects others",
             )
         context = self.kept.plan.at_context or 0
-        return settle_budget(recipe, source_bytes=self.kept.source_bytes, context=context, layers=layers)
+        return settle_budget(
+            recipe, source_bytes=self.kept.source_bytes, context=context, layers=band, values=self.kept.plan.kv.values
+        )
 
     def plan(self, recipe: Recipe) -> Plan:
         """The plan that a conversion would make.

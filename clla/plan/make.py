@@ -107,7 +107,7 @@ def rotary_bits(config: PlanConfig, spectra: DecoupledSpectra, bits: int) -> int
     """
     tiers = spectra.components // ROPE_TIER
     own = 8 * RowLayout((config.rope_bits,) * tiers, ROPE_TIER).row_bytes
-    groups = -(-len(spectra.stats.layers) // config.max_layers_per_group)
+    groups = -(-len(spectra.stats.layers) // config.group_size)
     least = groups * (own + min(config.bits) * config.tier_size + SCALE_BITS)
     if bits < least:
         raise UsageError(

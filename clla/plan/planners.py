@@ -50,17 +50,17 @@ def candidates_of(
 def count_candidates(config: PlanConfig, num_layers: int) -> int:
     """How many steps a planner takes, for progress: spectra that it computes, or mergers that it tries."""
     if config.planner == "dynamic":
-        return len(every_segment(num_layers, min(config.max_layers_per_group, num_layers)))
-    if config.planner == "kvsharer" and config.max_layers_per_group > 1:
+        return len(every_segment(num_layers, min(config.group_size, num_layers)))
+    if config.planner == "kvsharer" and config.group_size > 1:
         return num_layers - 1
-    return -(-num_layers // config.max_layers_per_group)
+    return -(-num_layers // config.group_size)
 
 
 def _dynamic(
     spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
 ) -> Choices:
     count = len(spectra.stats.layers)
-    largest = min(config.max_layers_per_group, count)
+    largest = min(config.group_size, count)
     if spectra.source == "first" or spectra.rank(largest) <= CHEAP:
         return _within(spectra, every_segment(count, largest), config, room, on_step)
     segments = outlined_partition(
@@ -77,7 +77,7 @@ def _dynamic(
 def _uniform(
     spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
 ) -> Choices:
-    segments = uniform_segments(len(spectra.stats.layers), config.max_layers_per_group)
+    segments = uniform_segments(len(spectra.stats.layers), config.group_size)
     return _within(spectra, segments, config, room, on_step)
 
 
@@ -85,7 +85,7 @@ def _pyramid(
     spectra: Spectra, config: PlanConfig, room: Room, on_step: Callable[[int], None], damage: Damage
 ) -> Choices:
     """Budgets falling linearly from the bottom to the top, as PyramidKV's (arXiv 2406.02069) shape."""
-    segments = uniform_segments(len(spectra.stats.layers), config.max_layers_per_group)
+    segments = uniform_segments(len(spectra.stats.layers), config.group_size)
     left = room.bits - room.group_bits * len(segments)
     slope = torch.linspace(1.5, 0.5, len(segments), dtype=torch.float64)
     weight = slope * torch.tensor([size for _, size in segments], dtype=torch.float64)
@@ -107,7 +107,7 @@ def _cluster(
     from sklearn.cluster import AgglomerativeClustering
 
     count = len(spectra.stats.layers)
-    if count == 1 or config.max_layers_per_group == 1:
+    if count == 1 or config.group_size == 1:
         return _uniform(spectra, config, room, on_step, damage)
     distance = torch.ones(count, count, dtype=torch.float64)
     norms = spectra.weighted[:, 0].double().flatten(1).norm(dim=1)
@@ -118,7 +118,7 @@ def _cluster(
             distance[a, a + j] = distance[a + j, a] = max(0.0, 1.0 - shared)
     chain = torch.diag(torch.ones(count - 1), 1)
     labels = AgglomerativeClustering(
-        n_clusters=-(-count // config.max_layers_per_group),
+        n_clusters=-(-count // config.group_size),
         metric="precomputed",
         linkage="average",
         connectivity=(chain + chain.mT).numpy(),
@@ -126,7 +126,7 @@ def _cluster(
     segments: list[Segment] = []
     for layer in range(count):
         start, size = segments[-1] if segments else (0, 0)
-        if size and labels[layer] == labels[layer - 1] and size < config.max_layers_per_group:
+        if size and labels[layer] == labels[layer - 1] and size < config.group_size:
             segments[-1] = (start, size + 1)
         else:
             segments.append((layer, 1))
@@ -143,7 +143,7 @@ def _kvsharer(
     distance of their keys and values; the paper tries unlike layers first.
     """
     count, sign = len(spectra.stats.layers), -1 if config.sharing_order == "dissimilar" else 1
-    if config.max_layers_per_group == 1:
+    if config.group_size == 1:
         return _uniform(spectra, config, room, on_step, damage)
     segments = [(layer, 1) for layer in range(count)]
     chosen = _within(spectra, segments, config, room, lambda _: None)
@@ -154,7 +154,7 @@ def _kvsharer(
         cut = next((i for i, (start, _) in enumerate(segments) if start == pair + 1), None)
         assert cut, "two neighbours are merged but once"
         (start, below), (_, above) = segments[cut - 1 : cut + 1]
-        if below + above > config.max_layers_per_group:
+        if below + above > config.group_size:
             continue
         tried = [*segments[: cut - 1], (start, below + above), *segments[cut + 1 :]]
         choices = _within(spectra, tried, config, room, lambda _: None)

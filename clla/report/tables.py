@@ -149,7 +149,7 @@ def settings(data: PageData) -> list[tuple[str, str]]:
         found.append(("budget", f"{recipe.budget.kv_budget} at {data.context:,} tokens"))
         calibration = recipe.calibration
         found.append(("calibrated on", f"{calibration.tokens or 0:,} tokens of {data.dataset}"))
-        found.append(("planner", f"{recipe.plan.planner}, groups of up to {recipe.plan.max_layers_per_group} layers"))
+        found.append(("planner", f"{recipe.plan.planner}, groups of up to {recipe.plan.group_size} layers"))
     found.append(("latent input", "all layers of a group" if plan.source == "group" else "its first layer"))
     if plan.capacity is not None:
         found.append(("eviction", f"at most {plan.capacity:,} latents per group"))
