@@ -33,6 +33,7 @@ from clla.evaluate.retrieval import make_trials, retrieve
 from clla.evaluate.source_cache import SourceCache
 from clla.heal.run import Healing, HealOptions, heal, resolve_healing
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.plan.budget import derive_group_size
 from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
@@ -54,7 +55,8 @@ def main() -> None:
         "calibration": {"dataset": args.dataset, "tokens": args.calibration_tokens},
         "heal": {},
     }
-    changes["budget"] = {"budget_context": 0, "exact_window": args.exact_window}
+    smallest = min(float(budget) for budget in args.budgets.split(","))  # of which groups are the longest
+    changes["budget"] = {"budget_context": 0, "exact_window": args.exact_window, "kv_budget": f"{smallest}%"}
     recipe = Recipe().override(changes)
     recipe = resolve(recipe.override(MLA) if args.mla else recipe, source, device)
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,14 @@ def main() -> None:
     }
     results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}, "budgets": {}}
     for budget in ("12.5",) if args.mla else args.budgets.split(","):
-        own = recipe.override({"budget": {"kv_budget": f"{budget}%"}, "heal": _heal_changes(args)})
+        size = derive_group_size(float(budget) / 100, source.kv.values, recipe.plan.source)
+        own = recipe.override(
+            {
+                "budget": {"kv_budget": f"{budget}%"},
+                "plan": {"max_layers_per_group": min(size, recipe.plan.group_size)},
+                "heal": _heal_changes(args),
+            }
+        )
         run.recipe, run.plan_key = own, f"healing-{budget}-{recipe.plan.source}-{args.exact_window}"
         spectra = weigh(stats, own)
         plan = run.plan(stats, spectra)

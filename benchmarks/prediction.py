@@ -35,9 +35,9 @@ from clla.source.model import open_source
 from clla.text.sequences import load_documents, whole_samples
 
 EQUAL: dict[str, dict[str, Any]] = {
-    "uniform, 6": {"planner": "uniform"},
+    "uniform, 6": {"planner": "uniform", "max_layers_per_group": 6},
     "uniform, 3": {"planner": "uniform", "max_layers_per_group": 3},
-    "pyramid, 6": {"planner": "pyramid"},
+    "pyramid, 6": {"planner": "pyramid", "max_layers_per_group": 6},
     "dynamic, 3": {"max_layers_per_group": 3},
     "dynamic, 1": {"max_layers_per_group": 1},
 }
@@ -69,7 +69,7 @@ def measure(run: Run, texts: dict[str, Tensor], cases: list[tuple[str, float, di
     window = run.recipe.budget.exact_window
     base: dict[str, float] = {}
     for name, budget, changes in cases:
-        settings = run.recipe.override({"plan": changes}).plan
+        settings = run.recipe.plan.model_copy(update={"max_layers_per_group": None, **changes})
         plan = plan_latents(run, spectra, stats, settings, percent=budget, window=window)
         codec = make_codec(spectra, plan, stats)
         converted = attach(model, codec, run.block(plan))
@@ -127,9 +127,9 @@ def main() -> None:
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
     recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.calibration_tokens}})
-    recipe = resolve(
-        recipe.override({"budget": {"budget_context": 0, "exact_window": args.exact_window}}), source, device
-    )
+    smallest = min(float(budget) for budget in args.budgets.split(","))  # of which groups are the longest
+    budget_of = {"budget_context": 0, "exact_window": args.exact_window, "kv_budget": f"{smallest}%"}
+    recipe = resolve(recipe.override({"budget": budget_of}), source, device)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = Run(source, recipe, device, args.work_dir)
     count, length = args.num_samples, args.sequence_length
@@ -139,7 +139,7 @@ def main() -> None:
         texts[Path(args.text).stem] = whole_samples(documents, run.tokenizer, count=count, length=length)
     texts = {name: windows.to(device) for name, windows in texts.items()}
     cases: list[tuple[str, float, dict[str, Any]]] = [
-        ("dynamic, 6", float(budget), {}) for budget in args.budgets.split(",")
+        ("dynamic", float(budget), {}) for budget in args.budgets.split(",")
     ]
     cases += [(name, args.equal, changes) for name, changes in EQUAL.items()]
     points = measure(run, texts, cases)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from latents import plan_latents
 from transformers.utils import logging
 
 from clla import console
-from clla.artifacts.stats import Stats
 from clla.checkpoint.assemble import attach, clla_block
 from clla.convert.factor import make_codec
 from clla.convert.stages import Run, resolve
@@ -29,39 +29,40 @@ from clla.evaluate.report import subjects
 from clla.plan.metrics import weigh
 from clla.recipe import Recipe
 from clla.source.device import pick_device
-from clla.source.model import open_source
+from clla.source.model import Source, open_source
 from clla.text.sequences import load_documents, whole_samples
 
-# name: (latent source, window, largest group size)
-VARIANTS = {
-    "group W=128": ("group", 128, 6),
-    "group W=32": ("group", 32, 6),
-    "first W=128": ("first", 128, 6),
-    "first W=32": ("first", 32, 6),
-    "first no window": ("first", 0, 6),
+# name: (latent source, window, most layers per group; None as a recipe with the budget)
+VARIANTS: dict[str, tuple[str, int, int | None]] = {
+    "group W=128": ("group", 128, None),
+    "group W=32": ("group", 32, None),
+    "first W=128": ("first", 128, None),
+    "first W=32": ("first", 32, None),
+    "first no window": ("first", 0, None),
     "per layer W=128": ("group", 128, 1),
+    "groups of 6 W=128": ("group", 128, 6),
 }
 
 
 def main() -> None:
-    """Parse, calibrate once, run every variant and budget, print and write the table."""
+    """Parse, calibrate once for each window, run every variant and budget, print and write the table."""
     args = _arguments()
     logging.set_verbosity_error()
     device, source = pick_device(args.device), open_source(args.model)
-    recipe = Recipe().override({"calibration": {"dataset": args.dataset, "tokens": args.calibration_tokens}})
-    recipe = resolve(recipe.override({"budget": {"budget_context": 0, "exact_window": 128}}), source, device)
     names = [name for name in VARIANTS if name in args.variants.split(",")] if args.variants else list(VARIANTS)
-    if any(VARIANTS[name][0] == "first" for name in names):
-        recipe = recipe.override({"plan": {"latent_input": "first_layer"}})  # so that the inputs' moments are collected
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(source, recipe, device, args.work_dir, hold_out=False)  # another text is measured on
-    stats = run.stats()
-    windows = whole_samples(
-        load_documents(args.text), run.tokenizer, count=args.num_samples, length=args.sequence_length
+    samples = whole_samples(
+        load_documents(args.text), source.load_tokenizer(), count=args.num_samples, length=args.sequence_length
     ).to(device)
     rows: dict[str, dict[str, float]] = {}
+    runs: dict[int, Run] = {}
     for name in names:
-        rows |= _variant(name, run, stats, recipe, windows, args)
+        window = VARIANTS[name][1]
+        if window not in runs:
+            runs[window] = Run(
+                source, _settings(window, names, args, source, device), device, args.work_dir, hold_out=False
+            )
+        rows |= _variant(name, runs[window], samples, args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(
             json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1)
@@ -82,24 +83,34 @@ def main() -> None:
     )
 
 
-def _variant(
-    name: str, run: Run, stats: Stats, recipe: Recipe, windows: torch.Tensor, args: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+def _settings(window: int, names: list[str], args: argparse.Namespace, source: Source, device: torch.device) -> Recipe:
+    """What the moments of all variants with a window are collected by."""
+    own = [VARIANTS[name] for name in names if VARIANTS[name][1] == window]
+    smallest = min(float(budget) for budget in args.budgets.split(","))
+    changes: dict[str, dict[str, Any]] = {
+        "calibration": {"dataset": args.dataset, "tokens": args.calibration_tokens},
+        # of which groups are the longest
+        "budget": {"budget_context": 0, "exact_window": window, "kv_budget": f"{smallest}%"},
+        "plan": {"latent_input": "all_layers" if window else "first_layer"},
+    }
+    recipe = resolve(Recipe().override(changes), source, device)
+    inputs = any(kind == "first" for kind, _, _ in own)  # whose moments are collected for them
+    return recipe.override({"plan": {"latent_input": "first_layer"}}) if inputs else recipe
+
+
+def _variant(name: str, run: Run, windows: torch.Tensor, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """All budgets of one variant, beside the source, over the same windows."""
     latent_source, window, group_size = VARIANTS[name]
-    recipe = recipe.override(
-        {
-            "plan": {
-                "latent_input": "all_layers" if latent_source == "group" else "first_layer",
-                "max_layers_per_group": group_size,
-            }
-        }
+    stats = run.stats()
+    recipe = run.recipe.override(
+        {"plan": {"latent_input": "all_layers" if latent_source == "group" else "first_layer"}}
     )
+    config = recipe.plan.model_copy(update={"max_layers_per_group": group_size})
     spectra, model = weigh(stats, recipe), run.model()
     models: dict[str, Subject] = {}
     planned: dict[str, float] = {}
     for budget in args.budgets.split(","):
-        plan = plan_latents(run, spectra, stats, recipe.plan, percent=float(budget), window=window)
+        plan = plan_latents(run, spectra, stats, config, percent=float(budget), window=window)
         block = clla_block(
             plan,
             rope=run.rope,
