@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from clla.calibrate.collect import Collection, Collector, Tap
+from clla.calibrate.collect import Collection, Collector, TokenRows
+from clla.calibrate.importance import Importance
 from clla.calibrate.moments import STRIPS
 from clla.calibrate.rope_detection import rope_settings
 from clla.recipe import CalibrationConfig
@@ -109,14 +110,15 @@ def measured(
 ) -> dict[str, list[float]]:
     """Seconds of each part in each round; the first round, in which memory is taken, does not count."""
     found: dict[str, list[float]] = {}
-    taps: list[Tap] = []
+    collector.importance = Importance(len(collector.wanted.layers), collector.wanted.kv.values)
+    portion: list[TokenRows] = []
     for number in range(rounds + 1):
         parts: dict[str, Callable[[], object]] = {
             "forward": lambda: _forward(model, ids),
-            "keys, values and gradients": lambda: taps.extend(collector.watch(ids)),
-            "moments and metric": lambda: collector.fold(taps),
+            "keys, values and gradients": lambda: portion.append(collector.read(ids)),
+            "moments and metric": lambda: collector.settle(portion),
         }
-        taps.clear()
+        portion.clear()
         times = {name: _seconds(part, ids.device, clock) for name, part in parts.items()}
         times["calibration"] = times["keys, values and gradients"] + times["moments and metric"]
         if number:

@@ -13,11 +13,10 @@ Shape legend: B sequences, T tokens, H key-value heads, d head dim, n = 2·H·d,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from clla.artifacts.plan import KVShape
 from clla.artifacts.stats import Stats
 from clla.calibrate.far import Note, far_attention
 from clla.calibrate.fisher import sampled_label_gradient
-from clla.calibrate.importance import WARM_UP, Importance
+from clla.calibrate.importance import PORTION, Importance
 from clla.calibrate.moments import BandedMoments
 from clla.calibrate.queries import QueryPower
 from clla.calibrate.recomputation import Recomputation
@@ -126,6 +125,25 @@ def _side_by_side(keys: Tensor, values: Tensor) -> Tensor:
     return torch.cat((keys, values), dim=1).transpose(1, 2).flatten(2)  # [B, T, 2·H·d]
 
 
+@dataclass
+class TokenRows:
+    """What some tokens have to say, one tensor per layer.
+
+    Attributes:
+        values: keys before RoPE and values, [N, n].
+        gradients: of the loss with respect to them, fp32; none where no metric is wanted.
+        inputs: of the attention, [N, h]; none where they are not wanted.
+    """
+
+    values: list[Tensor]
+    gradients: list[Tensor]
+    inputs: list[Tensor]
+
+    def to(self, device: torch.device) -> TokenRows:
+        """The same on a device."""
+        return TokenRows(*([rows.to(device) for rows in own] for own in (self.values, self.gradients, self.inputs)))
+
+
 class ProbeCache(RecordingCache):
     """A cache that passes keys and values to taps and returns what they return."""
 
@@ -204,7 +222,7 @@ class Collector:
         self.attention = attention_modules(model)
         self.recomputation = Recomputation(model, checkpointing)
         self.window = wanted.window if wanted.with_metric and wanted.window and self._sees_far() else 0
-        self.importance: Importance | None = None  # of tokens, once `warm_up` has run; before, all count alike
+        self.importance: Importance | None = None  # by which tokens are weighted; without, all count alike
         self._top: Tensor | None = None  # gradient of the last batch's logits, whose memory the next one takes
 
     def add(self, input_ids: Tensor, number: int = 0) -> None:
@@ -214,14 +232,19 @@ class Collector:
             input_ids: the batch.
             number: of it among all batches, from which its labels follow.
         """
-        self.fold(self.watch(input_ids, number))
+        self.fold(self.read(input_ids, number))
 
-    def warm_up(self, batches: Sequence[Tensor]) -> None:
-        """Learn from the first batches [B, T] how tokens are to be weighted."""
-        metric = BandedMoments(len(self.wanted.layers), self.wanted.kv.values, band=1)
-        for number, batch in enumerate(batches):
-            metric.add(self.gradient_rows(self.watch(batch, number)))
-        self.importance = Importance(list(metric.second_moment()[:, 0].to(self.model.device)))
+    def read(self, input_ids: Tensor, number: int = 0) -> TokenRows:
+        """What one batch of token ids [B, T], the `number`-th, has to say."""
+        taps = self.watch(input_ids, number)
+        if self.queries is not None:
+            for layer, tap in enumerate(taps):
+                self.queries.add(layer, tap.query, self.wanted.skip_positions)
+        return TokenRows(
+            values=[self._rows(tap.values) for tap in taps],
+            gradients=[self._rows(tap.gradient) for tap in taps] if self.wanted.with_metric else [],
+            inputs=[self._rows(tap.hidden) for tap in taps] if self.inputs is not None else [],
+        )
 
     def watch(self, input_ids: Tensor, number: int = 0) -> list[Tap]:
         """Run one batch forward and, for the metric, backward; what its layers' caches got."""
@@ -283,29 +306,27 @@ class Collector:
         return seen == set(self.wanted.layers) and alike(found, expected)
 
     @torch.no_grad()
-    def fold(self, taps: list[Tap]) -> None:
-        """Add what the layers' caches got to the moments."""
-        values, weights = self.rows(taps), None
-        if self.wanted.with_metric:
-            gradients = self.gradient_rows(taps)
-            weights = None if self.importance is None else self.importance.weights(gradients)
-            self.metric.add(gradients if weights is None else [rows / weights.sqrt()[:, None] for rows in gradients])
-        self.moments.add(values, weights=weights)
+    def settle(self, portion: list[TokenRows]) -> None:
+        """Weight tokens, with what they themselves say of weights, and add them to the moments."""
+        if self.importance is not None:
+            layers = range(len(self.wanted.layers))
+            self.importance.learn([[rows.gradients[layer] for rows in portion] for layer in layers], self.model.device)
+        for rows in portion:
+            self.fold(rows.to(self.model.device))
+
+    @torch.no_grad()
+    def fold(self, rows: TokenRows) -> None:
+        """Add tokens to the moments."""
+        weights, gradients = None, rows.gradients
+        if gradients and self.importance is not None:
+            weights = self.importance.weights(gradients)
+            gradients = [own / weights.sqrt()[:, None] for own in gradients]
+        if gradients:
+            self.metric.add(gradients)
+        self.moments.add(rows.values, weights=weights)
         if self.inputs is not None and self.cross is not None:
-            hidden = [self._rows(tap.hidden) for tap in taps]  # [N, h] each
-            self.inputs.add(hidden, weights=weights)
-            self.cross.add(hidden, values, weights=weights)
-        if self.queries is not None:
-            for number, tap in enumerate(taps):
-                self.queries.add(number, tap.query, self.wanted.skip_positions)
-
-    def rows(self, taps: list[Tap]) -> list[Tensor]:
-        """Keys before RoPE and values of each layer, [N, n]."""
-        return [self._rows(tap.values) for tap in taps]
-
-    def gradient_rows(self, taps: list[Tap]) -> list[Tensor]:
-        """Their gradients, [N, n] each, fp32."""
-        return [self._rows(tap.gradient) for tap in taps]
+            self.inputs.add(rows.inputs, weights=weights)
+            self.cross.add(rows.inputs, rows.values, weights=weights)
 
     def _rows(self, x: Tensor | None) -> Tensor:
         return token_rows(x, self.wanted.skip_positions).to(self.model.device)  # layers may lie on several
@@ -364,18 +385,21 @@ def collect(
         made_from: hash of source, data and settings.
         on_tokens: called with the number of tokens after each batch, for progress.
     """
-    device, processes, following = collector.model.device, PartialState(), iter(batches)
-    first: list[Tensor] = []
-    if collector.wanted.with_metric:  # by every process for itself, so that all weigh alike
-        while sum(batch.numel() for batch in first) < WARM_UP and (batch := next(following, None)) is not None:
-            first.append(batch.to(device))
-        collector.warm_up(first)
-    for number, batch in enumerate(chain(first, following)):
+    wanted, processes, portion, tokens = collector.wanted, PartialState(), list[TokenRows](), 0
+    device, several = collector.model.device, processes.num_processes > 1
+    if wanted.with_metric:
+        collector.importance = Importance(len(wanted.layers), wanted.kv.values, processes.device if several else None)
+    for number, batch in enumerate(batches):
         if number % processes.num_processes == processes.process_index:
-            collector.add(batch.to(device), number)
+            portion.append(collector.read(batch.to(device), number).to(torch.device("cpu")))
+        if (tokens := tokens + batch.numel()) >= PORTION:
+            collector.settle(portion)
+            portion, tokens = [], 0
         if on_tokens is not None:
             on_tokens(batch.numel())
-    if processes.num_processes > 1:
+    if tokens:
+        collector.settle(portion)
+    if several:
         collector.join(processes.device)
     return collector.stats(made_from)
 

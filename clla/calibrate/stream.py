@@ -37,7 +37,7 @@ from clla.calibrate.collect import (
 )
 from clla.calibrate.far import far_attention
 from clla.calibrate.fisher import sampled_label_gradient
-from clla.calibrate.importance import Importance, warm_up_batches
+from clla.calibrate.importance import Importance, portions
 from clla.calibrate.moments import folded_product
 from clla.calibrate.queries import QueryPower
 from clla.calibrate.recomputation import replaced
@@ -298,10 +298,12 @@ class StreamedCollector:
         """What a layer adds to the weights of the tokens, [N] for each batch."""
         if not self.wanted.with_metric:
             return [torch.ones(len(self._held("values", own, b)), device=self.device) for b in range(len(batches))]
-        first = [self._held("gradients", own, b) for b in range(warm_up_batches(batches))]
-        metric = folded_product((rows, rows) for rows in first) / sum(len(rows) for rows in first)
-        importance = Importance([metric])
-        return [importance.share(0, self._held("gradients", own, b)) for b in range(len(batches))]
+        importance, shares = Importance(1, self.wanted.kv.values), list[Tensor]()
+        for portion in portions(batches):
+            rows = [self._held("gradients", own, b) for b in portion]
+            importance.learn([rows], self.device)
+            shares += [importance.share(0, own_rows) for own_rows in rows]
+        return shares
 
     def _step_back(self, number: int, b: int, ids: Tensor) -> Tap:
         """Run one layer on one batch once more, for the metric with a graph, to pass the gradient through it."""

@@ -22,6 +22,7 @@ from clla.artifacts.codec import Codec
 from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
 from clla.calibrate.collect import Collection, Collector, collect
+from clla.calibrate.importance import PORTION
 from clla.calibrate.rope_detection import rope_settings
 from clla.calibrate.stream import StreamedCollector
 from clla.checkpoint.assemble import attach, clla_block
@@ -324,11 +325,14 @@ def moment_bytes(source: Source, recipe: Recipe, *, streamed: bool) -> int:
     """Peak memory of moments and spectra.
 
     Moments and weighted moments in fp32, metric and its inverse in fp64, and, unless layers are collected one at a
-    time, sums of all of them in fp64. Beside them the moments of one largest group and what is made of them.
+    time, sums of all of them in fp64 and the tokens that are weighted at once. Beside them the moments of one largest
+    group and what is made of them.
     """
     layers, n = len(source.layers), min(source.kv.values, recipe.calibration.basis)
     band = min(recipe.plan.group_size, layers)
     total = layers * n * n * (8 * band + 24 if streamed else 16 * band + 40) + 12 * (band * n) ** 2
+    if not streamed:
+        total += PORTION * 8 * source.kv.values * layers
     if source.kv.values > n:  # reading and writing, and one layer's whole moments
         total += 8 * source.kv.values * (layers * n + 5 * source.kv.values)
     if needs_inputs(recipe.plan.metric, recipe.plan.source):

@@ -10,7 +10,8 @@ from conftest import pico
 from helpers import tokens
 from torch import Tensor
 
-from clla.calibrate import far
+from clla.calibrate import collect as collecting
+from clla.calibrate import far, importance
 from clla.calibrate.collect import Collection, Collector, batch_generator, collect
 from clla.calibrate.far import far_attention, gradients
 from clla.calibrate.fisher import sampled_label_gradient
@@ -157,9 +158,9 @@ def test_weights_and_metric_share_the_loss(streamed: bool) -> None:
     """E[(gᵀe)²] of errors that are alike for all tokens is what moments and metric say together."""
     model, batches = pico(), [tokens(4, 64, seed) for seed in range(2)]
     collector = collector_of(model, window=16)
-    every = [collector.watch(batch, number) for number, batch in enumerate(batches)]
-    gradients = [torch.cat(rows) for rows in zip(*map(collector.gradient_rows, every), strict=True)]
-    values = [torch.cat(rows) for rows in zip(*map(collector.rows, every), strict=True)]
+    every = [collector.read(batch, number) for number, batch in enumerate(batches)]
+    gradients = [torch.cat(rows) for rows in zip(*(read.gradients for read in every), strict=True)]
+    values = [torch.cat(rows) for rows in zip(*(read.values for read in every), strict=True)]
     w = torch.zeros(len(gradients[0]))
     for rows in gradients:
         fisher = (rows.mT @ rows).double() / len(rows)
@@ -179,3 +180,19 @@ def test_weights_and_metric_share_the_loss(streamed: bool) -> None:
         torch.testing.assert_close(stats.mean[number], mean, rtol=1e-3, atol=1e-5)
         moments = (y - mean).mT @ (w[:, None] * (y - mean)) / len(rows)
         torch.testing.assert_close(stats.covariance[number, 0], moments, rtol=1e-3, atol=1e-5)
+
+
+def test_portions_are_the_same_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a portion's tokens rest on all tokens up to its end, however the text is read."""
+    for module in (importance, collecting):
+        monkeypatch.setattr(module, "PORTION", 256)
+    model, batches = pico(), [tokens(4, 64, seed) for seed in range(3)]
+    collector = collector_of(model, window=16)
+    found = collect(collector, batches, made_from="test")
+    streamed = StreamedCollector(model, collector.wanted).collect(batches, made_from="test")
+    for name in ("mean", "covariance", "fisher"):
+        value = getattr(found, name)
+        torch.testing.assert_close(getattr(streamed, name), value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+    monkeypatch.setattr(collecting, "PORTION", 10_000)
+    at_once = collect(collector_of(model, window=16), batches, made_from="test")
+    assert float((at_once.fisher - found.fisher).norm() / found.fisher.norm()) > 1e-3  # portions matter
