@@ -21,8 +21,10 @@ from conftest import byte_tokenizer, pico
 from helpers import clla
 
 from clla.artifacts.plan import KVShape, LayerGroup, Plan
+from clla.errors import CorruptArtifactError
 from clla.evaluate.plan_tables import groups_table
 from clla.evaluate.report import Report
+from clla.evaluate.report_file import ReportFile
 from clla.report import words
 from clla.report.data import PageData, read_checkpoint, what_is_missing
 from clla.report.plan_charts import draw_plan
@@ -301,6 +303,17 @@ def test_what_is_no_checkpoint_or_damaged(checkpoint: Path, pico_dir: Path, tmp_
     (folder / "clla_report.json").write_text('{"measured": {"source": 3}}')
     done = clla("report", folder, "--num-samples", 0, "--num-prompts", 0)
     assert done.exit_code == 1 and "no valid report" in flat(done.stderr)
+
+
+def test_null_fields_of_older_versions_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    data = read_json(checkpoint / "clla_report.json")
+    data["recipe"]["budget"]["eviction_ratio"] = None
+    (tmp_path / "clla_report.json").write_text(json.dumps(data))
+    assert ReportFile.load(tmp_path) == ReportFile.load(checkpoint)
+    data["recipe"]["budget"]["eviction_ratio"] = 0.5
+    (tmp_path / "clla_report.json").write_text(json.dumps(data))
+    with pytest.raises(CorruptArtifactError, match="eviction_ratio"):
+        ReportFile.load(tmp_path)
 
 
 def test_an_untold_source_costs_only_the_samples(checkpoint: Path, tmp_path: Path) -> None:
