@@ -80,7 +80,6 @@ class RecipeChanges(TypedDict, total=False):
     budget_context: int | None
     exact_window: int | None
     num_sinks: int | None
-    eviction_ratio: float | None
     max_layers_per_group: int | None
     bits: str | Sequence[int] | None
     latent_input: str | None
@@ -156,10 +155,10 @@ def convert_model(
         codec_only: save the codec without the source's weights.
         overwrite: replace an earlier conversion in `output`.
         **changes: what replaces fields of the recipe (`RecipeChanges`): `kv_budget` ('6.25%', 0.0625 or '1440B' per
-            token), `budget_context`, `exact_window`, `num_sinks`, `eviction_ratio`, `max_layers_per_group`, `bits`
-            ('2,4,8' or (2, 4, 8)), `latent_input`, `planner`, `dataset`, `calibration_tokens`, `sequence_length`,
-            `seed`, `dtype` to compute in, `placement`. `heal=True` trains briefly against the source afterwards, with
-            `heal_tokens`, `heal_train`, and trackers of accelerate to `report_to`.
+            token), `budget_context`, `exact_window`, `num_sinks`, `max_layers_per_group`, `bits` ('2,4,8' or
+            (2, 4, 8)), `latent_input`, `planner`, `dataset`, `calibration_tokens`, `sequence_length`, `seed`, `dtype`
+            to compute in, `placement`. `heal=True` trains briefly against the source afterwards, with `heal_tokens`,
+            `heal_train`, and trackers of accelerate to `report_to`.
 
     Returns:
         A `Conversion`: `output`, `plan`, resolved `recipe`, `predicted_kl`, the `report` of what was measured,

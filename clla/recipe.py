@@ -74,13 +74,6 @@ class BudgetConfig(_Section):
         None, ge=0, description="newest tokens kept exact; default: derived from the budget"
     )
     num_sinks: int = Field(4, ge=0, description="first tokens kept exact")
-    eviction_ratio: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="fraction of the cached latents to evict at `budget_context`, least attended first; for budgets "
-        "below what latents alone reach",
-    )
 
     @field_validator("kv_budget", mode="before")
     @classmethod
@@ -275,10 +268,7 @@ class Recipe(_Section):
 
 # Options of functions and commands: the section and the field of a recipe that each stands for.
 OPTIONS = {
-    **{
-        name: ("budget", name)
-        for name in ("kv_budget", "budget_context", "exact_window", "num_sinks", "eviction_ratio")
-    },
+    **{name: ("budget", name) for name in ("kv_budget", "budget_context", "exact_window", "num_sinks")},
     **{name: ("plan", name) for name in ("max_layers_per_group", "bits", "latent_input", "planner")},
     "dataset": ("calibration", "dataset"),
     "calibration_tokens": ("calibration", "tokens"),

@@ -12,13 +12,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from clla.modeling.quantize_clla import layout_of
 from clla.modeling.sizes_clla import exact_layout, exact_slots, leaving_slots
-from clla.modeling.spec_clla import GroupSpec
+from clla.modeling.spec_clla import GroupSpec, check_capacity
 from clla.storage.files import ARTIFACT_VERSION, check_version, damaged, json_digest, mistakes_in, read_json, write_text
 
-NEWER = {"capacity", "rope_bits", "kept_slot_bytes", "kept_state_bytes"}  # fields that older checkpoints lack
+NEWER = {"rope_bits", "kept_slot_bytes", "kept_state_bytes"}  # fields that older checkpoints lack
 Whole = Annotated[int, Field(ge=0, lt=2**31)]  # of what has a size: more would not fit in any memory
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-EVICT_BYTES = 6  # a row of a group with a capacity: position (int32) and score (half)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class Plan:
         window: newest tokens kept exact (the buffer holds up to `flush_block` more).
         sinks: first tokens kept exact.
         flush_block: tokens that leave the window at once.
-        capacity: most latents that a group keeps, the most attended ones; None keeps all.
         kept_layers: layers left with the source's own cache (bounded by a sliding window, or a state of fixed size).
         kept_window: that sliding window; 0 where none has one.
         kept_slot_bytes: of one token in the windows of all these layers; None (of older checkpoints): as if they
@@ -91,7 +89,6 @@ class Plan:
     kept_window: Whole = 0
     kept_slot_bytes: Whole | None = None
     kept_state_bytes: Whole = 0
-    capacity: Positive | None = None
     rope_bits: Positive | None = None
 
     @property
@@ -144,11 +141,7 @@ class Plan:
             row_bytes: of one token's latents, were they not the plan's own.
         """
         row = self.row_bytes if row_bytes is None else row_bytes
-        exact = self.exact_bytes_at(context, row)
-        rows = encoded_slots(context, self.window, self.flush_block)
-        if self.capacity is None:
-            return exact + rows * row
-        return exact + min(rows, self.capacity) * (row + EVICT_BYTES * len(self.groups))
+        return self.exact_bytes_at(context, row) + encoded_slots(context, self.window, self.flush_block) * row
 
     @property
     def break_even(self) -> int | None:
@@ -184,8 +177,10 @@ class Plan:
         """A plan from its JSON, or from a converted config's `clla` block, which holds it among other keys.
 
         Raises:
-            ValueError: a key is missing, or its value is of another type or out of range; all are named.
+            ValueError: a key is missing, or its value is of another type or out of range; all are named. Also as of
+                `check_capacity`.
         """
+        check_capacity(data)
         if lacking := {f.name for f in fields(cls)} - data.keys() - NEWER:
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         try:

@@ -1,6 +1,7 @@
 """What baselines share that look at the attention: a model that tells its cache, and plain attention.
 
-Shape legend: B sequences, H_q query heads, H key-value heads, T queries, S keys, d head dim.
+Shape legend: B sequences, H_q query heads, H key-value heads, G query heads per key-value head, T queries, S keys,
+d head dim.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class ObservedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with listening(kwargs[CACHE]):
             return self.model(*args, **kwargs)
+
+
+def grouped_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Logits [B, H, G, T, S] in fp32 of queries [B, H_q, T, d] and keys [B, H, S, d], before any mask."""
+    grouped = query.float().unflatten(1, (key.shape[1], -1))
+    return torch.einsum("bhgtd,bhsd->bhgts", grouped, key.float()) * scaling
 
 
 def causal_bias(queries: int, keys: int, device: torch.device) -> Tensor:

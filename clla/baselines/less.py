@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from clla.baselines.attending import AttendingCache, AttendingLayer
-from clla.baselines.attention import causal_bias
+from clla.baselines.attention import causal_bias, grouped_logits
 from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
-from clla.modeling.evict_clla import grouped_logits
 from clla.source.families import split_layers
 
 TINY = torch.finfo(torch.float32).tiny

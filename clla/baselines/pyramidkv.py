@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from clla.baselines.attending import AttendingCache, AttendingLayer
-from clla.baselines.attention import causal_attention
+from clla.baselines.attention import causal_attention, causal_bias, grouped_logits
 from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
-from clla.modeling.evict_clla import attention_weights
 from clla.source.families import split_layers
 
 BETA = 20  # the paper's: how much smaller than the average the top layer's budget is
@@ -56,8 +55,10 @@ def window_scores(query: Tensor, key: Tensor, scaling: float, kernel: int) -> Te
         query: [B, H_q, W, d] of the newest tokens; averaged over the window and the query heads of a key-value head.
         key: [B, H, S, d], ends with the window's own. Neighbours are those still held, whatever lay between them.
     """
-    weights = attention_weights(query, key, scaling)[..., : -query.shape[2]].mean((2, 3))
-    return nn.functional.max_pool1d(weights, kernel, stride=1, padding=kernel // 2)
+    window = query.shape[2]
+    hidden = ~causal_bias(window, key.shape[2], key.device)
+    weights = grouped_logits(query, key, scaling).masked_fill(hidden, float("-inf")).softmax(-1)
+    return nn.functional.max_pool1d(weights[..., :-window].mean((2, 3)), kernel, stride=1, padding=kernel // 2)
 
 
 def kept_tokens(scores: Tensor, budget: int, window: int) -> Tensor:

@@ -96,14 +96,14 @@ class Bench:
         model = attach(self.model, codec, block)
         return Subject(model, model.new_cache)
 
-    def planned(self, name: str, recipe: Recipe, budget: float, window: int, evict: float | None = None) -> Setting:
+    def planned(self, name: str, recipe: Recipe, budget: float, window: int) -> Setting:
         """A recipe's plan at a share of the source's bytes, running; left out where nothing remains for latents."""
         spectra = self.spectra(recipe)
         try:
             plan = make_plan(
                 self.stats,
                 recipe.plan,
-                budget=Budget(budget * self.source.bytes_per_token, self.context, window, SINKS, evict),
+                budget=Budget(budget * self.source.bytes_per_token, self.context, window, SINKS),
                 kv_itemsize=self.source.dtype.itemsize,
                 kept_layers=self.source.kept_layers,
                 kept_window=self.source.kept_window,

@@ -176,22 +176,17 @@ def low_rank(plan: dict[str, Any], window: int) -> Builder:
     return settings
 
 
-def own(evict: float | None) -> Builder:
+def own(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """The conversion of this package, with its default plan."""
-
-    def settings(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
-        for budget in budgets:
-            window = derive_window(
-                bench.recipe.plan,
-                budget=budget * bench.source.bytes_per_token,
-                source_bytes=bench.source.bytes_per_token,
-                context=bench.context,
-                sinks=SINKS,
-            )
-            name = f"{100 * budget:g} %, window {window}" + (f", {100 * evict:g} % evicted" if evict else "")
-            yield bench.planned(name, bench.recipe, budget, window, evict)
-
-    return settings
+    for budget in budgets:
+        window = derive_window(
+            bench.recipe.plan,
+            budget=budget * bench.source.bytes_per_token,
+            source_bytes=bench.source.bytes_per_token,
+            context=bench.context,
+            sinks=SINKS,
+        )
+        yield bench.planned(f"{100 * budget:g} %, window {window}", bench.recipe, budget, window)
 
 
 METHODS: dict[str, Method] = {
@@ -206,8 +201,7 @@ METHODS: dict[str, Method] = {
     "xkv": Method(xkv),
     "cskv": Method(low_rank({"metric": "asvd"}, 32)),
     "weight-svd": Method(low_rank({"metric": "weights"}, 32)),
-    "clla": Method(own(None)),
-    "clla-evict": Method(own(0.5)),
+    "clla": Method(own),
 }
 
 

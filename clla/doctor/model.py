@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from clla.checkpoint.load import read_plan
 from clla.convert.stages import moment_bytes, resolve
@@ -128,14 +127,6 @@ def _running(config: Any) -> list[Finding]:
         found.append(Finding("kernels", "ok", "Triton kernels read latents, if attention is a plain softmax"))
     where = "generate compiles it by itself" if gpu else "works; compiling it pays on GPUs"
     found.append(Finding("static cache", "ok", where))
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    first = classes[0] if isinstance(classes, tuple) else classes
-    sdpa = bool(getattr(first, "_supports_sdpa", False))
-    found.append(
-        Finding("eviction", "ok", "possible")
-        if sdpa
-        else Finding("eviction", "warning", "attention cannot be observed", "convert without --eviction-ratio")
-    )
     serving = "vLLM plugin is registered" if plugin_registered() else "with transformers; no vLLM plugin is registered"
     return [*found, Finding("serving", "ok", serving)]
 
@@ -163,8 +154,6 @@ def _converted(folder: Path) -> list[Finding]:
         Finding("cache", "ok", f"{plan.row_bytes:,} bytes of latents per token, {share:.2f} % of the source's"),
         Finding("healing", "ok", "clla heal trains it against its source"),
     ]
-    if plan.capacity is not None:
-        found.append(Finding("eviction", "ok", f"a group keeps {plan.capacity:,} latents; pad on the left"))
     base = config.get("base_model")
     if base and not Path(base["path"]).exists():
         text = f"holds the codec alone; its base model {base['path']!r} is no directory here"

@@ -61,8 +61,6 @@ class _Sums:
 class ProbeCache(CllaCache):
     """A compressed cache that gives the model exact keys and values, and measures its own beside them.
 
-    Nothing is evicted: what a dropped token costs is no error of coding.
-
     Args:
         model: whose cache it is.
         sums: by layer, to add to.
@@ -70,8 +68,6 @@ class ProbeCache(CllaCache):
 
     def __init__(self, model: CllaForCausalLM, sums: dict[int, _Sums]) -> None:
         super().__init__(model.config, model.codec, rope_of(model.source, model.config.spec.rope))
-        for group in self.groups:
-            group.capacity = None
         self.sums, self.exact = sums, DynamicCache()
         self._compared: dict[int, int] = {}  # slots of each layer that were
         self._given: dict[int, tuple[Tensor, ...]] = {}  # exact keys and values, and the cache's own

@@ -27,8 +27,7 @@ def groups_table(plan: Plan) -> Table:
 
 def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
     """Groups, and the plan as a whole: bytes, what stays exact, and KL where it is known."""
-    at, rows_kept = plan.at_context, plan.capacity
-    source = plan.source_bytes_per_token
+    at, source = plan.at_context, plan.source_bytes_per_token
     rows = [
         ("source KV", f"{source:,} bytes per token"),
         ("latents", f"{plan.row_bytes:,} bytes per token ({100 * plan.row_bytes / source:.2f} %)"),
@@ -37,8 +36,6 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
     if plan.decoupled:
         count = 2 * len(plan.groups[0].rope_pairs)
         rows.append(("rotary keys", f"{count} components per group of {plan.rope_bits} bits, counted with the latents"))
-    if rows_kept is not None:
-        rows.append(("eviction", f"a group keeps at most {rows_kept:,} latents, the most attended"))
     if at is not None:
         total_bytes = plan.bytes_at(at) / at
         rows.append((f"in all at {at:,}", f"{total_bytes:,.0f} bytes per token ({100 * total_bytes / source:.2f} %)"))

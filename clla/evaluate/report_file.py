@@ -103,7 +103,7 @@ class ReportFile:
             measured = data.pop("measured")
             names = cls.__dataclass_fields__
             known = {name: value for name, value in data.items() if name in names and value is not None}
-            known |= {"plan": Plan.from_json(data["plan"]), "recipe": Recipe.model_validate(data["recipe"])}
+            known |= {"plan": Plan.from_json(data["plan"]), "recipe": _recipe_of(data["recipe"])}
             if measured:
                 known |= {"report": Report.from_json(measured), "text": measured.get("text")}
             if "fitted" in known:
@@ -117,3 +117,12 @@ class ReportFile:
                 remedy="copy or download the checkpoint again, or convert the source model again",
             ) from error
         return found
+
+
+def _recipe_of(data: dict[str, Any]) -> Recipe:
+    """A recipe from its JSON, where null may stand for fields that this version does not know."""
+
+    def given(section: Any) -> Any:
+        return {key: x for key, x in section.items() if x is not None} if isinstance(section, dict) else section
+
+    return Recipe.model_validate({name: given(section) for name, section in data.items()})

@@ -163,8 +163,8 @@ def heal_and_measure(
 
 def resolve_healing(config: HealConfig, plan: Plan, recipe: Recipe, device: torch.device) -> HealConfig:
     """Fill in the defaults that depend on budget, device and calibration text."""
-    share = plan.row_bytes * (1 - (recipe.budget.eviction_ratio or 0)) / plan.source_bytes_per_token
-    share = 0.0 if plan.decoupled else share  # these start far from the source, whatever their size
+    # Decoupled keys start far from the source, whatever their size.
+    share = 0.0 if plan.decoupled else plan.row_bytes / plan.source_bytes_per_token
     _, what, cpu_tokens, gpu_tokens = next(row for row in DEFAULTS if share >= row[0])
     on_cpu, length = device.type == "cpu", config.sequence_length or HEAL_LENGTH
     tokens = config.tokens or (cpu_tokens if on_cpu else gpu_tokens)

@@ -5,10 +5,6 @@ newest slots are exact. When a layer group's last layer has run and the exact bu
 are encoded and leave it, `flush_block` at a time (`group_clla.py`). Sinks are the first S tokens of each sequence
 that are no padding; they stay exact wherever they lie.
 
-With a `capacity` a group keeps at most that number of rows: when more have come, those that the newest queries look
-at least are dropped (`evict_clla.py`). Rows stay in the order of their slots, padding leaves first, so the
-kept rows are masked like the last K slots before the exact ones.
-
 What is kept carries no gradient: a loss reaches the decoder and the tokens of its own forward pass.
 """
 
@@ -38,7 +34,7 @@ class CllaLayer(CacheLayerMixin):
     def __init__(self, group: LatentGroup, layer: int) -> None:
         super().__init__()
         self.group, self.layer = group, layer
-        self.is_compileable = group.max_cache_len is not None and group.capacity is None and not group.first
+        self.is_compileable = group.max_cache_len is not None and not group.first
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -53,7 +49,7 @@ class CllaLayer(CacheLayerMixin):
         return self.group.update(key_states, value_states, self.layer)
 
     def get_mask_sizes(self, query_length: int) -> "tuple[int, int]":
-        return self.get_seq_length() - self.group.evicted + query_length, self.group.evicted
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.group.timeline.length
@@ -195,7 +191,7 @@ class CllaCache(Cache):
         try:
             for group, module in zip(self.groups, self.codec.groups, strict=True):
                 group.codec = module() if any(matrix.is_meta for matrix in module.parameters()) else module  # offloaded
-            self.timeline.begin(position_ids, attention_mask, left_padded=self.evicts)
+            self.timeline.begin(position_ids, attention_mask)
             for group in self.groups:
                 if isinstance(group, DecoupledGroup):
                     group.expect(self.timeline.holes, self._workspace)
@@ -283,7 +279,7 @@ class CllaCache(Cache):
         newest = newest | (places == own[:, None])  # padding sees itself, since something must be seen
         seen = torch.cat((sinks[:, None].expand(-1, count, -1), newest), dim=2)
         hidden = (self.timeline.padding.to(device) + group.sinks).clamp(max=group.encoded)
-        used = None if self.most_tokens is None else torch.full((1,), group.kept, device=device)
+        used = None if self.most_tokens is None else torch.full((1,), group.encoded, device=device)
         bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]
         return Step(own + group.sink_slots, bias, hidden, used)
 
@@ -315,9 +311,7 @@ class CllaCache(Cache):
             return group.attend_decoupled(layer_idx, query, (key, value), plain, scaling, most)
         if group.reading:
             return group.attend(layer_idx, query, scaling)
-        if group.capacity is not None:
-            group.watch(query, key, scaling)
-        elif isinstance(plain, Attention) and plain.ordinary and group.handed_out(key, value):
+        if isinstance(plain, Attention) and plain.ordinary and group.handed_out(key, value):
             self._ordinary.add(layer_idx)
             self._query_heads = query.shape[1]
         return plain()
@@ -330,8 +324,6 @@ class CllaCache(Cache):
             group.settle()
         self._workspace.release()
         self.timeline.end()
-        for group in self.groups:
-            group.evict()
         for group, module in zip(self.groups, self.codec.groups, strict=True):
             group.codec = module
         for layer in self.kept.values():
@@ -340,11 +332,6 @@ class CllaCache(Cache):
         for group in self.groups:
             group.write_back()
         self._before, self._torn = None, False
-
-    @property
-    def evicts(self) -> bool:
-        """Whether the cache must see the queries."""
-        return any(group.capacity is not None for group in self.groups)
 
     @property
     def nbytes(self) -> int:
@@ -366,14 +353,14 @@ class CllaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens.
 
-        Tokens encoded meanwhile stay encoded: the exact window is shorter for a while. With eviction, what the
-        dropped tokens looked at still counts. Where no token is left, the cache is as after `reset`.
+        Tokens encoded meanwhile stay encoded: the exact window is shorter for a while. Where no token is left, the
+        cache is as after `reset`.
 
         Args:
             tokens_to_remove: how many, as a negative number; 0 for none, and all if there are fewer.
 
         Raises:
-            ValueError: the number is positive, or tokens would be needed that were evicted meanwhile.
+            ValueError: the number is positive.
             RuntimeError: a layer that the source keeps cannot go back so far.
         """
         _refuse_length(tokens_to_remove)
@@ -383,8 +370,6 @@ class CllaCache(Cache):
             self.reset()
             return
         self.check_whole()
-        if left < max(group.shortest for group in self.groups):
-            raise ValueError("tokens were evicted meanwhile: the cache can only go back within its exact window")
         with self._all_or_nothing():
             super().crop(left - length)
             self.timeline.crop(left)

@@ -115,11 +115,6 @@ class Chunks:
 
     def _joined_attention(self, name: str, parts: Any) -> Tensor:
         """[B, H, T, S] of weights [B, H, t, …] per chunk: a token gives none to keys that its chunk did not see."""
-        if self.cache.evicts:
-            raise ValueError(
-                f"{name} over several chunks have no common keys where some are evicted: "
-                f"pass at most {self.spans[0][1]} tokens at once"
-            )
         (_, first), (_, count) = self.spans[0], self.spans[-1]
         past = parts[0].shape[-1] - first  # keys from before this call; of sliding layers there are fewer
         rows = []

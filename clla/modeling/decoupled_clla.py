@@ -93,7 +93,7 @@ class DecoupledGroup(LatentGroup):
         (for_keys, for_values), mean = self.codec.decoder[index].chunk(2), self.codec.mean[index].chunk(2)[1]
         if self._absorbed is None:
             assert self.held is not None
-            data, dtype = self.held.rows[:, : self.kept], self.codec.decoder.dtype
+            data, dtype = self.held.rows[:, : self.encoded], self.codec.decoder.dtype
             rows = AbsorbedRows(data, self.layout, dtype, self._padding, workspace=self._workspace)
             self._absorbed = rows
         sums = self._absorbed.sums(absorbed_query(still, rotary, for_keys), scaling)
@@ -119,7 +119,7 @@ class DecoupledGroup(LatentGroup):
     def _rows_read(self) -> Tensor:
         if self._read is None:
             assert self.held is not None
-            self._read = self.layout.unpack(self.held.rows[:, : self.kept], self.codec.decoder.dtype)
+            self._read = self.layout.unpack(self.held.rows[:, : self.encoded], self.codec.decoder.dtype)
         return self._read
 
     def _turn(self, count: int) -> Rotation:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from .attention_clla import LatentRows
 from .attention_triton_clla import make_tables
 from .codec_clla import before_rope, decode, encode
-from .evict_clla import best, observed_weight
 from .pack_triton_clla import packed
 from .positions_clla import Timeline, keeping
 from .quantize_clla import RowLayout, layout_of
@@ -41,18 +40,14 @@ class _Storage:
     """What one layer group keeps between forward passes.
 
     Attributes:
-        rows: [B, R, N] uint8, packed latents; K = encoded slots unless some were evicted.
+        rows: [B, R, N] uint8, packed latents; the first K of them are in use.
         exact: [G, B, 2H, S + C, d], keys (after RoPE) and values: first the sinks, then the newest tokens.
         pending: [B, C, N] rows of the newest tokens (`first` only, else [B, 0, N]).
-        positions: [B, K] int32, of the rows (with a capacity only, else [B, 0]).
-        score: [B, K + …] half, attention that rows and the next to join them got since rows last joined.
     """
 
     rows: Tensor
     exact: Tensor
     pending: Tensor
-    positions: Tensor
-    score: Tensor
 
 
 class Step(NamedTuple):
@@ -93,17 +88,14 @@ class LatentGroup:
         self.layers = list(group.layers)
         self.layout: Any = layout_of(group)
         self.window, self.sinks, self.block = spec.window, spec.sinks, spec.flush_block
-        self.first, self.capacity = spec.from_first, spec.capacity
-        self.heads, self.head_dim = spec.heads, spec.head_dim
+        self.first, self.heads, self.head_dim = spec.from_first, spec.heads, spec.head_dim
         self.storage_dtype = getattr(torch, spec.kv_dtype)
         self.codec, self.timeline, self.max_cache_len = codec, timeline, max_cache_len
         self.reset()
 
     def reset(self) -> None:
         self.held: Optional[_Storage] = None
-        self.encoded = 0  # slots that left the exact buffer
-        self.evicted = 0  # how many of them are no longer kept
-        self._judged = 0  # `encoded` when rows were last judged
+        self.encoded = 0  # slots that left the exact buffer: rows in use
         self.filled = 0  # exact slots in use, sinks not counted
         self.sink_slots = 0  # exact slots for sinks
         self.forget()
@@ -123,11 +115,6 @@ class LatentGroup:
     def windowless(self) -> bool:
         """No exact window at all: even the current tokens are read from their latents."""
         return self.window == 0
-
-    @property
-    def kept(self) -> int:
-        """Rows in use."""
-        return self.encoded - self.evicted
 
     @property
     def room(self) -> int:
@@ -169,7 +156,7 @@ class LatentGroup:
     def state(self) -> Any:
         """What `restore` takes."""
         held = None if self.held is None else replace(self.held)
-        return held, self.encoded, self.evicted, self._judged, self.filled, self.sink_slots
+        return held, self.encoded, self.filled, self.sink_slots
 
     def restore(self, state: Any) -> None:
         """Be as when `state` was called."""
@@ -177,7 +164,7 @@ class LatentGroup:
         if step is not None and held is not None:  # what comes next may not meet numbers that are none
             held.exact[..., step.slots.to(held.exact.device), :] = 0
         self.forget()
-        self.held, self.encoded, self.evicted, self._judged, self.filled, self.sink_slots = state
+        self.held, self.encoded, self.filled, self.sink_slots = state
 
     # One forward pass: `begin` (where latents are read), `update` and `attend` of every layer, `settle`.
 
@@ -205,8 +192,8 @@ class LatentGroup:
     def begin(self, step: Step, top_k: "Optional[int]", workspace: Workspace) -> None:
         """The next forward pass reads latents: all of them, or the `top_k` best of each layer."""
         held = self.held
-        assert held is not None and self.capacity is None and not self.windowless
-        rows = held.rows[:, : self.kept] if self.max_cache_len is None else held.rows
+        assert held is not None and not self.windowless
+        rows = held.rows[:, : self.encoded] if self.max_cache_len is None else held.rows
         if self.max_cache_len is not None:  # tables made while a graph is recorded would lie in that graph's memory
             if on_gpu(rows):
                 make_tables(self.layout, (self.layout.rank, judging_rank(self.layout)), rows.device)
@@ -345,17 +332,14 @@ class LatentGroup:
 
     def _decode(self, held: _Storage, index: int, newest: Tensor) -> Tensor:
         """Keys after RoPE and values [B, 2H, K + T, d]: of all rows, sinks put in their places, then the newest."""
-        if not self.kept:
+        if not self.encoded:
             return newest
         if self._rows is None:
-            data = held.rows[:, : self.kept]
-            self._rows = LatentRows(data, self.layout, self.codec, self._padding_kept, 0)
-            if self.capacity is None:
-                self._rotation = self.timeline.rotation(0, self.encoded)
-            else:
-                self._rotation = self.timeline.rotation_at(held.positions)
-        both = newest.new_empty(*newest.shape[:2], self.kept + newest.shape[2], newest.shape[3])
-        both[:, :, self.kept :] = newest
+            data = held.rows[:, : self.encoded]
+            self._rows = LatentRows(data, self.layout, self.codec, self._padding, 0)
+            self._rotation = self.timeline.rotation(0, self.encoded)
+        both = newest.new_empty(*newest.shape[:2], self.encoded + newest.shape[2], newest.shape[3])
+        both[:, :, self.encoded :] = newest
         for start, latents in self._rows.blocks():
             stop = start + latents.shape[1]
             turn = None if self._rotation is None else self._rotation.part(start, stop)
@@ -368,7 +352,7 @@ class LatentGroup:
         reach = min(both.shape[2], self.timeline.max_padding + self.sink_slots - start)
         if reach <= 0 or not self.sink_slots:
             return both
-        order = torch.arange(start, start + reach, device=both.device) - self._padding_kept[:, None]  # [B, reach]
+        order = torch.arange(start, start + reach, device=both.device) - self._padding[:, None]  # [B, reach]
         sinks = held.exact[index, :, :, : self.sink_slots].to(both.dtype)
         sink = sinks.gather(2, self._spread(order, self.sink_slots))
         is_sink = ((order >= 0) & (order < self.sink_slots))[:, None, :, None]
@@ -383,53 +367,13 @@ class LatentGroup:
         if self.max_cache_len is None:
             held.rows = torch.cat((held.rows, rows), dim=1)
         else:
-            held.rows[:, self.kept : self.kept + rows.shape[1]] = rows
-        if self.capacity is not None:
-            positions = self.timeline.positions(self.encoded, self.encoded + rows.shape[1])
-            positions = positions.to(rows.device, torch.int32).expand(len(rows), -1)
-            held.positions = torch.cat((held.positions, positions), dim=1)
+            held.rows[:, self.encoded : self.encoded + rows.shape[1]] = rows
         self.encoded += rows.shape[1]
-
-    @property
-    def _padding_kept(self) -> Tensor:
-        """[B] padded slots that still have a row; they are the first rows."""
-        return (self._padding - self.evicted).clamp(min=0)
 
     @property
     def _padding(self) -> Tensor:
         """[B] padded slots before each sequence's first token, where the group is."""
         return self.timeline.padding.to(self.codec.encoder.device)
-
-    @keeping
-    def watch(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Note how much the newest queries [B, H_q, T, d] of one layer look at each row [B, H, S, d]."""
-        assert self.held is not None and self.capacity is not None
-        joining = leaving_slots(self.filled + self.timeline.incoming, self.window, self.block)
-        reach = self.kept + joining + self.block  # no more than these can be rows when one is dropped
-        padding, score = self._padding_kept.to(key.device), self.held.score
-        weight = observed_weight(query, key, scaling, self.block, padding)[:, :reach].to(score)
-        grown = weight.shape[1] - score.shape[1]
-        self.held.score = nn.functional.pad(score, (0, max(0, grown))) + nn.functional.pad(weight, (0, max(0, -grown)))
-
-    @keeping
-    def evict(self) -> None:
-        """After a forward pass: drop the rows beyond the capacity that were looked at least."""
-        held = self.held
-        if held is None or self.capacity is None:
-            return
-        if self.encoded == self._judged:
-            return  # no row has joined
-        excess = self.kept - self.capacity
-        if excess > 0:
-            if held.score.shape[1] == 0:
-                raise ValueError("this model computes its attention where it cannot be observed: convert without evict")
-            score = held.score[:, : self.kept].float()
-            stay = best(score, self.capacity, self._padding_kept, self.sinks)
-            held.rows = held.rows.gather(1, stay[:, :, None].expand(-1, -1, held.rows.shape[2]))
-            held.positions = held.positions.gather(1, stay)
-            self.evicted += excess
-        # Zeros rather than nothing, so that the cache has the same size between evictions.
-        held.score, self._judged = held.score.new_zeros(len(held.score), self.kept), self.encoded
 
     @torch.no_grad()
     def _capture_sinks(self, sinks: Tensor, recent: Tensor, start: int) -> None:
@@ -465,32 +409,23 @@ class LatentGroup:
             rows=torch.zeros(batch, self.room, row, dtype=torch.uint8, device=home),
             exact=torch.zeros(*shape, dtype=self.storage_dtype, device=home),
             pending=torch.zeros(batch, slots if self.first else 0, row, dtype=torch.uint8, device=home),
-            positions=torch.zeros(batch, 0, dtype=torch.int32, device=home),
-            score=torch.zeros(batch, 0, dtype=torch.float16, device=home),
         )
         if self.max_cache_len is not None:  # recorded graphs may read and write these where they are
             torch._dynamo.mark_static_address(held.rows)
             torch._dynamo.mark_static_address(held.exact)
         return held
 
-    @property
-    def shortest(self) -> int:
-        """Fewest tokens that `crop` can go back to."""
-        return self.encoded if self.evicted else 0
-
     @keeping
     def crop(self, length: int) -> None:
-        """Keep the first `length` tokens, at least `shortest`."""
+        """Keep the first `length` tokens."""
         held = self.held
         self.filled = max(0, min(self.filled, length - self.encoded))
         if held is None:
             return
         if length < self.encoded:
-            self.encoded, self._judged = length, min(self._judged, length)
+            self.encoded = length
             if self.max_cache_len is None:
                 held.rows = held.rows[:, :length].clone()
-            held.positions = held.positions[:, :length].clone()
-        held.score = held.score[:, : length - self.evicted].clone()
         self._resize(held, *self._layout(self.encoded, self.filled))
 
     @keeping
@@ -498,13 +433,7 @@ class LatentGroup:
         """Take other sequences, as `select` does with a tensor and the number of the dimension that they are."""
         held = self.held
         if held is not None:
-            self.held = _Storage(
-                rows=select(held.rows),
-                exact=select(held.exact, 1),
-                pending=select(held.pending),
-                positions=select(held.positions),
-                score=select(held.score),
-            )
+            self.held = _Storage(select(held.rows), select(held.exact, 1), select(held.pending))
 
     def tensors(self) -> "list[Tensor]":
         return list(vars(self.held).values()) if self.held is not None else []

@@ -118,7 +118,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         own = self.source.config._attn_implementation
         if own in AttentionInterface() and not is_observed(own):
             self.source.set_attn_implementation(observed(own))
-        elif not is_observed(own) and (self.config.spec.capacity is not None or self.config.spec.decoupled):
+        elif not is_observed(own) and self.config.spec.decoupled:
             observed(own)  # says why it cannot
         self.watch_decoder()
         if self.config.spec.from_first:

@@ -1,4 +1,4 @@
-"""Let a cache see the attention that reads it: eviction needs the queries, and few queries read latents themselves.
+"""Let a cache see the attention that reads it, and replace it: few queries read latents themselves.
 
 An attention function that does so is registered with `transformers` for every implementation asked for,
 and does nothing else while no cache listens.
@@ -60,8 +60,7 @@ def observed(implementation: str) -> str:
     if name not in AttentionInterface():
         if implementation not in AttentionInterface():
             raise ValueError(
-                f"attn_implementation={implementation!r} cannot be observed, which eviction and decoupled keys need: "
-                "load with 'sdpa'"
+                f"attn_implementation={implementation!r} cannot be observed, as decoupled keys need: load with 'sdpa'"
             )
         own = AttentionInterface()[implementation]
         AttentionInterface.register(name, _observing(own))

@@ -75,17 +75,16 @@ class Timeline:
         return max(self._front, default=0)
 
     @keeping
-    def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor], *, left_padded: bool = False) -> None:
+    def begin(self, position_ids: Tensor, attention_mask: Optional[Tensor]) -> None:
         """Announce the tokens of the next forward pass.
 
         Args:
             position_ids: [B, T].
             attention_mask: [B, length + T] of zeros and ones of any dtype, or None for no padding.
-            left_padded: refuse a mask that hides anything but the front.
 
         Raises:
-            ValueError: positions jump inside the chunk, or the mask hides more than it may or is none of zeros and
-                ones. Nothing has changed then.
+            ValueError: positions jump inside the chunk, or the mask is none of zeros and ones. Nothing has changed
+                then.
         """
         batch, count = position_ids.shape
         device, stop = position_ids.device, self.length + count
@@ -120,8 +119,6 @@ class Timeline:
                 "position_ids jump inside one call; tokens of one call must stand next to each other: "
                 "pad on the left, or pass the parts in calls of their own"
             )
-        if left_padded and holes:
-            raise ValueError("with eviction only padding on the left can be masked")
         self.incoming, self.holes, self._padding, self._front, self._device = count, holes, padding, front, device
         self._forget()
         if not self._segments or self._segments[-1].values != told["offset"]:
@@ -185,10 +182,6 @@ class Timeline:
     def plain_layers(self) -> "frozenset[int]":
         """Layers whose keys are not rotated."""
         return frozenset() if self.rope is None else self.rope.plain_layers
-
-    def rotation_at(self, positions: Tensor) -> Optional[Rotation]:
-        """The rotation to positions [B, K]."""
-        return None if self.rope is None else self.rope(positions.long())
 
     def positions(self, start: int, stop: int) -> Tensor:
         """[B or 1, stop - start] of a range of slots; 0 at padding."""

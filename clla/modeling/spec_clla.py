@@ -48,7 +48,6 @@ class CacheSpec:
         sinks: exact first tokens, S.
         flush_block: tokens that leave the window at once.
         from_first: whether latents are made from the attention input of a group's first layer.
-        capacity: most rows that a group keeps; None for all.
         kv_dtype: name of the dtype in which exact keys and values are stored.
         prefill_chunk: most tokens of one forward pass of the source.
         rope: settings of `rope_of`; None without rotation.
@@ -64,7 +63,6 @@ class CacheSpec:
     sinks: int
     flush_block: int
     from_first: bool
-    capacity: Optional[int]
     kv_dtype: str
     prefill_chunk: int
     rope: "Optional[dict[str, Any]]"
@@ -77,7 +75,9 @@ class CacheSpec:
 
         Raises:
             KeyError: something is missing in it.
+            ValueError: as of `check_capacity`.
         """
+        check_capacity(block)
         rope_bits = block.get("rope_bits")
         groups = tuple(
             GroupSpec(
@@ -98,7 +98,6 @@ class CacheSpec:
             sinks=block["sinks"],
             flush_block=block["flush_block"],
             from_first=block["source"] == "first",
-            capacity=block.get("capacity"),
             kv_dtype=block["kv_dtype"],
             prefill_chunk=block["prefill_chunk"],
             rope=block["rope"],
@@ -115,3 +114,13 @@ class CacheSpec:
     def exact_slots(self) -> int:
         """Slots of the exact buffer of a group, sinks not counted."""
         return exact_slots(self.window, self.flush_block)
+
+
+def check_capacity(plan: "dict[str, Any]") -> None:
+    """Refuse a plan that bounds the rows of a group.
+
+    Raises:
+        ValueError: it does.
+    """
+    if plan.get("capacity") is not None:
+        raise ValueError("made with eviction, which this version no longer has; convert again")

@@ -1,4 +1,4 @@
-"""From a budget to the bits that the latents get: the exact window, sinks and evicted rows counted."""
+"""From a budget to the bits that the latents get: the exact window and the sinks counted."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ class Budget:
         context: tokens at which the budget holds; None counts latents only.
         window: exact newest tokens, W.
         sinks: exact first tokens, S.
-        evict: fraction of the latents that is evicted at `context`.
     """
 
     bytes: float
     context: int | None
     window: int
     sinks: int
-    evict: float | None = None
 
     @classmethod
     def of(cls, config: BudgetConfig, *, source_bytes: float) -> Budget:
         """A settled recipe's budget, of a source with `source_bytes` KV bytes per token."""
         assert config.exact_window is not None, "the recipe is settled"
         amount = parse_budget(config.kv_budget, source_bytes=source_bytes)
-        return cls(amount, config.budget_context or None, config.exact_window, config.num_sinks, config.eviction_ratio)
+        return cls(amount, config.budget_context or None, config.exact_window, config.num_sinks)
 
 
 def derive_window(config: PlanConfig, *, budget: float, source_bytes: int, context: int | None, sinks: int) -> int:
@@ -79,24 +77,18 @@ def derive_group_size(share: float, values: int, source: str = "group") -> int:
 
 
 def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int:
-    """Bits per token that the budget leaves for the latents that stay.
+    """Bits per token that the budget leaves for the latents.
 
     Raises:
-        UsageError: eviction without a context or a window; window and sinks alone take more than the budget, or it
-            leaves less than one tier.
+        UsageError: no window for latents of all layers; window and sinks alone take more than the budget, or it leaves
+            less than one tier.
     """
-    context, window, sinks, evict = budget.context, budget.window, budget.sinks, budget.evict
+    context, window, sinks = budget.context, budget.window, budget.sinks
     if window == 0 and config.source == "group":
         raise UsageError(
             "--exact-window 0 with --latent-input all_layers",
             expected="a window of at least 1: a group's latent is known only after its last layer",
             remedy="use --exact-window 1 or more, or --latent-input first_layer",
-        )
-    if evict is not None and (context is None or window == 0):
-        raise UsageError(
-            "eviction needs to know how many latents may stay, and an exact window whose queries choose them",
-            expected="a context length and a window of at least 1",
-            remedy="leave out --budget-context 0 and --exact-window 0, or --eviction-ratio",
         )
     smallest = min(config.bits) * config.tier_size + SCALE_BITS
     if context is None:
@@ -109,7 +101,7 @@ def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int
             )
         return int(budget.bytes * 8)
     fixed = exact_bytes_of(source_bytes, 0, window, sinks, config.flush_block, config.source)
-    encoded = kept_rows(encoded_slots(context, window, config.flush_block), evict)
+    encoded = encoded_slots(context, window, config.flush_block)
     carried = exact_bytes_of(0, 1, window, sinks, config.flush_block, config.source)  # rows of exact tokens
     bits = int((budget.bytes * context - fixed) / (encoded + carried) * 8) if encoded + carried else -1
     if bits < smallest:
@@ -121,11 +113,6 @@ def latent_bits(config: PlanConfig, budget: Budget, *, source_bytes: int) -> int
             remedy="raise --kv-budget or --budget-context, lower --exact-window, or lower plan.flush_block in a recipe",
         )
     return bits
-
-
-def kept_rows(encoded: int, evict: float | None) -> int:
-    """Latents that stay of those that a context has."""
-    return encoded if evict is None else max(1, round(encoded * (1 - evict)))
 
 
 def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: int, values: int) -> Recipe:
@@ -149,9 +136,7 @@ def settle_budget(recipe: Recipe, *, source_bytes: int, context: int, layers: in
         window = derive_window(
             recipe.plan, budget=budget, source_bytes=source_bytes, context=at or None, sinks=own.num_sinks
         )
-    latent_bits(
-        recipe.plan, Budget(budget, at or None, window, own.num_sinks, own.eviction_ratio), source_bytes=source_bytes
-    )
+    latent_bits(recipe.plan, Budget(budget, at or None, window, own.num_sinks), source_bytes=source_bytes)
     group = recipe.plan.max_layers_per_group or derive_group_size(
         budget / source_bytes, min(values, recipe.calibration.basis), recipe.plan.source
     )

@@ -98,14 +98,13 @@ def settle_decoupled(recipe: Recipe, *, head_dim: int) -> Recipe:
             ("plan.latent_input 'all_layers'", plan.source == "first"),
             (f"budget.exact_window {budget.exact_window}", budget.exact_window == 0),
             (f"budget.num_sinks {budget.num_sinks}", budget.num_sinks == 0),
-            (f"budget.eviction_ratio {budget.eviction_ratio}", budget.eviction_ratio is None),
         )
         if not good
     ]
     if wrong:
         raise UsageError(
             "a decoupled key with " + ", ".join(wrong),
-            expected="plan.latent_input 'first_layer', no exact window, no sinks and no eviction, as in --recipe mla",
+            expected="plan.latent_input 'first_layer', no exact window and no sinks, as in --recipe mla",
             remedy="leave those out, or use plan.key 'reconstruct'",
         )
     if plan.layout == "deepseek" and plan.max_layers_per_group != 1:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from clla.artifacts.plan import EVICT_BYTES, LayerGroup, Plan, encoded_slots
+from clla.artifacts.plan import LayerGroup, Plan
 from clla.artifacts.stats import Stats
 from clla.errors import UsageError
 from clla.modeling.quantize_clla import ROPE_TIER, RowLayout
-from clla.plan.budget import Budget, kept_rows, latent_bits
+from clla.plan.budget import Budget, latent_bits
 from clla.plan.decoupled import DecoupledSpectra
 from clla.plan.planners import PLANNERS, Choices, Room
 from clla.plan.rate import SCALE_BITS
@@ -54,12 +54,7 @@ def make_plan(
     """
     source_bytes = len(stats.layers) * stats.kv.values * kv_itemsize
     bits = latent_bits(config, budget, source_bytes=source_bytes)
-    capacity, room = None, Room(bits)
-    if budget.evict is not None and budget.context is not None:
-        capacity = kept_rows(encoded_slots(budget.context, budget.window, config.flush_block), budget.evict)
-        room = Room(bits, 8 * EVICT_BYTES)
-    if isinstance(spectra, DecoupledSpectra):
-        room = Room(bits, rotary_bits(config, spectra, bits))
+    room = Room(bits, rotary_bits(config, spectra, bits) if isinstance(spectra, DecoupledSpectra) else 0)
 
     def plan_of(choices: Choices) -> Plan:
         groups = tuple(
@@ -85,7 +80,6 @@ def make_plan(
             made_from=made_from,
             kept_layers=kept_layers,
             kept_window=kept_window,
-            capacity=capacity,
             rope_bits=config.rope_bits if isinstance(spectra, DecoupledSpectra) else None,
         )
 

@@ -117,8 +117,6 @@ def how(facts: Facts) -> str:
         ["metric, planner", f"{recipe.plan.metric}, {recipe.plan.planner}"],
         ["calibration", f"{tokens:,} tokens of {text_of(recipe.calibration.dataset)}, seed {recipe.calibration.seed}"],
     ]
-    if plan.capacity is not None:
-        settings.append(["eviction", f"at most {plan.capacity:,} latents per group; the least attended leave"])
     if recipe.provenance:
         settings.append(["versions", ", ".join(f"{k} {v}" for k, v in recipe.provenance.versions.items())])
     parts = [
@@ -136,7 +134,7 @@ def how(facts: Facts) -> str:
 
 def limits(facts: Facts) -> str:
     """What is lost, and what nobody measured."""
-    plan, report, points = facts.made.plan, facts.made.report, []
+    report, points = facts.made.report, []
     if report is not None:
         rise = 100 * (report.quality["converted"]["perplexity"] / report.quality["source"]["perplexity"] - 1)
         points.append(
@@ -152,8 +150,6 @@ def limits(facts: Facts) -> str:
         f"It was fitted to {text_of(facts.made.recipe.calibration.dataset)}. Other languages and kinds of text lie "
         "further from what the latents keep best."
     )
-    if plan.capacity is not None:
-        points.append("Latents that were dropped are gone: what they held cannot be retrieved later.")
     origin = facts.origin
     if origin.license is None:
         base = f"[base model's]({HUB}/{origin.hub_id})" if origin.hub_id else "base model's"

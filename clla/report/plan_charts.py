@@ -89,13 +89,12 @@ def draw_sequence(plan: Plan, context: int, width: int) -> Drawing:
     """One sequence from its first token to its newest: what is exact, and what is latents. Not to scale."""
     wide = width > 500
     rows = encoded_slots(context, plan.window, plan.flush_block)
-    kept = rows if plan.capacity is None else min(rows, plan.capacity)
-    exact, latents = context - rows, f"{kept:,} tokens" if kept == rows else f"{kept:,} of {rows:,} tokens"
+    exact = context - rows
     label = f"A sequence of {context:,} tokens: {plan.sinks} sinks and the newest {exact} exact, the others latents"
     drawing = Drawing(width, 58, label)
     parts = [
         ("exact", 0.12 if wide else 0.2, f"{plan.sinks} sinks", "exact", plan.sinks > 0),
-        ("latent", 0.64 if wide else 0.48, latents, f"latents, {plan.row_bytes:,} bytes each", rows > 0),
+        ("latent", 0.64 if wide else 0.48, f"{rows:,} tokens", f"latents, {plan.row_bytes:,} bytes each", rows > 0),
         ("exact", 0.24 if wide else 0.32, f"newest {exact:,}", "exact", plan.window > 0),
     ]
     shown = [part for part in parts if part[4]]

@@ -151,8 +151,6 @@ def settings(data: PageData) -> list[tuple[str, str]]:
         found.append(("calibrated on", f"{calibration.tokens or 0:,} tokens of {data.dataset}"))
         found.append(("planner", f"{recipe.plan.planner}, groups of up to {recipe.plan.group_size} layers"))
     found.append(("latent input", "all layers of a group" if plan.source == "group" else "its first layer"))
-    if plan.capacity is not None:
-        found.append(("eviction", f"at most {plan.capacity:,} latents per group"))
     if data.file.predicted_kl is not None:
         found.append(("predicted KL", f"{data.file.predicted_kl:.4f} nats per token if no token were exact"))
     if kept := data.file.reduction:

@@ -55,7 +55,6 @@ def check_model(config: Any) -> None:
         "it is a codec without its model (--codec-only)": config.base_model is not None,
         "layers with a window of their own stand beside layers that keep nothing exact": bool(spec.kept_layers)
         and not (spec.window or spec.sinks),
-        "it evicts tokens (budget.eviction_ratio)": spec.capacity is not None,
         f"model type {config.text_config.model_type!r} has no causal language model": (
             config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         ),
@@ -63,6 +62,6 @@ def check_model(config: Any) -> None:
     for reason in (reason for reason, found in reasons.items() if found):
         raise UnsupportedModelError(
             f"vLLM cannot serve this checkpoint: {reason}",
-            expected="a causal language model with its weights, without eviction",
+            expected="a causal language model with its weights",
             remedy="convert it so, or run it with transformers: clla generate",
         )

@@ -22,6 +22,7 @@ from clla.artifacts.plan import NEWER, KVShape, LayerGroup, Plan, encoded_slots,
 from clla.artifacts.stats import Stats
 from clla.errors import CorruptArtifactError
 from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.spec_clla import CacheSpec
 from clla.storage.files import ARTIFACT_VERSION, digest, json_digest, read_json, write_text
 
 
@@ -117,7 +118,13 @@ def test_saving_replaces_the_file_before(tmp_path: Path) -> None:
 
 def test_a_plan_is_read_from_a_larger_block() -> None:
     plan = make_plan(at_context=None)
-    assert Plan.from_json({**plan.to_json(), "rope": None, "prefill_chunk": 512}) == plan
+    assert Plan.from_json({**plan.to_json(), "rope": None, "prefill_chunk": 512, "capacity": None}) == plan
+
+
+@pytest.mark.parametrize("read", [Plan.from_json, CacheSpec.of])
+def test_a_plan_that_evicts_is_refused(read: Callable[[dict[str, Any]], object]) -> None:
+    with pytest.raises(ValueError, match="convert again"):
+        read({**make_plan().to_json(), "capacity": 24})
 
 
 @pytest.mark.parametrize("kind", MAKERS)

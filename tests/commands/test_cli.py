@@ -56,38 +56,12 @@ def test_help_answers_without_torch() -> None:
     assert "--kv-budget" in done.stdout
 
 
-@pytest.mark.slow
-def test_eviction_goes_below_the_latents(pico_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    """A budget with eviction: the saved model keeps to it, measured, and a context is asked for."""
-    folder = tmp_path / "evicting"
-    ok("convert", pico_dir, "-o", folder, "--dataset", text_file, *SMALL, "--eviction-ratio", "0.75", "--json")
-    report = json.loads((folder / "clla_report.json").read_text())
-    plan = report["plan"]
-    assert plan["capacity"] == round((512 - 16) * 0.25)
-    at = report["measured"]["cache"]["by_context"]
-    for row in at.values():
-        assert row["bytes_per_token"] == pytest.approx(row["planned_bytes_per_token"], rel=0.01)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    cache = model.new_cache()
-    model(tokens(1, 512), past_key_values=cache)
-    assert cache.nbytes <= 1.01 * 0.25 * 512 * plan_source_bytes(plan)
-    refused = clla(
-        "convert", pico_dir, "-o", tmp_path / "no", *SMALL, "--eviction-ratio", "0.5", "--budget-context", "0"
-    )
-    assert refused.exit_code == 2 and "context" in refused.stderr
-
-
-def plan_source_bytes(plan: dict[str, Any]) -> int:
-    layers = sum(len(group["layers"]) for group in plan["groups"])
-    return layers * 2 * plan["kv"]["num_key_value_heads"] * plan["kv"]["head_dim"] * plan["kv_itemsize"]
-
-
 def test_checkpoint_is_an_ordinary_directory(converted: Path, pico_dir: Path) -> None:
     names = {path.name for path in converted.iterdir()}
     assert names >= {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "clla_recipe.yaml",
         "clla_report.json", "modeling_clla.py", "configuration_clla.py", "cache_clla.py", "quantize_clla.py",
-        "rotary_clla.py", "hooks_clla.py", "clla_plan.png", "positions_clla.py", "evict_clla.py", "observe_clla.py",
+        "rotary_clla.py", "hooks_clla.py", "clla_plan.png", "positions_clla.py", "observe_clla.py",
     }  # fmt: skip
     config = read_json(converted / "config.json")
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_clla.CllaForCausalLM"

@@ -135,7 +135,7 @@ def test_a_model_that_converts(pico_dir: Path) -> None:
     config = read_json(pico_dir / "config.json")
     heads, dim = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
     assert f"{4 * 2 * heads * dim * 4:,} bytes per token" in found["cache"]["text"]
-    assert found["eviction"]["status"] == "ok" and found["placement"]["text"].startswith("all on")
+    assert found["placement"]["text"].startswith("all on")
     assert {"healing", "kernels", "static cache", "serving", "calibration", "memory"} <= set(found)
 
 

@@ -168,7 +168,6 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
         (["--exact-window", "64"], "budget.exact_window 64"),
         (["--num-sinks", "4"], "budget.num_sinks 4"),
         (["--latent-input", "all_layers"], "plan.latent_input 'all_layers'"),
-        (["--eviction-ratio", "0.5"], "eviction"),
         (["--kv-budget", "1%"], "rotary keys"),
     ],
 )

@@ -320,7 +320,7 @@ def block_cases() -> list[Any]:
 
 
 BLOCK = ("schema_version", "groups", "kv", "kv_itemsize", "tier_size", "window", "sinks", "flush_block", "source",
-         "budget_bytes", "at_context", "made_from", "kept_layers", "kept_window", "capacity", "rope_bits", "rope",
+         "budget_bytes", "at_context", "made_from", "kept_layers", "kept_window", "rope_bits", "rope",
          "kv_dtype", "prefill_chunk", "codec_sha256", "kept_state_bytes", "kept_slot_bytes")  # fmt: skip
 
 
@@ -367,7 +367,6 @@ TOGETHER = (
     ("convert", "--max-shard-size 5XB"),
     ("convert", "--max-shard-size=-5GB"),
     ("convert", "--kv-budget 1B --budget-context 0"),
-    ("convert", "--eviction-ratio 0.5 --budget-context 0"),
     ("convert", "--heal-tokens 64"),
     ("convert", "--heal --heal-tokens 10"),
     ("convert", "--bits 9"),

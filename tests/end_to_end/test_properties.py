@@ -60,10 +60,6 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "budget_context": (st.none() | st.integers(0, LARGEST), odd(-1, 0.5, "x", True)),
         "exact_window": (st.none() | st.integers(0, LARGEST), odd(-1, 0.5, "x", True)),
         "num_sinks": (st.integers(0, LARGEST), odd(-1, None, 0.5)),
-        "eviction_ratio": (
-            st.none() | share(exclude_min=True, exclude_max=True),
-            odd(0, 1, -0.1, 1.5, "x", float("nan"), float("inf"), True),
-        ),
     },
     "plan": {
         "planner": (
@@ -208,7 +204,7 @@ def model_and_stats() -> tuple[PreTrainedModel, Stats]:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    """Any partition of the four layers, any widths, any window, sinks and block, with and without eviction."""
+    """Any partition of the four layers, any widths, any window, sinks and block."""
     model, stats = model_and_stats()
     source = draw(st.sampled_from(["group", "first"]))
     tier_size = draw(st.sampled_from([8, 16]))
@@ -229,8 +225,7 @@ def plans(draw: st.DrawFn) -> Plan:
         sinks=draw(st.integers(0, 6)),
         flush_block=draw(st.integers(1, 12)),
     )
-    capacity = draw(st.none() | st.integers(8, 60)) if window else None
-    return replace(plan, groups=tuple(groups), capacity=capacity)
+    return replace(plan, groups=tuple(groups))
 
 
 @st.composite
@@ -256,9 +251,7 @@ def test_any_plan_takes_the_bytes_that_it_says(plan: Plan, ends: list[int], batc
             start = stop
             bookkeeping = sum(t.nbytes for t in held.timeline.tensors())
             assert bookkeeping <= 16 * batch  # padding and offsets
-            # With eviction, scores of rows that are to join wait in the cache, up to a block of them a group.
-            waiting = 0 if plan.capacity is None else batch * len(plan.groups) * 2 * plan.flush_block
-            assert 0 <= held.nbytes - bookkeeping - batch * plan.bytes_at(stop) <= waiting, stop
+            assert held.nbytes - bookkeeping == batch * plan.bytes_at(stop), stop
             assert kept_bytes([held.groups, held.timeline]) == held.nbytes
     converted.release_source()
 

@@ -112,14 +112,6 @@ def test_the_first_source_without_a_window() -> None:
     assert len(found) == 4 and all(0 < error.key < 2 and error.output is not None for error in found)
 
 
-def test_eviction_is_no_error_of_coding() -> None:
-    _, converted = pair()
-    whole = layer_errors(converted, tokens(1, 96), chunk=16)
-    converted.config.clla["capacity"] = 8
-    assert layer_errors(converted, tokens(1, 96), chunk=16) == whole
-    assert converted.config.clla["capacity"] == 8
-
-
 def test_text_that_stays_in_the_window_has_no_errors() -> None:
     _, converted = pair()
     assert layer_errors(converted, tokens(1, WINDOW + BLOCK), chunk=4) == ()

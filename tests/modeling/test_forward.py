@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from clla.modeling.cache_clla import CllaCache
 from clla.modeling.chunks_clla import Chunks
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -295,13 +294,6 @@ def test_generate_returns_the_states_of_the_whole_prompt() -> None:
     found, expected = (x.generate(tokens(2, 60), **options, output_logits=True) for x in (converted, model))
     for name in ("hidden_states", "attentions", "logits"):
         torch.testing.assert_close(found[name], expected[name], **TOLERANCE)
-
-
-def test_attention_to_evicted_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, converted = eager_pair()
-    monkeypatch.setattr(CllaCache, "evicts", True)
-    with torch.no_grad(), pytest.raises(ValueError, match="some are evicted"):
-        converted(tokens(1, 60), output_attentions=True)
 
 
 def test_what_cannot_be_joined_is_refused() -> None:

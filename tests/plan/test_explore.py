@@ -47,7 +47,6 @@ def dry(model: Path, text: Path, work: Path, *options: str) -> Plan:
         ("--kv-budget", "90B", "--budget-context", "0"),
         ("--kv-budget", "25%", "--planner", "uniform", "--bits", "2,4"),
         ("--kv-budget", "25%", "--planner", "cluster"),
-        ("--kv-budget", "20%", "--eviction-ratio", "0.5"),
     ),
 )
 def test_plans_are_those_of_a_dry_run(

@@ -21,8 +21,10 @@ from conftest import byte_tokenizer, pico
 from helpers import clla
 
 from clla.artifacts.plan import KVShape, LayerGroup, Plan
+from clla.errors import CorruptArtifactError
 from clla.evaluate.plan_tables import groups_table
 from clla.evaluate.report import Report
+from clla.evaluate.report_file import ReportFile
 from clla.report import words
 from clla.report.data import PageData, read_checkpoint, what_is_missing
 from clla.report.plan_charts import draw_plan
@@ -259,10 +261,7 @@ def test_labels_of_layers_do_not_touch(data: PageData, layers: int, width: int) 
         assert len(places) == layers and all(b - a >= 12 for a, b in pairwise(places))
 
 
-def test_plans_without_a_context_or_with_eviction(data: PageData) -> None:
-    evicting = replace(data.plan, at_context=4096, capacity=64)
-    page = Page(render(replace(data, plan=evicting)))
-    assert "64 of 4,080 tokens" in page.text and "at most 64 latents per group" in page.text and "any" in page.text
+def test_plans_without_exact_tokens(data: PageData) -> None:
     whole = replace(data.plan, groups=(LayerGroup((0, 1, 2, 3), (16,) * 32, 0.0),), window=0, sinks=0)
     assert whole.row_bytes > 0 and Page(render(without_outlook(data, whole))).text
 
@@ -304,6 +303,17 @@ def test_what_is_no_checkpoint_or_damaged(checkpoint: Path, pico_dir: Path, tmp_
     (folder / "clla_report.json").write_text('{"measured": {"source": 3}}')
     done = clla("report", folder, "--num-samples", 0, "--num-prompts", 0)
     assert done.exit_code == 1 and "no valid report" in flat(done.stderr)
+
+
+def test_null_fields_of_older_versions_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    data = read_json(checkpoint / "clla_report.json")
+    data["recipe"]["budget"]["eviction_ratio"] = None
+    (tmp_path / "clla_report.json").write_text(json.dumps(data))
+    assert ReportFile.load(tmp_path) == ReportFile.load(checkpoint)
+    data["recipe"]["budget"]["eviction_ratio"] = 0.5
+    (tmp_path / "clla_report.json").write_text(json.dumps(data))
+    with pytest.raises(CorruptArtifactError, match="eviction_ratio"):
+        ReportFile.load(tmp_path)
 
 
 def test_an_untold_source_costs_only_the_samples(checkpoint: Path, tmp_path: Path) -> None:
