@@ -52,7 +52,8 @@ class Bench:
         model: loaded.
         tokenizer: the source's.
         rope: how the model rotates its keys.
-        stats: moments, collected with inputs.
+        stats: our own method's moments.
+        plain: moments in which all tokens count alike, with those of inputs, for others.
         recipe: resolved; plan settings of our own method.
         sequences: calibration text in sequences [1, T] of a length T.
         context: tokens at which budgets hold and quality is measured.
@@ -66,6 +67,7 @@ class Bench:
     tokenizer: Any
     rope: dict[str, Any] | None
     stats: Stats
+    plain: Stats
     recipe: Recipe
     sequences: Callable[[int], Iterator[Tensor]]
     context: int
@@ -81,8 +83,12 @@ class Bench:
         """Weighted moments, the same for every budget and bit width."""
         key = (recipe.plan.metric, recipe.plan.metric_power, recipe.plan.source)
         if key not in self._spectra:
-            self._spectra[key] = weigh(self.stats, recipe)
+            self._spectra[key] = weigh(self.stats_for(recipe), recipe)
         return self._spectra[key]
+
+    def stats_for(self, recipe: Recipe) -> Stats:
+        """The moments that a recipe's method takes."""
+        return self.stats if recipe.plan.metric == "fisher" else self.plain
 
     def converted(self, plan: Plan, codec: Codec) -> Subject:
         """The model running on a plan and codec."""
@@ -98,10 +104,10 @@ class Bench:
 
     def planned(self, name: str, recipe: Recipe, budget: float, window: int) -> Setting:
         """A recipe's plan at a share of the source's bytes, running; left out where nothing remains for latents."""
-        spectra = self.spectra(recipe)
+        spectra, stats = self.spectra(recipe), self.stats_for(recipe)
         try:
             plan = make_plan(
-                self.stats,
+                stats,
                 recipe.plan,
                 budget=Budget(budget * self.source.bytes_per_token, self.context, window, SINKS),
                 kv_itemsize=self.source.dtype.itemsize,
@@ -112,4 +118,4 @@ class Bench:
             )
         except UsageError as error:
             return Setting(name, why_not=error.got)
-        return Setting(name, self.converted(plan, make_codec(spectra, plan, self.stats)))
+        return Setting(name, self.converted(plan, make_codec(spectra, plan, stats)))

@@ -25,7 +25,8 @@ from clla.errors import CllaError, UsageError
 from clla.evaluate.perplexity import Subject
 from clla.evaluate.source_cache import SourceCache
 from clla.modeling.hooks_clla import rope_of
-from clla.plan.budget import derive_window
+from clla.plan.budget import derive_group_size, derive_window
+from clla.recipe import PlanConfig
 
 KIVI_BITS = (4, 3, 2)
 PYRAMID_WINDOW, PYRAMID_BLOCK = 8, 16
@@ -133,7 +134,7 @@ def palu_settings(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
                 yield Setting(f"{100 * budget:g} %, {bits} bit", why_not="every value fits: nothing to leave out")
                 continue
             try:
-                plan, codec = palu(bench.stats, share=share, kv_itemsize=itemsize, bits=bits)
+                plan, codec = palu(bench.plain, share=share, kv_itemsize=itemsize, bits=bits)
             except UsageError as error:
                 yield Setting(name, why_not=error.got)
                 continue
@@ -179,14 +180,16 @@ def low_rank(plan: dict[str, Any], window: int) -> Builder:
 def own(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """The conversion of this package, with its default plan."""
     for budget in budgets:
-        window = derive_window(
-            bench.recipe.plan,
-            budget=budget * bench.source.bytes_per_token,
-            source_bytes=bench.source.bytes_per_token,
-            context=bench.context,
-            sinks=SINKS,
-        )
-        yield bench.planned(f"{100 * budget:g} %, window {window}", bench.recipe, budget, window)
+        window = own_window(budget, bench.source.bytes_per_token, bench.context)
+        size = derive_group_size(budget, bench.stats.width)
+        recipe = bench.recipe.override({"plan": {"max_layers_per_group": min(size, len(bench.source.layers))}})
+        yield bench.planned(f"{100 * budget:g} %, window {window}", recipe, budget, window)
+
+
+def own_window(budget: float, source_bytes: int, context: int) -> int:
+    """Exact window that a conversion would have for a share of the source's bytes at a context."""
+    share = budget * source_bytes
+    return derive_window(PlanConfig(), budget=share, source_bytes=source_bytes, context=context, sinks=SINKS)
 
 
 METHODS: dict[str, Method] = {

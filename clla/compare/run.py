@@ -13,7 +13,7 @@ from torch import Tensor
 from clla import console
 from clla.compare.bench import BYTES_CHUNK, Bench, Setting
 from clla.compare.comparison import Row, comparison_table, draw_comparison, pareto, recommend, write_csv
-from clla.compare.methods import METHODS, pick_methods
+from clla.compare.methods import METHODS, own_window, pick_methods
 from clla.compare.options import Options
 from clla.convert.stages import Run, resolve
 from clla.evaluate.memory import measured_bytes
@@ -118,11 +118,19 @@ def run_comparison(name: str, options: Options) -> Comparison:
     reach.check_option("--long-context", options.long_context)
     context = options.sequence_length or reach.fit(CONTEXT)
     long_context = options.long_context or reach.fit(LONG_CONTEXT)
-    calibration = {"dataset": options.dataset, "tokens": options.calibration_tokens}
-    # `first`, so that the inputs are collected, which several methods need.
-    wanted: dict[str, dict[str, Any]] = {"calibration": calibration, "plan": {"latent_input": "first_layer"}}
-    wanted |= {"budget": {"budget_context": 0, "exact_window": 128}, "runtime": {"compute_dtype": options.dtype}}
+    smallest = min(options.shares)  # its groups are the longest and its window the shortest
+    budget = {
+        "kv_budget": f"{100 * smallest:g}%",
+        "budget_context": 0,
+        "exact_window": own_window(smallest, source.bytes_per_token, context),
+    }
+    wanted: dict[str, dict[str, Any]] = {
+        "calibration": {"dataset": options.dataset, "tokens": options.calibration_tokens},
+        "budget": budget,
+        "runtime": {"compute_dtype": options.dtype},
+    }
     recipe = resolve(Recipe().override(wanted), source, where)
+    others = {"metric": "pca", "latent_input": "first_layer", "max_layers_per_group": 1}
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
@@ -135,7 +143,8 @@ def run_comparison(name: str, options: Options) -> Comparison:
             tokenizer=run.tokenizer,
             rope=run.rope,
             stats=run.stats(),
-            recipe=recipe.override({"plan": {"latent_input": "all_layers"}}),
+            plain=run.also(recipe.override({"plan": others})).stats(),
+            recipe=recipe,
             sequences=lambda length: (row for batch in run.batches(length) for row in batch.split(1)),
             context=context,
             long_context=long_context,

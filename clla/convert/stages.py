@@ -120,6 +120,12 @@ class Run:
         )  # fmt: skip
         self.plan_key = plan_digest(self.stats_key, recipe)
 
+    def also(self, recipe: Recipe) -> Run:
+        """Another recipe's stages on the same model, loaded once."""
+        other = Run(self.source, recipe, self.device, self.work, hold_out=self.hold_out)
+        other._model = self._model
+        return other
+
     def model(self) -> PreTrainedModel:
         if self._model is None:
             console.say(f"Loading {self.source.name}")

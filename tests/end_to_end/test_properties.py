@@ -49,7 +49,6 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "batch_size": (st.none() | COUNT, odd(0, -3, 2.5, False, 10**30)),
         "skip_positions": (st.integers(0, LARGEST), odd(-1, 0.5, None)),
         "seed": (st.integers(-LARGEST, LARGEST), odd(None, "x", 0.5, True, -(10**30))),
-        "metric_every": (COUNT, odd(0, None, 1.5, "x", True)),
         "basis": (st.integers(16, LARGEST), odd(15, None, "x")),
     },
     "budget": {
@@ -75,7 +74,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         ),
         "rope_bits": (st.sampled_from([1, 2, 3, 4, 5, 6, 8, 16]), odd(0, 9, None, "x")),
         "layout": (st.sampled_from(["free", "deepseek"]), odd("llama", None)),
-        "max_layers_per_group": (st.integers(1, 64), odd(0, 65, None, 1.5, True)),
+        "max_layers_per_group": (st.none() | st.integers(1, 64), odd(0, 65, 1.5, True)),
         "bits": (
             st.lists(st.sampled_from(sorted(WORD_BITS)), min_size=1, max_size=12),
             odd([], [0], [9], [2, 32], 4, "4", None, [True], [1.5]),

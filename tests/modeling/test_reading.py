@@ -227,7 +227,9 @@ def test_the_best_tokens_by_weight_are_selected(
             continue
         judged = weights[layer][:, :, -1, :count].sum(1)
         best = judged.topk(9).values.sum(1)
-        torch.testing.assert_close(judged.gather(1, index).sum(1), best, atol=1e-3, rtol=1e-3)  # ties by rounding
+        torch.testing.assert_close(
+            judged.gather(1, index).sum(1), best, rtol=5e-3, atol=0
+        )  # the judge knows no exact tokens
         assert bool((best > 1.08 * 9 * judged.mean(1)).all()), "any choice would be as good"
 
 

@@ -148,8 +148,11 @@ def test_what_cannot_be_planned_is_refused(work: Path, options: tuple[str, ...],
 def test_groups_larger_than_the_band_are_refused(work: Path) -> None:
     kept = find_kept(work)
     narrow = replace(kept, shapes=replace(kept.shapes, covariance=kept.shapes.covariance[:, :2]))
+    wide = {"plan": {"max_layers_per_group": 4}, "budget": {"kv_budget": "25%"}}
     with pytest.raises(UsageError, match="neighbours"):
-        Explorer(narrow, Recipe()).settle(Recipe())
+        Explorer(narrow, Recipe()).settle(Recipe().override(wide))
+    settled = Explorer(narrow, Recipe()).settle(Recipe().override({"budget": wide["budget"]}))
+    assert settled.plan.max_layers_per_group == 2  # where none is asked for, as many as the moments have
 
 
 def test_a_place_without_statistics_is_refused(tmp_path: Path) -> None:
