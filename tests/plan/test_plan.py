@@ -28,7 +28,7 @@ from clla.plan.allocation import (
     solve,
     uniform_segments,
 )
-from clla.plan.budget import WINDOW_SHARE, WINDOWS, Budget, derive_window, latent_bits
+from clla.plan.budget import WINDOW_SHARE, WINDOWS, Budget, derive_group_size, derive_window, latent_bits
 from clla.plan.make import make_plan
 from clla.plan.planners import PLANNERS, Room, count_candidates, neighbour_distances
 from clla.plan.rate import ERROR_SHARE
@@ -481,3 +481,20 @@ def test_the_derived_window_is_the_largest_that_fits(budget: float, context: int
 
 def test_the_derived_window_without_a_context_is_the_largest() -> None:
     assert derive_window(PlanConfig(), budget=1, source_bytes=10**6, context=None, sinks=4) == max(WINDOWS)
+
+
+@pytest.mark.parametrize(
+    ("share", "values", "source", "size"),
+    (
+        (0.25, 384, "group", 6),
+        (0.0625, 384, "group", 6),
+        (0.03, 384, "group", 12),
+        (0.02, 384, "group", 16),
+        (0.01, 384, "group", 16),
+        (0.01, 1024, "group", 12),  # moments of no more than 12,288 values at once
+        (0.01, 4096, "group", 6),
+        (0.01, 384, "first", 6),
+    ),
+)
+def test_group_sizes_follow_the_budget(share: float, values: int, source: str, size: int) -> None:
+    assert derive_group_size(share, values, source) == size
