@@ -26,6 +26,7 @@ from clla.linalg import EXACT, leading_eigenpairs, searched, single_eigh
 
 CPU = torch.device("cpu")
 FLOOR = 1e-3  # eigenvalues of the metric, relative to its largest
+WHOLE = 6  # layers: of longer groups' layers partitions are estimated by their leading coordinates
 RIDGE = 1e-5  # of the input covariance, relative to its mean eigenvalue
 
 
@@ -160,6 +161,24 @@ class Spectra:
         return self._found[start, size]
 
     @cached_property
+    def _outlined(self) -> Tensor:
+        """Blocks of `weighted` by which partitions are estimated, [L, K, q', q'].
+
+        Where groups may be long each layer has its leading coordinates only, so that the largest group takes no longer
+        than one of `WHOLE` layers.
+        """
+        count, band = self.stats.covariance.shape[:2]
+        if band <= WHOLE:
+            return self.weighted
+        width = max(1, self.stats.width * WHOLE // band)
+        leading = torch.stack([torch.linalg.eigh(own)[1][:, -width:] for own in self.weighted[:, 0]])
+        out = self.weighted.new_zeros(count, band, width, width)
+        for layer in range(count):
+            reach = min(band, count - layer)
+            out[layer, :reach] = leading[layer].mT @ self.weighted[layer, :reach] @ leading[layer : layer + reach]
+        return out
+
+    @cached_property
     def _determinants(self) -> dict[tuple[int, int, int], list[float]]:
         """By first layer, number of layers of the factor and level; so its rounding does not depend on the order."""
         return {}
@@ -168,12 +187,13 @@ class Spectra:
         """ln det(I + A/θ) for θ = 4^level, with A the `moments` of 1, 2, … `largest` layers from `start` on.
 
         They are sums over a group's components of ln(1 + λ/θ). One triangular factor has those of all groups that
-        begin with the same layer: its leading blocks are theirs. For the `group` source.
+        begin with the same layer: its leading blocks are theirs. For the `group` source. Of long groups A has each
+        layer's leading coordinates (`_outlined`).
         """
         known = self._determinants
         lacking = [level for level in levels if (start, largest, level) not in known]
         if lacking:
-            factors = _log_pivots(self.assembled(start, largest), [4.0**level for level in lacking])
+            factors = _log_pivots(assemble(self._outlined, start, largest), [4.0**level for level in lacking])
             for level, logs in zip(lacking, factors, strict=True):
                 known[start, largest, level] = logs.view(largest, -1).sum(1).cumsum(0).tolist()
         return [known[start, largest, level] for level in levels]
