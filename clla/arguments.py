@@ -9,7 +9,16 @@ from inspect import signature
 from pathlib import Path
 from typing import Annotated, ParamSpec, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, validate_call
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    validate_call,
+)
 
 from clla import usage
 from clla.errors import UsageError, is_unicode
@@ -51,7 +60,7 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 # Options of several commands: what is measured, and on what.
 MeasuredText = Annotated[Name, Field(description="text to measure on; default: the end of the bundled text")]
 SampleLength = Annotated[
-    int | None, Field(ge=2, le=LARGEST, description="tokens per sample; default: 2048, or what the model takes")
+    int | None, Field(ge=2, description="tokens per sample; default: 2048, or what the model takes")
 ]
 SourceModel = Annotated[
     Name | None, Field(description="source model, where the weights were trained; default: from the recipe")
@@ -82,6 +91,13 @@ class Settings(BaseModel):
     """Options of a command, checked: `commands.options.with_settings` makes the command line of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _held(cls, value: object) -> object:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"expected at most {LARGEST}")
+        return value
 
     @classmethod
     def checked(cls, **values: object) -> Self:

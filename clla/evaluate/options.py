@@ -5,20 +5,18 @@ from __future__ import annotations
 from pydantic import Field
 
 from clla.arguments import Device, Integers, MeasuredText, SampleLength, Settings, SourceModel, WeightDtype
-from clla.recipe import LARGEST
 
 
 class Options(Settings):
     """What is measured."""
 
     text: MeasuredText = "bundled"
-    num_samples: int = Field(4, ge=1, le=LARGEST, description="samples of text")
+    num_samples: int = Field(4, ge=1, description="samples of text")
     sequence_length: SampleLength = None
-    chunk: int | None = Field(None, ge=1, le=LARGEST, description="tokens per forward pass; default: the exact window")
+    chunk: int | None = Field(None, ge=1, description="tokens per forward pass; default: the exact window")
     attend_top_k: int | None = Field(
         None,
         ge=1,
-        le=LARGEST,
         description="old tokens read in full; forward passes then are as short as that takes",
     )
     contexts: Integers | None = Field(
@@ -26,9 +24,9 @@ class Options(Settings):
     )
     retrieval: bool = Field(True, description="also plant codes and ask for them")
     retrieval_context: int | None = Field(
-        None, ge=128, le=LARGEST, description="tokens around a planted code; default: 4096, or what the model takes"
+        None, ge=128, description="tokens around a planted code; default: 4096, or what the model takes"
     )
-    retrieval_trials: int = Field(8, ge=1, le=LARGEST, description="number of codes")
+    retrieval_trials: int = Field(8, ge=1, description="number of codes")
     source_model: SourceModel = None
     device: Device = "auto"
     dtype: WeightDtype = "auto"
