@@ -21,7 +21,7 @@ from clla.plan.make import make_plan
 from clla.plan.spectra import Spectra
 from clla.recipe import PlanConfig
 
-CONFIG = PlanConfig()
+CONFIG = PlanConfig(max_layers_per_group=6)
 
 
 @pytest.fixture(scope="module")
