@@ -59,6 +59,8 @@ def plan(
             recipes = [chosen.override({"budget": {"kv_budget": part.strip()}}) for part in wanted]
             for one in recipes:  # mistakes first
                 explorer.settle(one)
+        if told := explorer.told_of_groups(recipes):
+            console.say(told)
         if not explorer.ready:
             with console.progress("Preparing all budgets, once (layer groups)", explorer.steps) as advance:
                 explorer.prepare(advance)

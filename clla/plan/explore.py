@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,12 @@ from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.plan.allocation import every_segment
-from clla.plan.budget import Budget, settle_budget
+from clla.plan.budget import Budget, derive_group_size, settle_budget
 from clla.plan.kept_spectra import load_spectra, prepare, prepared, save_spectra, shapes_of, size_of, spectra_file
 from clla.plan.make import make_plan, plan_digest
 from clla.plan.metrics import metric_power, needs_inputs, weigh
 from clla.plan.spectra import Spectra
-from clla.recipe import Recipe
+from clla.recipe import Recipe, parse_budget
 from clla.storage.filenames import CONFIG
 
 EXPECTED = "the --work-dir of a conversion, or a statistics file in it"
@@ -71,7 +71,8 @@ def find_kept(where: Path) -> Kept:
             plan = Plan.load(file)
         except CorruptArtifactError:
             continue
-        if plan.kv == shapes.kv and sorted(i for g in plan.groups for i in g.layers) == list(shapes.layers):
+        same = plan.kv == shapes.kv and sorted(i for g in plan.groups for i in g.layers) == list(shapes.layers)
+        if same and shapes.window in (0, plan.window):
             return Kept(files[-1], shapes, plan)
     raise UsageError(f"no plan beside {files[-1]}", expected=EXPECTED, remedy=REMEDY)
 
@@ -176,6 +177,22 @@ class Explorer:
         context = self.kept.plan.at_context or 0
         return settle_budget(
             recipe, source_bytes=self.kept.source_bytes, context=context, layers=band, values=self.kept.plan.kv.values
+        )
+
+    def told_of_groups(self, recipes: Sequence[Recipe]) -> str | None:
+        """What there is to say where a conversion would have longer groups than these statistics allow."""
+        layers, band = self.kept.shapes.covariance.shape[:2]
+        longest, source_bytes = band, self.kept.source_bytes
+        for recipe in recipes:
+            if recipe.plan.max_layers_per_group is None:
+                share = parse_budget(recipe.budget.kv_budget, source_bytes=source_bytes) / source_bytes
+                size = derive_group_size(share, self.kept.shapes.width, recipe.plan.source)
+                longest = max(longest, min(size, layers))
+        if longest == band:
+            return None
+        return (
+            f"Groups have at most {band} layers, as these statistics do; clla convert would collect others for up to "
+            f"{longest} at the smallest budget"
         )
 
     def plan(self, recipe: Recipe) -> Plan:

@@ -208,7 +208,7 @@ def test_uncentred_stats_are_moments_around_zero() -> None:
 
 def plan_with(stats: Stats, budget: float, spectra: DecoupledSpectra, **options: object) -> Plan:
     settings = {"latent_input": "first_layer", "key": "decoupled", "max_layers_per_group": 6, **options}
-    config = PlanConfig(qk_rope_head_dim=spectra.components, **settings)  # type: ignore[arg-type]
+    config = PlanConfig(qk_rope_head_dim=spectra.components, **settings)
     return make_plan(
         stats, config, budget=Budget(budget, None, 0, 0), kv_itemsize=4, kept_layers=(), kept_window=0,
         made_from="test", spectra=spectra,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import clla
@@ -148,11 +149,25 @@ def test_what_cannot_be_planned_is_refused(work: Path, options: tuple[str, ...],
 def test_groups_larger_than_the_band_are_refused(work: Path) -> None:
     kept = find_kept(work)
     narrow = replace(kept, shapes=replace(kept.shapes, covariance=kept.shapes.covariance[:, :2]))
-    wide = {"plan": {"max_layers_per_group": 4}, "budget": {"kv_budget": "25%"}}
+    wide: dict[str, dict[str, Any]] = {"plan": {"max_layers_per_group": 4}, "budget": {"kv_budget": "25%"}}
     with pytest.raises(UsageError, match="neighbours"):
         Explorer(narrow, Recipe()).settle(Recipe().override(wide))
     settled = Explorer(narrow, Recipe()).settle(Recipe().override({"budget": wide["budget"]}))
     assert settled.plan.max_layers_per_group == 2  # where none is asked for, as many as the moments have
+    told = Explorer(narrow, Recipe()).told_of_groups([Recipe().override({"budget": wide["budget"]})])
+    assert told is not None and "at most 2 layers" in told
+    assert Explorer(narrow, Recipe()).told_of_groups([Recipe().override({"plan": {"max_layers_per_group": 2}})]) is None
+
+
+def test_plans_are_read_for_the_window_of_the_statistics(work: Path, tmp_path: Path) -> None:
+    """Of plans in a folder that of the statistics' own window counts, whichever is newer."""
+    for file in work.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    other = json.loads(next(tmp_path.glob("plan-*.json")).read_text())
+    other["window"] = 32
+    (tmp_path / "plan-later.json").write_text(json.dumps(other))
+    assert find_kept(tmp_path).plan.window == 16
 
 
 def test_a_place_without_statistics_is_refused(tmp_path: Path) -> None:
