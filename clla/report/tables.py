@@ -152,7 +152,7 @@ def settings(data: PageData) -> list[tuple[str, str]]:
         found.append(("planner", f"{recipe.plan.planner}, groups of up to {recipe.plan.group_size} layers"))
     found.append(("latent input", "all layers of a group" if plan.source == "group" else "its first layer"))
     if data.file.predicted_kl is not None:
-        found.append(("predicted KL", f"{data.file.predicted_kl:.4f} nats per token if no token were exact"))
+        found.append(("predicted KL", f"{data.file.predicted_kl:.4f} nats per token by second order"))
     if kept := data.file.reduction:
         found.append(("moments", f"in {kept['coordinates']:,.0f} of {kept['of']:,.0f} coordinates"))
     found.append(("trained", data.healed or "nothing; the weights are the source's"))
