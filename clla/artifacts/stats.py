@@ -25,7 +25,7 @@ class Stats:
         kv: what each of them caches.
         tokens: positions that went into the moments.
         mean: [L, n], E[w y], weights w of tokens of mean 1.
-        covariance: [L, K, q, q], centred, of layers l and l + j, E[√(w_l w_l+j) y_l y_l+jᵀ].
+        covariance: [L, K, q, q], centred, of layers l and l + j, E[w y_l y_l+jᵀ].
         fisher: [L, q, q], E[g gᵀ/w] with g the gradient of the summed token loss as queries at least `window` tokens
             away read.
         input_mean: [L, h] of the attention's input; with the next two only for the `first` source.
@@ -38,7 +38,8 @@ class Stats:
         frequencies: [L, F], radians that a token further turns a pair by; 0 in layers that do not rotate.
         rotary_channels: [F, 2], channels of a head that make up a pair.
         made_from: hash of source, data and settings.
-        window: W of `fisher`; 0 where all queries count.
+        window: W of `fisher`; 0 where all queries count. Metrics that need no gradients have the identity as `fisher`, and
+            all weights 1.
     """
 
     layers: tuple[int, ...]
