@@ -38,8 +38,7 @@ class Stats:
         frequencies: [L, F], radians that a token further turns a pair by; 0 in layers that do not rotate.
         rotary_channels: [F, 2], channels of a head that make up a pair.
         made_from: hash of source, data and settings.
-        window: W of `fisher`; 0 where all queries count. Metrics that need no gradients have the identity as `fisher`, and
-            all weights 1.
+        window: W of `fisher`; 0 where all queries count. Collected without gradients, `fisher` is I and all weights 1.
     """
 
     layers: tuple[int, ...]
