@@ -705,7 +705,7 @@ def test_a_name_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_eval_measures_a_healed_model_against_its_source(checkpoint: Path, tmp_path: Path, text_file: Path) -> None:
     healed = tmp_path / "healed"
-    assert clla("heal", checkpoint, "-o", healed, *BRIEF, "--train", "all", "--no-eval").exit_code == 0
+    assert clla("heal", checkpoint, "-o", healed, *SMALL, "--train", "all", "--no-eval").exit_code == 0
     options = ["--text", text_file, "--num-samples", 1, "--sequence-length", 256, "--contexts", "256", "--no-retrieval"]
     found = [json.loads(clla("eval", path, *options, "--json").stdout) for path in (checkpoint, healed)]
     assert found[0]["source"] == found[1]["source"]
