@@ -13,12 +13,12 @@ from clla.artifacts.plan import Plan
 from clla.artifacts.stats import Stats
 from clla.errors import CorruptArtifactError, UsageError
 from clla.plan.allocation import every_segment
-from clla.plan.budget import Budget, derive_group_size, settle_budget
+from clla.plan.budget import Budget, settle_budget
 from clla.plan.kept_spectra import load_spectra, prepare, prepared, save_spectra, shapes_of, size_of, spectra_file
 from clla.plan.make import make_plan, plan_digest
 from clla.plan.metrics import metric_power, needs_inputs, weigh
 from clla.plan.spectra import Spectra
-from clla.recipe import Recipe, parse_budget
+from clla.recipe import Recipe
 from clla.storage.filenames import CONFIG
 
 EXPECTED = "the --work-dir of a conversion, or a statistics file in it"
@@ -165,30 +165,33 @@ class Explorer:
                 remedy="clla convert MODEL --dry-run with that --max-layers-per-group collects more",
             )
         window = recipe.budget.exact_window
-        if window is None:
-            recipe = recipe.override({"budget": {"exact_window": self.kept.plan.window}})
-        elif window != self.kept.plan.window and recipe.plan.metric == "fisher":
+        if window not in (None, self.kept.plan.window) and recipe.plan.metric == "fisher":
             raise UsageError(
                 f"--exact-window {window} with statistics for a window of {self.kept.plan.window}, which count only "
                 "what queries beyond it read",
                 expected=f"--exact-window {self.kept.plan.window}",
                 remedy=f"clla convert MODEL --exact-window {window} --dry-run collects others",
             )
-        context = self.kept.plan.at_context or 0
+        return self._settled(recipe, band)
+
+    def _settled(self, recipe: Recipe, layers: int) -> Recipe:
+        """The recipe as that of a conversion whose groups have no more than a number of layers."""
+        if recipe.budget.exact_window is None:
+            recipe = recipe.override({"budget": {"exact_window": self.kept.plan.window}})
+        plan = self.kept.plan
         return settle_budget(
-            recipe, source_bytes=self.kept.source_bytes, context=context, layers=band, values=self.kept.plan.kv.values
+            recipe,
+            source_bytes=self.kept.source_bytes,
+            context=plan.at_context or 0,
+            layers=layers,
+            values=plan.kv.values,
         )
 
     def told_of_groups(self, recipes: Sequence[Recipe]) -> str | None:
         """What there is to say where a conversion would have longer groups than these statistics allow."""
         layers, band = self.kept.shapes.covariance.shape[:2]
-        longest, source_bytes = band, self.kept.source_bytes
-        for recipe in recipes:
-            if recipe.plan.max_layers_per_group is None:
-                share = parse_budget(recipe.budget.kv_budget, source_bytes=source_bytes) / source_bytes
-                size = derive_group_size(share, self.kept.shapes.width, recipe.plan.source)
-                longest = max(longest, min(size, layers))
-        if longest == band:
+        longest = max(self._settled(recipe, layers).plan.group_size for recipe in recipes)
+        if longest <= band:
             return None
         return (
             f"Groups have at most {band} layers, as these statistics do; clla convert would collect others for up to "

@@ -156,7 +156,8 @@ def test_groups_larger_than_the_band_are_refused(work: Path) -> None:
     assert settled.plan.max_layers_per_group == 2  # where none is asked for, as many as the moments have
     told = Explorer(narrow, Recipe()).told_of_groups([Recipe().override({"budget": wide["budget"]})])
     assert told is not None and "at most 2 layers" in told
-    assert Explorer(narrow, Recipe()).told_of_groups([Recipe().override({"plan": {"max_layers_per_group": 2}})]) is None
+    asked = Recipe().override({"plan": {"max_layers_per_group": 2}, "budget": wide["budget"]})
+    assert Explorer(narrow, Recipe()).told_of_groups([asked]) is None
 
 
 def test_plans_are_read_for_the_window_of_the_statistics(work: Path, tmp_path: Path) -> None:
