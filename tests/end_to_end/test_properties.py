@@ -45,7 +45,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
     "calibration": {
         "dataset": (TEXT, odd(3, True, "\ud800")),
         "tokens": (st.none() | COUNT, odd(0, -1, 1.5, "many", True, LARGEST + 1, float("inf"))),
-        "sequence_length": (st.integers(32, LARGEST), odd(31, 0, None, "x", float("nan"))),
+        "sequence_length": (st.none() | st.integers(32, LARGEST), odd(31, 0, "x", float("nan"))),
         "batch_size": (st.none() | COUNT, odd(0, -3, 2.5, False, 10**30)),
         "skip_positions": (st.integers(0, LARGEST), odd(-1, 0.5, None)),
         "seed": (st.integers(-LARGEST, LARGEST), odd(None, "x", 0.5, True, -(10**30))),
@@ -77,7 +77,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "max_layers_per_group": (st.none() | st.integers(1, 64), odd(0, 65, 1.5, True)),
         "bits": (
             st.lists(st.sampled_from(sorted(WORD_BITS)), min_size=1, max_size=12),
-            odd([], [0], [9], [2, 32], 4, "4", None, [True], [1.5]),
+            odd([], [0], [9], [2, 32], 4, "x", None, [True], [1.5]),
         ),
         "tier_size": (st.integers(1, LARGEST // 8).map(lambda n: 8 * n), odd(0, -8, 12, None, LARGEST + 8, 10**30)),
         "metric": (st.sampled_from(["fisher", "pca", "weights", "asvd"]), odd("magic", None)),
@@ -95,7 +95,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
         "train": (st.none() | st.sampled_from(["codec", "attention", "all"]), odd("nothing", True, 1)),
         "codec_lr": (st.none() | share(exclude_min=True), odd(0, -1, float("inf"), float("nan"), "x", True)),
         "weight_lr": (st.none() | share(exclude_min=True), odd(0, -1, float("inf"), float("nan"), "x", True)),
-        "sequence_length": (st.integers(32, LARGEST), odd(31, None)),
+        "sequence_length": (st.none() | st.integers(32, LARGEST), odd(31, "x")),
         "batch_tokens": (st.none() | COUNT, odd(0, -1, True)),
         "codec_share": (share(exclude_max=True), odd(1, -0.1, None, float("nan"))),
         "cache_share": (share(), odd(1.1, -0.1, None, float("nan"))),
