@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -126,6 +127,9 @@ class Source:
         options: dict[str, Any] = self._where()
         if self.gguf_file:
             options["quantization_config"] = _dequantize()
+            options["config"] = copy.deepcopy(self.config)  # reading it again would take seconds
+        else:
+            options.update(READABLE)
         if placement == "spread":
             options["device_map"] = "auto"
         elif placement == "stream":
@@ -149,7 +153,6 @@ class Source:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
-                **READABLE,
                 **options,
             )
         model, info = loaded
