@@ -14,8 +14,8 @@ from clla.cli import app
 @pytest.mark.slow
 def test_demo_model_keeps_its_quality_at_a_sixteenth_of_the_cache(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    command = ["convert", "demo", "-o", str(folder), "--calibration-tokens", "1024", "--sequence-length", "512"]
-    result = CliRunner().invoke(app, [*command, "--max-layers-per-group", "2", "--no-eval", "--json"])
+    command = ["convert", "demo", "-o", str(folder), "--calibration-tokens", "2048", "--no-eval", "--json"]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["planned_bytes_per_token"] <= 0.0625 * 23040
     command = ["eval", str(folder), "--num-samples", "1", "--sequence-length", "512", "--contexts", "512"]

@@ -419,7 +419,7 @@ def case_of(shape: str, kernel: str, tile: tuple[int, int], **changed: Any) -> C
 @pytest.mark.slow
 def test_compiled_kernels_spill_next_to_nothing_and_read_decoders_ahead() -> None:
     """Rows of decoders are known to be aligned, or they would be read one number at a time and wait for each."""
-    shapes, tiles = ("smollm2-135m", "llama-3-8b"), ((128, 8), (32, 4))
+    shapes, tiles = ("smollm2-135m", "llama-3-8b"), ((128, 8), (64, 8), (32, 4))
     cases = {(s, t): case_of(s, "logits_kernel", t) for s in shapes for t in tiles}
     found = dict(zip(cases, compile_all(list(cases.values()), archs=[90]), strict=True))
     for (shape, tile), report in found.items():
