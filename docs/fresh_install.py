@@ -1,6 +1,6 @@
 """Build wheel and sdist, look at what is in them, and use the wheel in an environment of its own: `make test-wheel`.
 
-The environment sees neither this clone nor the environment that builds. Only pip's cache of downloads is shared.
+The environment sees neither this clone nor the environment that builds. The installer's cache alone is shared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from packaging.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
-PIP = ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
 PICO = """
 import sys, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -126,25 +125,27 @@ def check_contents(wheel: Path, sdist: Path, package: set[str]) -> None:
         raise SystemExit("\n".join(found))
 
 
-def install(wheel: Path, folder: Path, *, torch: str, extras: str = "") -> Environment:
+def install(wheel: Path, folder: Path, *, torch: str, extras: str = "", uv: str = "") -> Environment:
     """The wheel in a new virtual environment in `folder`, with torch first.
 
     Args:
         wheel: to install.
         folder: for the environment and the home.
-        torch: what to ask pip for.
+        torch: what to ask the installer for.
         extras: comma-separated.
+        uv: path of uv, to install in a third of the time; pip does where it is empty.
     """
     environment = Environment(folder / "venv", folder / "home")
     environment.home.mkdir()
-    venv.create(environment.folder, with_pip=True, upgrade_deps=True)
-    cache = subprocess.run(
-        [sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    venv.create(environment.folder, with_pip=not uv, upgrade_deps=not uv)
+    installer = [str(Path(uv).resolve())] if uv else [sys.executable, "-m", "pip"]
+    asked = subprocess.run([*installer, "cache", "dir"], capture_output=True, text=True, check=True)
+    python, options = str(environment.python), ["install", "-q", "--cache-dir", asked.stdout.strip()]
+    program = [*installer, "pip", *options, "--python", python] if uv else [python, "-m", "pip", *options]
     for what in (torch, f"{wheel}[{extras}]" if extras else str(wheel)):
-        done = environment.run([str(environment.python), *PIP, "--cache-dir", cache, what])
+        done = environment.run([*program, what])
         if done.returncode:
-            raise SystemExit(f"pip install {what} failed:\n{done.stderr}")
+            raise SystemExit(f"{what} could not be installed:\n{done.stderr}")
     return environment
 
 
@@ -177,13 +178,14 @@ def main() -> None:
     """Build, install, use."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", default="torch", help="what to ask pip for, e.g. torch==2.13.0 for a CPU build")
+    parser.add_argument("--uv", default="", help="path of uv, to install with it instead of pip")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         began = time.monotonic()
         wheel = build(Path(name))
         print(f"{time.monotonic() - began:5.1f} s  {wheel.name}: contents as they should be", flush=True)
         began = time.monotonic()
-        environment = install(wheel, Path(name), torch=options.torch)
+        environment = install(wheel, Path(name), torch=options.torch, uv=options.uv)
         print(f"{time.monotonic() - began:5.1f} s  installed", flush=True)
         use(environment)
 
