@@ -38,8 +38,7 @@ from clla.bench.machine import machine_facts
 from clla.bench.shapes import SINKS, STORED, random_codec, random_plan, shape_config
 from clla.modeling import attention_triton_clla, rows_clla
 from clla.modeling.absorbed_clla import AbsorbedRows
-from clla.modeling.attention_clla import LatentRows
-from clla.modeling.group_clla import judging_rank
+from clla.modeling.attention_clla import LatentRows, judging_rank
 from clla.modeling.pack_triton_clla import pack_rows
 from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
 from clla.modeling.rotary_clla import Turns

@@ -18,6 +18,7 @@ from clla.arguments import (
     Dtype,
     MeasuredText,
     Name,
+    Natural,
     Place,
     SampleLength,
     SourceModel,
@@ -268,7 +269,7 @@ def evaluate_model(
     num_samples: Count = 4,
     sequence_length: SampleLength = None,
     chunk: Count | None = None,
-    attend_top_k: Count | None = None,
+    attend_top_k: Natural | None = None,
     contexts: Annotated[Sequence[Count], Field(min_length=1)] | None = None,
     retrieval: bool = True,
     source_model: SourceModel = None,
@@ -285,7 +286,8 @@ def evaluate_model(
         num_samples: samples of text.
         sequence_length: tokens per sample; default 2048, or what the model takes.
         chunk: tokens per forward pass; default: the exact window.
-        attend_top_k: old tokens read in full; a forward pass then takes as few tokens as that needs.
+        attend_top_k: old tokens read in full, 0 for all. Measures what decoding does, in forward passes of as few
+            tokens as that needs; without it prompts are measured, which read everything.
         contexts: lengths in tokens at which caches are measured; default 512, 2048 and 8192, as far as the model goes.
         retrieval: also plant codes and ask for them.
         source_model: what it was converted from, where the weights were trained; default: from the recipe.

@@ -57,6 +57,7 @@ Place = Annotated[str | Path, AfterValidator(_named)]
 Word = Annotated[str, Field(min_length=1, max_length=200)]
 Dtype = Annotated[str, _one_of("auto", "float32", "bfloat16", "float16")]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 # Options of several commands: what is measured, and on what.
 MeasuredText = Annotated[Name, Field(description="text to measure on; default: the end of the bundled text")]
 SampleLength = Annotated[

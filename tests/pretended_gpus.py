@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clla.modeling import (
     absorbed_triton_clla,
     attention_triton_clla,
+    cache_clla,
     group_clla,
     pack_triton_clla,
     rows_clla,
@@ -232,7 +233,7 @@ def main() -> None:
     gpus = Gpus()
     for module, name in KERNELS:
         setattr(module, name, Stub(getattr(module, name), name, gpus))
-    for module in (rows_clla, group_clla, pack_triton_clla):
+    for module in (cache_clla, rows_clla, group_clla, pack_triton_clla):
         module.on_gpu = lambda x: x.device.type == GPU  # type: ignore[attr-defined]
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
     for module in (triton_clla, attention_triton_clla):

@@ -16,6 +16,7 @@ PACKAGE = Path(clla.__file__).parent
 # A room or a file of the hall imports only from levels before its own, and from its own room.
 LEVELS = (
     ("_version", "errors", "linalg", "modeling", "recipes", "tables"),
+    ("native",),
     ("console", "registration", "storage", "usage"),
     ("artifacts", "hub", "text"),
     ("recipe",),

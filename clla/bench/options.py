@@ -44,7 +44,7 @@ class Options(Settings):
         None, description="memory for the caches of the largest batch, on a CPU: e.g. 2GB"
     )
     attend_top_k: int | None = Field(
-        None, ge=1, description="old tokens that the converted model reads in full; default: all"
+        None, ge=0, description="old tokens that the converted model reads in full, 0 for all; default: as generate()"
     )
     static: bool = Field(False, description="tell the converted cache its length beforehand")
     seed: int = Field(0, ge=0, description="seed of the tokens and of random weights")

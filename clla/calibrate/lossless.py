@@ -127,6 +127,7 @@ def _through_the_cache(
     zeros = eye.new_zeros(kv.values)
     codec.load_state_dict({"encoder": eye, "offset": zeros, "decoder": eye[None], "mean": zeros[None]}, assign=True)
     converted.codec.groups = nn.ModuleList([codec] * len(layers))
+    converted.rotation_bucket = 1
     cache = converted.new_cache()
     for group in cache.groups:
         group.layout = RawLayout(kv.values)

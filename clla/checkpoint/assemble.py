@@ -12,6 +12,7 @@ from clla.artifacts.codec import Codec
 from clla.artifacts.plan import Plan
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import CllaForCausalLM, for_compressed_cache
+from clla.native.reading import read_by_native_code
 
 
 def clla_block(plan: Plan, *, rope: dict[str, Any] | None, kv_dtype: torch.dtype, prefill_chunk: int) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def attach(model: PreTrainedModel, codec: Codec, block: dict[str, Any]) -> CllaF
         codec: of all layer groups.
         block: from `clla_block`.
     """
+    read_by_native_code()
     config = CllaConfig(text_config=model.config, clla=block, dtype=model.dtype)
     with torch.device("meta"):
         converted = CllaForCausalLM(config)

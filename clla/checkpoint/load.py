@@ -22,6 +22,7 @@ from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION, CllaConfig
 from clla.modeling.modeling_clla import SAME_MODEL, CllaForCausalLM
 from clla.modeling.quantize_clla import tensor_digest
 from clla.modeling.rotary_clla import ROPE_FORMS
+from clla.native.reading import read_by_native_code
 from clla.recipe import Recipe, load_recipe
 from clla.source.device import pick_dtype
 from clla.source.lengths import Reach, reach_of
@@ -55,6 +56,7 @@ def load_checkpoint(path: str, *, device: torch.device, dtype: str = "auto") -> 
         CorruptArtifactError: damaged, incomplete, or written by a newer version.
         CllaError: it is no converted checkpoint.
     """
+    read_by_native_code()
     pick_dtype(dtype, torch.float32, device)  # a wrong word is told first
     folder = checkpoint_folder(path)
     check_folder(folder)

@@ -29,7 +29,11 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Seed of sampling.")] = 0,
     attend_top_k: Annotated[
         Optional[int],
-        typer.Option(min=1, max=LARGEST, help="Old tokens that each new one reads in full; default: all."),
+        typer.Option(
+            min=0,
+            max=LARGEST,
+            help="Old tokens that each new one reads in full, 0 for all; default: all, from 8,192 on a CPU the best.",
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

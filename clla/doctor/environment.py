@@ -62,6 +62,7 @@ def environment(*, hub: bool = False) -> list[Finding]:
     checks: dict[str, Callable[[], list[Finding]]] = {
         "machine": machine,
         "packages": packages,
+        "native code": native_code,
         "optional": optional_packages,
         "vllm": vllm,
         "GPU": gpus,
@@ -102,6 +103,20 @@ def machine() -> list[Finding]:
     text = f"{free / 2**30:.1f} GB free in {Path.cwd()}"
     found.append(Finding("disk", "warning" if small else "ok", text, "make room, or work elsewhere" if small else ""))
     return found
+
+
+def native_code() -> list[Finding]:
+    """Whether latents are read by compiled code on a CPU."""
+    from clla.native.reading import compiler, library
+
+    program = compiler()
+    if program is None:
+        text = "no C compiler: PyTorch reads latents on a CPU, which takes two to four times as long"
+        return [Finding("native code", "warning", text, "install gcc or clang (Debian: apt install gcc libc6-dev)")]
+    if library() is None:
+        text = f"{program} does not compile what reads latents on a CPU, so that PyTorch does"
+        return [Finding("native code", "warning", text, "see the log; CLLA_NATIVE=0 leaves it to PyTorch")]
+    return [Finding("native code", "ok", f"latents are read by code that {program} compiled")]
 
 
 def packages() -> list[Finding]:

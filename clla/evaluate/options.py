@@ -16,8 +16,8 @@ class Options(Settings):
     chunk: int | None = Field(None, ge=1, description="tokens per forward pass; default: the exact window")
     attend_top_k: int | None = Field(
         None,
-        ge=1,
-        description="old tokens read in full; forward passes then are as short as that takes",
+        ge=0,
+        description="old tokens read in full, 0 for all: measures decoding, in forward passes as short as that takes",
     )
     contexts: Integers | None = Field(
         None, description="context lengths at which caches are measured; default: 512,2048,8192, as far as it goes"

@@ -9,7 +9,7 @@ Shape legend: B sequences, H key-value heads, M query rows per key-value head (i
 K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes per row.
 """
 
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,31 @@ from .attention_triton_clla import packed_logits, packed_sums
 from .quantize_clla import Layout
 from .rotary_clla import Turns
 from .rows_clla import PackedRows, Workspace
+
+# Rows that are not read in full are judged, and summed up, by the first max(JUDGING_RANK, rank / JUDGING_SHARE)
+# components (docs/lab-notes.md).
+JUDGING_RANK, JUDGING_SHARE = 64, 4
+# From so many rows on, a part of them is read in full: the largest of a number and a share (docs/lab-notes.md).
+SELECT_FROM, SELECT_LEAST, SELECT_SHARE = 8192, 256, 32
+# What reads latents on a CPU in place of PyTorch where clla is installed: as `LatentRows.attended`, or gives None.
+COMPILED: "Optional[Callable[..., Optional[Tensor]]]" = None
+
+
+def judging_rank(layout: Layout) -> int:
+    """Components, the most important first, in which rows are read that are not read in full."""
+    return min(layout.rank, max(JUDGING_RANK, -(-layout.rank // JUDGING_SHARE // 8) * 8))
+
+
+def rows_in_full(count: int, wanted: "Optional[int]" = None) -> "Optional[int]":
+    """How many of `count` rows are read in full by PyTorch and by compiled code; None for all.
+
+    Args:
+        count: rows.
+        wanted: what the user asks for: 0 for all; None for the default.
+    """
+    if wanted is not None:
+        return wanted or None
+    return None if count < SELECT_FROM else max(SELECT_LEAST, count // SELECT_SHARE)
 
 
 class LatentRows(PackedRows):
@@ -30,6 +55,7 @@ class LatentRows(PackedRows):
         reach: at least the largest of them.
         turns: rotation to the rows' positions; None for models without.
         index: [B, K'], the rows that are read; None for all.
+        bucket: neighbouring rows that queries meet with one rotation.
     """
 
     def __init__(
@@ -43,12 +69,13 @@ class LatentRows(PackedRows):
         used: "Optional[Tensor]" = None,
         index: "Optional[Tensor]" = None,
         workspace: "Optional[Workspace]" = None,
+        bucket: int = 1,
     ) -> None:
         super().__init__(data, layout, codec.decoder.dtype, hidden, used, workspace)
-        self.codec, self.reach, self.index = codec, reach, index
+        self.codec, self.reach, self.index, self.bucket = codec, reach, index, bucket
         self.turns = None if turns is None else turns.to(data.device)
-        self._paired: "Optional[tuple[Tensor, Tensor]]" = None
         self._unseen: "Optional[Tensor]" = None
+        self.native: Any = None  # what `COMPILED` keeps for the layers of the group
         self._factors: "Optional[Tensor]" = None
 
     @property
@@ -64,9 +91,7 @@ class LatentRows(PackedRows):
         if not self.by_kernels:  # they follow the index
             found.data = _rows_of(self.data, index)
             found.turns = None if self.turns is None else self.turns.at(index)
-            found._paired = self._paired
-            if (whole := self._whole()) is not None:
-                found._unpacked = _rows_of(whole, index)
+            found._unpacked = self.layout.unpack(found.data, self.dtype)
         return found
 
     def logits(
@@ -89,75 +114,137 @@ class LatentRows(PackedRows):
             turned: whether this layer's keys are rotated.
             rank: the first components alone; None for all.
         """
-        turns, rank, heads = self.turns if turned else None, rank or self.layout.rank, query.shape[1]
+        rank, heads = rank or self.layout.rank, query.shape[1]
+        turns = self.turns if turned else None
         if self.by_kernels:
             decoder, mean = self.codec.decoder[layer], self.codec.mean[layer]
             factors = None if turns is None else self.factors(decoder.dtype)
             interleaved = turns is not None and turns.interleaved
             packed_logits(self, query, decoder, mean, factors, out, rank, interleaved, scaling)
             return
-        decoder, mean = self._key_decoders(heads, turns)
+        decoder, mean = (x[layer].chunk(2)[0] for x in (self.codec.decoder, self.codec.mean))  # [H·d, r], [H·d]
         query = query.float() * scaling
-        query = query if turns is None else turns.paired(query.mT).mT
-        for start, latents in self.blocks():
-            keys = self._decoded(latents[..., :rank], decoder[layer, :, :rank], mean[layer])
-            keys = keys.unflatten(-1, (heads, -1))  # [B, t, H, d]
+        for start, latents in self.blocks(rank):
+            keys = nn.functional.linear(latents, decoder[:, :rank], mean).float()
+            keys = keys.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, t, d]
+            stop = start + keys.shape[2]
             if turns is not None:
-                turns.turn(keys, start)
-            keys, part = keys.permute(0, 2, 3, 1), out[..., start : start + keys.shape[1]]
-            if torch.compiler.is_compiling():  # no compiler knows the other, which spares a copy of the keys
-                part.copy_(query @ keys)
-            else:
-                torch.matmul(query, keys, out=part)
-        if self._unseen is None:
-            self._unseen = self._unseen_rows(out.device)[:, None, None]
-        out[..., : self._unseen.shape[-1]].masked_fill_(self._unseen, float("-inf"))
+                keys = turns.part(start, stop).turned(keys)
+            out[..., start:stop] = query @ keys.mT
+        self._hide(out)
 
-    def weights(
+    def estimated(
         self,
         query: Tensor,
-        near: Tensor,
         layer: int,
+        out: Tensor,
         *,
         scaling: float,
         turned: bool,
         rank: "Optional[int]" = None,
+    ) -> None:
+        """As `logits`, but with one rotation for every bucket of neighbouring rows, so that no key is made.
+
+        Queries are turned once for each bucket and go through the decoder; they meet the latents themselves.
+        """
+        if self.by_kernels:  # which make keys
+            self.logits(query, layer, out, scaling=scaling, turned=turned, rank=rank)
+            return
+        heads, count = query.shape[1], self.count
+        half = self.codec.decoder.shape[1] // 2
+        decoder = self.codec.decoder[layer, :half, :rank].unflatten(0, (heads, -1))  # [H, d, r]
+        mean = self.codec.mean[layer, :half].unflatten(0, (heads, -1, 1)).float()  # [H, d, 1]
+        asked = query.float() * scaling  # [B, H, M, d]
+        asked = self.buckets().asked_of(asked) if turned else asked[:, :, :, None]  # [B, H, M, C, d]
+        size = self.bucket if turned else count
+        absorbed = asked.flatten(2, 3).to(decoder.dtype) @ decoder  # [B, H, M·C, r]
+        absorbed = absorbed.unflatten(2, asked.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, C, H·M, r]
+        plain = (asked @ mean[:, None]).movedim(3, 1).flatten(2)  # [B, C, H·M]
+        for start, latents in self.blocks(rank):
+            first, whole = start // size, latents.shape[1] // size
+            parts = [(0, whole, size)] if whole else []
+            if latents.shape[1] % size:
+                parts.append((whole * size, 1, latents.shape[1] - whole * size))
+            for begin, buckets, length in parts:
+                place = slice(first + begin // size, first + begin // size + buckets)
+                rows = latents[:, begin : begin + buckets * length].unflatten(1, (buckets, length))
+                found = (absorbed[:, place] @ rows.mT).float() + plain[:, place, :, None]  # [B, C, H·M, t]
+                stop = start + begin + buckets * length
+                out[..., start + begin : stop] = found.transpose(1, 2).flatten(2).unflatten(1, query.shape[1:3])
+        self._hide(out)
+
+    def attended(
+        self,
+        query: Tensor,
+        exact: Tensor,
+        bias: Tensor,
+        layer: int,
+        *,
+        scaling: float,
+        turned: bool,
+        most: "Optional[int]" = None,
     ) -> Tensor:
-        """What queries give these rows and exact tokens in one softmax, [B, H, M, K + E].
+        """Attention [B, H, M, d] to these rows and exact tokens in one softmax, fp32.
 
         Args:
-            near: [B, H, M, E] fp32, logits of the exact tokens, -inf where they are masked.
-            query, layer, scaling, turned, rank: as of `logits`.
-        """
-        logits = near.new_empty(*near.shape[:3], self.count + near.shape[3])
-        logits[..., self.count :] = near
-        if self.count:
-            self.logits(query, layer, logits[..., : self.count], scaling=scaling, turned=turned, rank=rank)
-        return logits.softmax(-1)
-
-    def summed(self, weights: Tensor, exact: Tensor, layer: int) -> Tensor:
-        """Σ p·v [B, H, M, d] over these rows and exact tokens, fp32.
-
-        Args:
-            weights: [B, H, M, K + E] from `weights`.
-            exact: [B, H, E, d] fp32, values of the exact tokens.
+            query: [B, H, M, d] after RoPE; M counts query heads first, then their T tokens.
+            exact: [B, 2H, E, d], keys (after RoPE) and values of the exact tokens.
+            bias: [B or 1, T, E] fp32, added to the logits of the exact tokens: -inf where they are masked.
             layer: its number in the group.
+            scaling: of the logits.
+            turned: whether this layer's keys are rotated.
+            most: rows that are read in full; of the others, which weigh less, the first components. None for all.
         """
-        out = weights[..., self.count :] @ exact
-        if self.count:
-            out += self.values(weights[..., : self.count], layer)
-        return out
+        if COMPILED is not None and not torch.compiler.is_compiling():
+            found = COMPILED(self, query, exact, bias, layer, scaling=scaling, turned=turned, most=most)
+            if found is not None:
+                return found
+        keys, values = exact.float().chunk(2, dim=1)
+        near = (query.float() * scaling @ keys.mT).unflatten(2, (-1, bias.shape[1]))
+        near = (near + bias[:, None, None]).flatten(2, 3)  # [B, H, M, E]
+        count, best = self.count, None
+        logits = near.new_empty(*near.shape[:3], count + near.shape[3])
+        logits[..., count:] = near
+        if count:
+            few = None if most is None or most >= count else judging_rank(self.layout)
+            self.estimated(query, layer, logits[..., :count], scaling=scaling, turned=turned, rank=few)
+            if few is not None:
+                best = self.chosen(logits.softmax(-1)[..., :count].sum((1, 2)).topk(most, sorted=False).indices)
+                found = logits.new_empty(*logits.shape[:3], best.count)
+                best.logits(query, layer, found, scaling=scaling, turned=turned)
+                logits.scatter_(-1, best.places(logits), found)
+        weights = logits.softmax(-1)
+        out = weights[..., count:] @ values
+        return out if not count else out + self.values(weights[..., :count], layer, best)
 
-    def values(self, weights: Tensor, layer: int) -> Tensor:
-        """Σ p·v [B, H, M, d] of decoded values and weights [B, H, M, K] fp32; in fp32."""
+    def places(self, like: Tensor) -> Tensor:
+        """Numbers of the chosen rows [B, H, M, K'] for gathering from [B, H, M, …]."""
+        assert self.index is not None
+        return self.index[:, None, None].expand(-1, *like.shape[1:3], -1)
+
+    def values(self, weights: Tensor, layer: int, best: "Optional[LatentRows]" = None) -> Tensor:
+        """Σ p·v [B, H, M, d] of decoded values and weights [B, H, M, K] fp32; in fp32.
+
+        Args:
+            weights: of all rows.
+            layer: its number in the group.
+            best: those that are read in full, of which the others are read in the first components; None for all.
+        """
         heads = weights.shape[1]
         decoder, mean = (x[layer].chunk(2)[1] for x in (self.codec.decoder, self.codec.mean))  # [H·d, r], [H·d]
-        sums = packed_sums(self, weights) if self.by_kernels else self._sums(weights.flatten(1, 2))
+        few = None if best is None else judging_rank(self.layout)
+        sums = self._added(weights, few)
+        if best is not None:
+            sums = torch.cat((sums, best._added(weights.gather(-1, best.places(weights)))[..., few:]), dim=-1)
         # Every head's sum through every head's decoder: the product is small, and one is faster than H.
         every = nn.functional.linear(sums.to(decoder.dtype), decoder)  # [B, H·M, H·d]
         own = every.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).diagonal(dim1=1, dim2=3)  # [B, M, d, H]
         total = weights.sum(-1, keepdim=True)
         return own.permute(0, 3, 1, 2).float().addcmul(total, mean.unflatten(0, (heads, 1, -1)).float())
+
+    def _added(self, weights: Tensor, rank: "Optional[int]" = None) -> Tensor:
+        """Σ p·z [B, H·M, r] of weights [B, H, M, K], or its first components."""
+        return packed_sums(self, weights, rank) if self.by_kernels else self._sums(weights.flatten(1, 2), rank)
 
     def factors(self, dtype: torch.dtype) -> Tensor:
         """Cosines and sines of all rows [B or 1, K, p/2, 2], as the kernels read them."""
@@ -166,28 +253,16 @@ class LatentRows(PackedRows):
             self._factors = torch.view_as_real(self.turns.factors).to(dtype).contiguous()
         return self._factors
 
-    def _decoded(self, latents: Tensor, decoder: Tensor, mean: Tensor) -> Tensor:
-        """latents [B, t, r] · decoder [H·d, r]ᵀ + mean [H·d] in fp32, [B, t, H·d]."""
-        if torch.compiler.is_compiling():
-            return nn.functional.linear(latents, decoder, mean).float()
-        rows = latents.flatten(0, 1)
-        keys = self.workspace.take("keys", (len(rows), len(decoder)), latents.dtype, latents.device)
-        torch.addmm(mean, rows, decoder.mT, out=keys)
-        if keys.dtype != torch.float32:
-            keys = self.workspace.take("keys in fp32", keys.shape, torch.float32, keys.device).copy_(keys)
-        return keys.unflatten(0, latents.shape[:2])
+    def _hide(self, logits: Tensor) -> None:
+        """Write -inf to the logits [B, H, M, K] of rows that are masked."""
+        if self._unseen is None:
+            self._unseen = self._unseen_rows(logits.device)[:, None, None]
+        logits[..., : self._unseen.shape[-1]].masked_fill_(self._unseen, float("-inf"))
 
-    def _key_decoders(self, heads: int, turns: "Optional[Turns]") -> "tuple[Tensor, Tensor]":
-        """Decoders [G, H·d, r] and means [G, H·d] of the keys of all layers, channels as `turns` wants them."""
-        half = self.codec.decoder.shape[1] // 2
-        decoder, mean = self.codec.decoder[:, :half], self.codec.mean[:, :half]
-        if turns is None:
-            return decoder, mean
-        if self._paired is None:
-            decoder = turns.paired(decoder.unflatten(1, (heads, -1))).flatten(1, 2)
-            mean = turns.paired(mean.unflatten(1, (heads, -1))[..., None]).flatten(1)
-            self._paired = decoder, mean
-        return self._paired
+    def buckets(self) -> Turns:
+        """One rotation for each bucket of rows."""
+        assert self.turns is not None
+        return self.turns.averaged(self.bucket)
 
     def _unseen_rows(self, device: torch.device) -> Tensor:
         """[B, …] masked rows, as many as there is need to look at."""

@@ -21,8 +21,9 @@ from .decoupled_clla import DecoupledGroup
 from .group_clla import LatentGroup, Step, reading_tokens
 from .observe_clla import Attention
 from .positions_clla import Timeline, keeping
-from .rotary_clla import Rope
-from .rows_clla import Workspace
+from .rotary_clla import Rope, bucket_length
+from .rows_clla import HELD_BYTES, Workspace
+from .triton_clla import on_gpu
 
 
 class CllaLayer(CacheLayerMixin):
@@ -87,7 +88,10 @@ class CllaCache(Cache):
         max_cache_len: allocate for this number of tokens at once, so that nothing moves as tokens come and a forward
             pass of one token can be compiled or captured; None to grow.
         attend_top_k: old tokens that a layer reads in full where few queries come; the others are judged by the first
-            components of their latents alone. None for all.
+            components of their latents alone. 0 for all; None for the default, which is all on a GPU (see
+            `rows_in_full`).
+        rotation_bucket: neighbouring old tokens that few queries meet with one rotation, 1 for each its own; None for
+            what the model's rotation allows (see `bucket_length`).
     """
 
     def __init__(
@@ -97,9 +101,11 @@ class CllaCache(Cache):
         rope: Optional[Rope],
         max_cache_len: Optional[int] = None,
         attend_top_k: Optional[int] = None,
+        rotation_bucket: Optional[int] = None,
     ) -> None:
         spec = config.spec
         self.config, self.codec, self.attend_top_k, self.most_tokens = config, codec, attend_top_k, max_cache_len
+        self._bucket = rotation_bucket
         self.timeline, self._workspace = Timeline(rope), Workspace()
         self.chunks: Any = None  # of a call that is cut into several (see `chunks_clla.py`)
         self.groups = [
@@ -114,6 +120,7 @@ class CllaCache(Cache):
         self._query_heads = 0
         self._lent = False  # whether a layer without keys of its own takes those of another
         self._before: Any = None  # what was kept before the forward pass that runs
+        self._mask: "Optional[tuple[Tensor, Tensor]]" = None  # of this forward pass, as it came and as it is added
         self._torn = False  # whether a forward pass failed that cannot be taken back
         super().__init__(layers=[layers[i] for i in sorted(layers)])
 
@@ -198,9 +205,9 @@ class CllaCache(Cache):
             if self._may_read_latents(count):
                 for group in self.groups:
                     group.make_room(count)
-                step = self._step(count, position_ids.device)
+                step, bucket = self._step(count, position_ids.device), self._rotation_bucket()
                 for group in self.groups:
-                    group.begin(step, self.attend_top_k, self._workspace)
+                    group.begin(step, self.attend_top_k, bucket, self._workspace)
         except BaseException:
             self._restore()
             raise
@@ -233,6 +240,7 @@ class CllaCache(Cache):
 
     def _restore(self) -> None:
         (timeline, groups, kept), self._before = self._before, None
+        self._mask = None
         self.timeline.restore(timeline)
         self._workspace.release()
         for group, module, state in zip(self.groups, self.codec.groups, groups, strict=True):
@@ -269,6 +277,15 @@ class CllaCache(Cache):
             return False
         return not self.timeline.holes
 
+    def _rotation_bucket(self) -> int:
+        held = self.groups[0].held
+        assert held is not None
+        if on_gpu(held.rows):  # kernels rotate every key
+            return 1
+        if self._bucket is None:
+            self._bucket = bucket_length(self.timeline.rope, self.groups[0].head_dim)
+        return self._bucket
+
     def _step(self, count: int, device: torch.device) -> Step:
         group, padding = self.groups[0], self.timeline.padding.to(device)
         if not self.timeline.max_padding:
@@ -280,7 +297,7 @@ class CllaCache(Cache):
         seen = torch.cat((sinks[:, None].expand(-1, count, -1), newest), dim=2)
         hidden = (self.timeline.padding.to(device) + group.sinks).clamp(max=group.encoded)
         used = None if self.most_tokens is None else torch.full((1,), group.encoded, device=device)
-        bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]
+        bias = torch.where(seen, 0.0, float("-inf"))
         return Step(own + group.sink_slots, bias, hidden, used)
 
     # Where all layers read latents nobody uses the model's mask, so it is made for the new tokens alone.
@@ -314,7 +331,25 @@ class CllaCache(Cache):
         if isinstance(plain, Attention) and plain.ordinary and group.handed_out(key, value):
             self._ordinary.add(layer_idx)
             self._query_heads = query.shape[1]
+            added = self._added(plain, query, query.shape[1] // key.shape[1])
+            if added is not None:
+                return plain.folded(added, scaling)
         return plain()
+
+    def _added(self, plain: Attention, query: Tensor, share: int) -> "Optional[Tensor]":
+        """The mask of an ordinary attention for `Attention.folded`; None where that is of no use.
+
+        Made once for all layers: of a mask of truth values attention makes numbers in every layer.
+        """
+        mask = plain.mask
+        if query.device.type != "cpu" or not isinstance(mask, Tensor) or plain.name != "sdpa":
+            return None
+        if torch.is_grad_enabled() or mask.shape[1] != 1 or mask.numel() * share * query.itemsize > HELD_BYTES:
+            return None
+        if self._mask is None or self._mask[0] is not mask:
+            added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+            self._mask = mask, added.repeat(1, 1, share, 1)
+        return self._mask[1]
 
     @torch.compiler.disable
     @keeping
@@ -323,6 +358,7 @@ class CllaCache(Cache):
         for group in self.groups:
             group.settle()
         self._workspace.release()
+        self._mask = None
         self.timeline.end()
         for group, module in zip(self.groups, self.codec.groups, strict=True):
             group.codec = module

@@ -18,21 +18,17 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from .attention_clla import LatentRows
+from .attention_clla import LatentRows, judging_rank, rows_in_full
 from .attention_triton_clla import make_tables
 from .codec_clla import before_rope, decode, encode
 from .pack_triton_clla import packed
 from .positions_clla import Timeline, keeping
-from .quantize_clla import RowLayout, layout_of
+from .quantize_clla import layout_of
 from .rotary_clla import Rotation
 from .rows_clla import Workspace, reading_mode
 from .sizes_clla import exact_layout, exact_slots, leaving_slots
 from .spec_clla import CacheSpec, GroupSpec
 from .triton_clla import on_gpu
-
-# Token selection ranks tokens by partial logits of the first max(JUDGING_RANK, rank / JUDGING_SHARE) components
-# (docs/lab-notes.md).
-JUDGING_RANK, JUDGING_SHARE = 64, 8
 
 
 @dataclass
@@ -55,7 +51,7 @@ class Step(NamedTuple):
 
     Attributes:
         slots: [T] int64, where in `exact` the new tokens go.
-        bias: [B or 1, 1, 1, T, S + C] fp32, -inf at what of `exact` each of them may not look at, else 0.
+        bias: [B or 1, T, S + C] fp32, -inf at what of `exact` each of them may not look at, else 0.
         hidden: [B] int32, rows that nobody may look at.
         used: [1] int32, rows that hold a token; None where all do.
     """
@@ -189,8 +185,15 @@ class LatentGroup:
         assert self.held is not None
         self._resize(self.held, *self._layout(self.encoded, self.filled + count))
 
-    def begin(self, step: Step, top_k: "Optional[int]", workspace: Workspace) -> None:
-        """The next forward pass reads latents: all of them, or the `top_k` best of each layer."""
+    def begin(self, step: Step, top_k: "Optional[int]", bucket: int, workspace: Workspace) -> None:
+        """The next forward pass reads latents.
+
+        Args:
+            step: of the pass.
+            top_k: rows that each layer reads in full: 0 for all, None for the default.
+            bucket: neighbouring rows that are met with one rotation.
+            workspace: of the cache.
+        """
         held = self.held
         assert held is not None and not self.windowless
         rows = held.rows[:, : self.encoded] if self.max_cache_len is None else held.rows
@@ -201,9 +204,10 @@ class LatentGroup:
                 self.layout.unpack(rows[:, :0], self.codec.decoder.dtype)
         reach, turns = self.timeline.max_padding + self.sinks, self.timeline.turns(rows.shape[1])
         self._rows = LatentRows(
-            rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace
+            rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace, bucket=bucket
         )
-        self._step, self._top_k = step, top_k
+        self._step = step
+        self._top_k = top_k or None if self._rows.by_kernels else rows_in_full(rows.shape[1], top_k)
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
         """Take one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""
@@ -238,16 +242,8 @@ class LatentGroup:
         home, dtype, tokens = query.device, query.dtype, query.shape[2]
         turned = rows.turns is not None and layer not in self.timeline.plain_layers
         query = query.to(rows.data.device).unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, H, M, d]
-        exact = held.exact[index].float()  # [B, 2H, S + C, d]
-        near = (query.float() * scaling @ exact[:, : self.heads].mT).unflatten(2, (-1, tokens))
-        near = (near + step.bias.to(near.device)).flatten(2, 3)  # [B, H, M, S + C]
-        if self._top_k is not None and rows.count > self._top_k:
-            rank = judging_rank(self.layout)
-            judged = rows.weights(query, near, index, scaling=scaling, turned=turned, rank=rank)
-            best_rows = judged[..., : rows.count].sum((1, 2)).topk(self._top_k, sorted=False).indices
-            rows = rows.chosen(best_rows.sort().values)
-        found = rows.weights(query, near, index, scaling=scaling, turned=turned)
-        out = rows.summed(found, exact[:, self.heads :], index)
+        bias = step.bias.to(query.device)
+        out = rows.attended(query, held.exact[index], bias, index, scaling=scaling, turned=turned, most=self._top_k)
         return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2).to(home, dtype)
 
     @keeping
@@ -446,11 +442,6 @@ def _place(x: Tensor) -> "tuple[int, torch.Size]":
 def _sized(x: Tensor, count: int) -> Tensor:
     """The first `count` tokens of [..., T, d], copied, zeros behind them where there are fewer."""
     return nn.functional.pad(x, (0, 0, 0, count - x.shape[-2])) if count > x.shape[-2] else x[..., :count, :].clone()
-
-
-def judging_rank(layout: RowLayout) -> int:
-    """Components, the most important first, by whose logits tokens are selected."""
-    return min(layout.rank, max(JUDGING_RANK, -(-layout.rank // JUDGING_SHARE // 8) * 8))
 
 
 def reading_tokens(heads: int, head_dim: int, query_heads: int) -> int:

@@ -108,7 +108,8 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         self.position_slots = position_slots(self.source)  # of learned positions; None where any number is computed
         self.skips_padding = skips_padding(self.source)
         self.padding_takes_positions = has_bias_table(self.source)
-        self.attend_top_k: Optional[int] = None  # old tokens that a new one reads in full (see `CllaCache`)
+        self.rotation_bucket: Optional[int] = None  # old tokens that are read with one rotation (see `CllaCache`)
+        self.attend_top_k: Optional[int] = None  # old tokens that new ones read in full (see `CllaCache`)
         self._hooks: "list[Any]" = []
         self.watch_source()
         self.post_init()
@@ -275,7 +276,7 @@ class CllaForCausalLM(PreTrainedModel, GenerationMixin):
         if is_observed(own):  # in this process it is not registered yet, where another one pickled the model
             observed(own.removeprefix(PREFIX))
         rope = rope_of(self.source, self.config.spec.rope)
-        return CllaCache(self.config, self.codec, rope, max_cache_len, self.attend_top_k)
+        return CllaCache(self.config, self.codec, rope, max_cache_len, self.attend_top_k, self.rotation_bucket)
 
     @property
     def reading_tokens(self) -> int:

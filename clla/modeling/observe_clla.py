@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any, Callable, Iterable, Iterator, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention_triton_clla import NAMESPACE
@@ -63,7 +63,7 @@ def observed(implementation: str) -> str:
                 f"attn_implementation={implementation!r} cannot be observed, as decoupled keys need: load with 'sdpa'"
             )
         own = AttentionInterface()[implementation]
-        AttentionInterface.register(name, _observing(own))
+        AttentionInterface.register(name, _observing(own, implementation))
         AttentionMaskInterface.register(name, AttentionMaskInterface()[implementation])
     return name
 
@@ -76,8 +76,15 @@ class Attention:
     """
 
     def __init__(
-        self, own: "Callable[..., Any]", module: Any, tensors: "tuple[Tensor, ...]", mask: Any, kwargs: "dict[str, Any]"
+        self,
+        own: "Callable[..., Any]",
+        name: str,
+        module: Any,
+        tensors: "tuple[Tensor, ...]",
+        mask: Any,
+        kwargs: "dict[str, Any]",
     ) -> None:
+        self.name = name  # of the implementation
         self._call = (own, module, tensors, mask, kwargs)
 
     def __call__(self) -> Tensor:
@@ -97,6 +104,21 @@ class Attention:
         """What the model masks; None where it leaves that to the attention function."""
         return self._call[3]
 
+    def folded(self, added: Tensor, scaling: float) -> Tensor:
+        """Ordinary attention [B, T, H_q, d] of prompts on a CPU, to the same keys and values.
+
+        Query heads of a key-value head follow one another as if they were tokens, so that nothing is copied for each
+        of them, and PyTorch's kernel takes larger blocks of more rows.
+
+        Args:
+            added: [B or 1, 1, H_q/H·T, S], the mask as numbers that are added to logits, once for each of them.
+            scaling: of the logits.
+        """
+        query, key, value = self._call[2]
+        rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=added, scale=scaling)
+        return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2)
+
     @property
     def ordinary(self) -> bool:
         _, _, _, mask, kwargs = self._call
@@ -109,7 +131,7 @@ class Attention:
         return all(kwargs.get(name) is None for name in SPECIAL)
 
 
-def _observing(own: "Callable[..., Any]") -> "Callable[..., Any]":
+def _observing(own: "Callable[..., Any]", name: str) -> "Callable[..., Any]":
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> "tuple[Tensor, Any]":
@@ -123,7 +145,7 @@ def _observing(own: "Callable[..., Any]") -> "Callable[..., Any]":
         scaling = kwargs.get("scaling")
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        plain = Attention(own, module, (query, key, value), attention_mask, kwargs)
+        plain = Attention(own, name, module, (query, key, value), attention_mask, kwargs)
         return cache.attend(module.layer_idx, query, key, value, scaling, plain), None
 
     return attention

@@ -88,15 +88,27 @@ class RowLayout:
             return torch.zeros(*latents.shape[:-1], 0, dtype=torch.uint8, device=latents.device)
         return torch.cat(scales + streams, dim=-1)
 
-    def unpack(self, rows: Tensor, dtype: torch.dtype = torch.float32, *, out: "Optional[Tensor]" = None) -> Tensor:
-        """Latents [..., r] from rows [..., N] of uint8, in a dtype or into `out`."""
-        latents = rows.new_empty(*rows.shape[:-1], self.rank, dtype=dtype) if out is None else out
+    def unpack(
+        self,
+        rows: Tensor,
+        dtype: torch.dtype = torch.float32,
+        *,
+        out: "Optional[Tensor]" = None,
+        rank: "Optional[int]" = None,
+    ) -> Tensor:
+        """Latents [..., r] from rows [..., N] of uint8, in a dtype or into `out`.
+
+        With `rank`, a multiple of 8, the first components alone, for which no other bytes are read.
+        """
+        rank = self.rank if rank is None else rank
+        latents = rows.new_empty(*rows.shape[:-1], rank, dtype=dtype) if out is None else out
         dtype = latents.dtype
-        position, rows = len(self.classes), rows.to(torch.int32)
-        scales = nn.functional.embedding(rows[..., :position], _table(0, torch.float32, rows.device))[..., 0]
-        scales = scales * _steps(tuple(self.classes), rows.device)
+        read = [(bits, first, min(stop, rank)) for bits, first, stop in self.classes if first < rank]
+        position = len(self.classes)
+        scales = nn.functional.embedding(rows[..., : len(read)].int(), scale_table(rows.device))[..., 0]
+        scales = scales * class_steps(tuple(self.classes), rows.device)[: len(read)]
         rounded = scales.to(dtype)
-        for i, (bits, first, stop) in enumerate(self.classes):
+        for i, (bits, first, stop) in enumerate(read):
             end = position + (stop - first) * bits // 8
             levels = unpack_levels(rows[..., position:end], bits, dtype)
             scale = (rounded if levels.dtype == dtype else scales)[..., i : i + 1]
@@ -223,7 +235,7 @@ def unpack_levels(data: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     return nn.functional.embedding(_words(data, WORD_BITS[bits]), table).flatten(-2)
 
 
-def _steps(classes: "tuple[tuple[int, int, int], ...]", device: torch.device) -> Tensor:
+def class_steps(classes: "tuple[tuple[int, int, int], ...]", device: torch.device) -> Tensor:
     """Step of each class, [C] fp32. Made once: a list would be copied to the device in every call."""
     key = (classes, device)
     if key not in _STEPS:
@@ -232,6 +244,11 @@ def _steps(classes: "tuple[tuple[int, int, int], ...]", device: torch.device) ->
                 [quantization_step(bits, stop - first) for bits, first, stop in classes], device=device
             )
     return _STEPS[key]
+
+
+def scale_table(device: torch.device) -> Tensor:
+    """Scales [256, 1] of their codes, fp32."""
+    return _table(0, torch.float32, device)
 
 
 def _table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:

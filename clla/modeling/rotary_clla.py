@@ -3,6 +3,7 @@
 Shape legend: B batch, H key-value heads, T tokens, d head dim, p rotary dim (p <= d).
 """
 
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Callable, NamedTuple, Optional
 
@@ -87,14 +88,16 @@ class Rotation(NamedTuple):
         return unrotate(keys, self.cos, self.sin, interleaved=self.interleaved)
 
 
-class Turns(NamedTuple):
-    """A rotation as complex factors, for keys whose rotary pairs are neighbouring channels.
+@dataclass(frozen=True)
+class Turns:
+    """A rotation as complex factors.
 
-    Attributes: factors [B or 1, T, p/2] complex64; interleaved: whether the model's own pairs are neighbours too.
+    Attributes: factors [B or 1, T, p/2] complex64; interleaved: whether pairs are neighbouring channels.
     """
 
     factors: Tensor
     interleaved: bool
+    _means: "dict[int, Turns]" = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, rotation: Rotation) -> "Turns":
@@ -106,26 +109,86 @@ class Turns(NamedTuple):
 
     def to(self, device: torch.device) -> "Turns":
         """On another device."""
-        return self._replace(factors=self.factors.to(device))
+        return self if self.factors.device == device else replace(self, factors=self.factors.to(device))
 
     def at(self, index: Tensor) -> "Turns":
         """Only the tokens `index` [B, T']."""
         factors = self.factors.expand(len(index), -1, -1)
-        return self._replace(factors=factors.gather(1, index[:, :, None].expand(-1, -1, factors.shape[2])))
+        return replace(self, factors=factors.gather(1, index[:, :, None].expand(-1, -1, factors.shape[2])))
 
-    def paired(self, x: Tensor) -> Tensor:
-        """Channels [..., d, x] of heads, arranged so that pairs are neighbours; what is not rotated stays last."""
+    def averaged(self, size: int) -> "Turns":
+        """Means over buckets of `size` neighbouring tokens, [B or 1, ⌈T/size⌉, p/2]; the last bucket may be shorter.
+
+        A mean stands for all of its bucket: its argument is the angle in the middle, and pairs that turn fast are
+        shorter by what they have in common, on average over the bucket.
+        """
+        if size in self._means:  # all groups ask for them
+            return self._means[size]
+        whole = self.factors.shape[1] // size * size
+        parts = [self.factors[:, :whole].unflatten(1, (-1, size)).mean(2)]
+        if whole < self.factors.shape[1]:
+            parts.append(self.factors[:, whole:].mean(1, keepdim=True))
+        means = replace(self, factors=torch.cat(parts, dim=1))
+        if not torch.compiler.is_compiling():
+            self._means[size] = means
+        return means
+
+    def part(self, start: int, stop: int) -> "Turns":
+        """Of the tokens [start, stop) alone."""
+        return replace(self, factors=self.factors[:, start:stop])
+
+    def turned(self, keys: Tensor) -> Tensor:
+        """Keys [B, H, T, d] of these tokens, rotated."""
+        factors = self.factors[:, None].to(keys.device)  # [B or 1, 1, T, p/2]
+        return self._rotated(keys, factors.real, factors.imag)
+
+    def asked_of(self, query: Tensor) -> Tensor:
+        """Queries [B, H, M, T, d] that meet keys before their rotation, of queries [B, H, M, d].
+
+        Their products are those of the queries and the rotated keys, by the transpose of the rotation.
+        """
+        factors = self.factors[:, None, None].to(query.device)  # [B or 1, 1, 1, T, p/2]
+        return self._rotated(query[..., None, :], factors.real, -factors.imag)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Channels [..., d] of heads, their first pairs rotated."""
+        width = 2 * cos.shape[-1]
+        a, b = x[..., :width].unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else x[..., :width].chunk(2, dim=-1)
+        first, second = a * cos - b * sin, a * sin + b * cos
+        rest = x[..., width:].expand(*first.shape[:-1], -1)
         if self.interleaved:
-            return x
-        width = 2 * self.factors.shape[-1]
-        pairs = x[..., :width, :].unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2)
-        return torch.cat((pairs, x[..., width:, :]), dim=-2)
+            return torch.cat((torch.stack((first, second), dim=-1).flatten(-2), rest), dim=-1)
+        return torch.cat((first, second, rest), dim=-1)
 
-    def turn(self, keys: Tensor, start: int) -> Tensor:
-        """Keys [B, t, H, d] in fp32 of the tokens from `start` on, rotated in place; channels as `paired`."""
-        factors = self.factors[:, start : start + keys.shape[1], None].to(keys.device)
-        torch.view_as_complex(keys[..., : 2 * factors.shape[-1]].unflatten(-1, (-1, 2))).mul_(factors)
-        return keys
+
+LONGEST_BUCKET = 64  # neighbouring rows that queries meet with one rotation; 1 for each its own
+# Share of the rotated channels' energy that a bucket's mean may lose: with about as much, reading SmolLM2 at a 16th
+# of the cache added a quarter of what the codec itself changes (docs/lab-notes.md).
+LOST = 0.26
+
+
+def bucket_length(rope: "Optional[Rope]", head_dim: int) -> int:
+    """How many neighbouring rows are met with one rotation: the longest bucket whose mean keeps enough of each.
+
+    A mean over b positions shortens the pair that turns by ω a position to sin(ω b/2) / (b sin(ω/2)) of its length;
+    what is lost is its square's distance to 1, on average over all channels of a head, of which partial rotations turn
+    only some.
+
+    Args:
+        rope: rotations of the model; None without.
+        head_dim: channels of a head.
+    """
+    if rope is None or LONGEST_BUCKET == 1:
+        return LONGEST_BUCKET
+    turns = Turns.of(rope(torch.arange(LONGEST_BUCKET)[None]))
+    factors = turns.factors[0] / turns.factors[0, :1].abs()
+    length = LONGEST_BUCKET
+    while length > 1:
+        lost = (1 - factors[:length].mean(0).abs().square()).mean() * 2 * factors.shape[1] / head_dim
+        if lost <= LOST:
+            break
+        length //= 2
+    return length
 
 
 @lru_cache(maxsize=None)  # made once: lists would be copied to the device in every call

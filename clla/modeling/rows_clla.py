@@ -32,7 +32,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._held: "dict[str, Tensor]" = {}
-        self.owner: Any = None  # whose latents are in it
+        self.owner: Any = None  # whose latents are in it, and how many components of them
 
     def take(self, name: str, shape: "tuple[int, ...]", dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor; what it holds is left from the last use."""
@@ -84,36 +84,46 @@ class PackedRows:
         """Whether kernels read them, which know these layouts alone."""
         return isinstance(self.layout, (RowLayout, JoinedLayout)) and on_gpu(self.data)
 
-    def blocks(self) -> "Iterator[tuple[int, Tensor]]":
-        """First row and what is in [B, t, r] of each block of rows; all at once where that is small enough to keep."""
-        if (whole := self._whole()) is not None:
+    def blocks(self, rank: "Optional[int]" = None) -> "Iterator[tuple[int, Tensor]]":
+        """First row and what is in [B, t, r] of each block of rows; all at once where that is small enough to keep.
+
+        With `rank` the first components alone, of rows that are always read so.
+        """
+        if (whole := self._whole(rank)) is not None:
             yield 0, whole
             return
         for start in range(0, self.count, BLOCK):
-            yield start, self.layout.unpack(self.data[:, start : start + BLOCK], self.dtype)
+            yield start, self._opened(self.data[:, start : start + BLOCK], rank)
 
-    def _whole(self) -> "Optional[Tensor]":
+    def _whole(self, rank: "Optional[int]" = None) -> "Optional[Tensor]":
         """All rows [B, K, r], unpacked once for all layers; None where they are too many to keep."""
-        shape = (len(self.data), self.count, self.layout.rank)
+        rank = rank or self.layout.rank
+        shape = (len(self.data), self.count, rank)
         if self._unpacked is not None or math.prod(shape) * self.dtype.itemsize > HELD_BYTES:
             return self._unpacked
         if torch.compiler.is_compiling():
-            self._unpacked = self.layout.unpack(self.data, self.dtype)
+            self._unpacked = self._opened(self.data, rank)
             return self._unpacked
         latents = self.workspace.take("latents", shape, self.dtype, self.data.device)
-        if self.workspace.owner is not self:
-            self.layout.unpack(self.data, out=latents)
-            self.workspace.owner = self
+        if self.workspace.owner != (self, rank):
+            self._opened(self.data, rank, latents)
+            self.workspace.owner = (self, rank)
         return latents
 
-    def _sums(self, weights: Tensor) -> Tensor:
+    def _opened(self, data: Tensor, rank: "Optional[int]", out: "Optional[Tensor]" = None) -> Tensor:
+        """The first `rank` components, or all, of rows."""
+        if isinstance(self.layout, RowLayout):
+            return self.layout.unpack(data, self.dtype, out=out, rank=rank)
+        return self.layout.unpack(data, self.dtype, out=out)
+
+    def _sums(self, weights: Tensor, rank: "Optional[int]" = None) -> Tensor:
         """Σ p·z [B, M, r] of weights [B, M, K]."""
         # In fp16 the weights of a long text, and their products, would be too small to tell from nothing.
         dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         weights, total, rows = weights.to(dtype), None, weights.shape[1]
         if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
             weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
-        for start, latents in self.blocks():
+        for start, latents in self.blocks(rank):
             part = weights[..., start : start + latents.shape[1]] @ latents.to(dtype)
             total = part if total is None else total.float() + part
         assert total is not None, "there are rows to read"

@@ -24,12 +24,12 @@ from clla.modeling.absorbed_clla import (
     rotary_key,
     split_query,
 )
-from clla.modeling.attention_clla import LatentRows
+from clla.modeling.attention_clla import LatentRows, rows_in_full
 from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.group_clla import reading_tokens
 from clla.modeling.pack_triton_clla import packed
 from clla.modeling.quantize_clla import layout_of
-from clla.modeling.rotary_clla import Rope
+from clla.modeling.rotary_clla import Rope, bucket_length
 from clla.modeling.sizes_clla import leaving_slots
 from clla.modeling.spec_clla import CacheSpec, GroupSpec
 from clla.serving.batching import Side, sides
@@ -80,6 +80,7 @@ class GroupReader:
         few = reading_tokens(self.kv_heads, self.head_dim, self.kv_heads * query_heads // len(heads))
         self.few = few if self.window or group.rope_pairs else 0
         self._decoder: Decoder | None = None
+        self._bucket: int | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -169,7 +170,9 @@ class GroupReader:
     def _opened(self, side: Side, data: Tensor) -> LatentRows | AbsorbedRows:
         """Readable rows of packed ones [S, K, N]."""
         hidden, reach = side.hidden(self.sinks), max(side.hidden_rows(self.sinks))
-        return LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns)
+        if self._bucket is None:
+            self._bucket = bucket_length(self.rope, self.head_dim)
+        return LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns, bucket=self._bucket)
 
     def _turned(self, index: int) -> bool:
         return self.rope is not None and self.layers[index] not in self.rope.plain_layers
@@ -182,14 +185,13 @@ class GroupReader:
         rows, heads, tokens = self._rows(side, latents), len(self.heads), query.shape[1]
         memo, key = exact[0].memo, ("exact", side.sequences[0])
         if key not in memo:  # layers whose pages are in the same blocks
-            memo[key] = side.exact(exact[0], self.sinks, exact[1].shape[2])
-        slots, seen = memo[key]
-        both = read_exact(exact[1], slots).float()  # [S, 2H, E, d]
+            slots, seen = side.exact(exact[0], self.sinks, exact[1].shape[2])
+            memo[key] = slots, torch.where(seen, 0.0, float("-inf"))  # [S, T, E]
+        slots, bias = memo[key]
+        both = read_exact(exact[1], slots)  # [S, 2H, E, d]
         q = query.transpose(1, 2).unflatten(1, (heads, -1)).flatten(2, 3)  # [S, H, M, d]
-        near = (q.float() * scaling @ both[:, :heads].mT).unflatten(2, (-1, tokens))
-        near = near.masked_fill(~seen[:, None, None], float("-inf")).flatten(2, 3)  # [S, H, M, E]
-        weights = rows.weights(q, near, index, scaling=scaling, turned=self._turned(index))
-        out = rows.summed(weights, both[:, heads:], index)
+        most = None if rows.by_kernels else rows_in_full(rows.count)
+        out = rows.attended(q, both, bias, index, scaling=scaling, turned=self._turned(index), most=most)
         return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2)
 
     def _attend_decoded(

@@ -99,7 +99,7 @@ def _of_the_reference(group: GroupReader, spec: GroupSpec, cache: CacheSpec, tok
             keys = rotation.rotate(keys, index) if rotation else keys
             found = reference.update(keys, values, index)
             if isinstance(reference, DecoupledGroup):
-                plain = Attention(_nothing, None, (query, *found), None, {})
+                plain = Attention(_nothing, "sdpa", None, (query, *found), None, {})
                 asked = query[:, :, start:stop]
                 decoupled = reference.attend_decoupled(index, asked, found, plain, scaling, total)
         reference.settle()

@@ -17,7 +17,8 @@ import pytest
 from conftest import pico, pico_config
 from helpers import clla, converted_of, plan_of, stats_of
 
-from clla.doctor.environment import vllm
+from clla.doctor.environment import native_code, vllm
+from clla.native import reading
 from clla.storage.files import read_json
 
 
@@ -36,6 +37,19 @@ def test_a_sound_environment_has_no_problem() -> None:
 
 
 @pytest.mark.slow
+def test_who_reads_latents_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "library", lambda: object())
+    monkeypatch.setattr(reading, "compiler", lambda: "/usr/bin/cc")
+    (found,) = native_code()
+    assert (found.status, found.remedy) == ("ok", "") and "/usr/bin/cc" in found.text
+    monkeypatch.setattr(reading, "library", lambda: None)
+    (found,) = native_code()
+    assert found.status == "warning" and "does not compile" in found.text and reading.OFF in found.remedy
+    monkeypatch.setattr(reading, "compiler", lambda: None)
+    (found,) = native_code()
+    assert found.status == "warning" and "gcc" in found.remedy
+
+
 def test_broken_packages_are_findings(tmp_path: Path) -> None:
     """An import that fails in its own way, one that is missing, and a version that is too old."""
     (tmp_path / "transformers").mkdir()

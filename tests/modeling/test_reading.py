@@ -6,7 +6,10 @@ What is expected comes from the same model with reading forbidden, whose attenti
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +20,14 @@ from helpers import converted_of, kept_bytes, mostly_slow, plan_of, stats_of, to
 from torch import Tensor
 from transformers import CompileConfig
 
-from clla.modeling import group_clla, rows_clla
+from clla.modeling import attention_clla, rows_clla
 from clla.modeling.attention_clla import LatentRows
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.group_clla import LatentGroup
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
+from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.rotary_clla import Turns
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 COMMON: dict[str, Any] = {"do_sample": False, "eos_token_id": 257, "pad_token_id": 258}
@@ -211,7 +216,7 @@ def test_the_best_tokens_by_weight_are_selected(
     in_blocks: bool, selected: list[tuple[int, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Judged by all components, the selected tokens are those with the most weight in the model's own attention."""
-    monkeypatch.setattr(group_clla, "JUDGING_RANK", 10_000)
+    monkeypatch.setattr(attention_clla, "JUDGING_RANK", 10_000)
     if in_blocks:
         monkeypatch.setattr(rows_clla, "HELD_BYTES", 0)
     converted, ids = lossy(sinks=0), tokens(2, 60)
@@ -223,7 +228,7 @@ def test_the_best_tokens_by_weight_are_selected(
     assert len(selected) == 4, "one choice a layer"
     for layer, (count, index) in enumerate(selected):
         if layer:  # what later layers see has gone through the selection of the first
-            assert index.shape == (2, 9) and bool((index.diff(dim=1) > 0).all())
+            assert index.shape == (2, 9) and all(len(set(row.tolist())) == 9 for row in index)
             continue
         judged = weights[layer][:, :, -1, :count].sum(1)
         best = judged.topk(9).values.sum(1)
@@ -245,23 +250,30 @@ def weights_of_last_token(converted: CllaForCausalLM, ids: Tensor) -> list[Tenso
         return list(twin(ids[:, 59:], past_key_values=cache, output_attentions=True).attentions)
 
 
-def test_only_what_is_selected_and_exact_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents that were not chosen may hold anything."""
+def test_of_what_is_not_selected_the_first_components_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other bytes of rows that were not chosen may hold anything; those of their first components count."""
+    monkeypatch.setattr(attention_clla, "JUDGING_RANK", 8)
+    monkeypatch.setattr(attention_clla, "JUDGING_SHARE", 8)
     converted, ids = lossy(sinks=4), tokens(1, 70)
     _, cache = logits_of(converted, ids, parts(69, 1))
     keep = torch.tensor([[4, 9, 17, 30, 31]])
     monkeypatch.setattr(Tensor, "topk", lambda self, k, **_: torch.return_types.topk((self[:, :5], keep)))
     cache.attend_top_k = 5
+    layout = cache.groups[0].layout
+    few = attention_clla.judging_rank(layout)
+    assert few == 8 < layout.rank and len(layout.classes) == 1
+    first = len(layout.classes) + few * layout.classes[0][0] // 8  # scales, and the first components' codes
     with torch.no_grad():
-        other = ids.clone()
         found = converted(ids[:, 69:], past_key_values=cache).logits
-        cache.crop(-1)
-        for group in cache.groups:
-            assert group.held is not None
-            gone = torch.ones(group.held.rows.shape[1], dtype=torch.bool)
-            gone[keep[0]] = False
-            group.held.rows[:, gone] = torch.randint(0, 256, group.held.rows[:, gone].shape, dtype=torch.uint8)
-        assert torch.equal(converted(other[:, 69:], past_key_values=cache).logits, found)
+        for start, alike in ((first, True), (1, False)):
+            cache.crop(-1)
+            for group in cache.groups:
+                assert group.held is not None
+                gone = torch.ones(group.held.rows.shape[1], dtype=torch.bool)
+                gone[keep[0]] = False
+                other = torch.randint(0, 256, group.held.rows[:, gone, start:].shape, dtype=torch.uint8)
+                group.held.rows[:, gone, start:] = other
+            assert torch.equal(converted(ids[:, 69:], past_key_values=cache).logits, found) == alike
 
 
 def test_selection_never_chooses_padding_over_tokens(selected: list[tuple[int, Tensor]]) -> None:
@@ -272,6 +284,91 @@ def test_selection_never_chooses_padding_over_tokens(selected: list[tuple[int, T
     logits, _ = logits_of(converted, tokens(2, 70), parts(70, 1, first=60), mask)
     assert bool(logits.isfinite().all())
     assert selected and all(bool((index[1] >= 24).all()) for _, index in selected)
+
+
+# Rotations of buckets
+
+
+def rows_of(count: int, size: int, *, bucket: int, interleaved: bool = False, batch: int = 2) -> tuple[LatentRows, Any]:
+    """Rows of two layers with two key-value heads of 8 channels, of which `size` are rotated."""
+    dice = torch.Generator().manual_seed(count)
+    drawn = partial(torch.randn, generator=dice)
+    layout = RowLayout((8, 4, 2), 8)
+    codec = SimpleNamespace(decoder=drawn(2, 32, 24), mean=drawn(2, 32))
+    angles = torch.rand(batch, count, size // 2, generator=dice) * 0.3 * torch.arange(count)[None, :, None]
+    turns = Turns(torch.polar(torch.ones_like(angles), angles), interleaved)
+    data = layout.pack(drawn(batch, count, 24))
+    return LatentRows(data, layout, codec, torch.tensor([0, 3][:batch]), 3, turns, bucket=bucket), codec
+
+
+def naive_logits(rows: LatentRows, codec: Any, query: Tensor, layer: int, *, bucket: int, rank: int) -> Tensor:
+    """Each key [d] rotated by the mean rotation of its bucket, in fp64, [B, H, M, K]."""
+    latents = rows.layout.unpack(rows.data).double()[..., :rank]
+    keys = latents @ codec.decoder[layer, :16, :rank].double().mT + codec.mean[layer, :16].double()
+    assert rows.turns is not None
+    out = torch.empty(*query.shape[:3], rows.count, dtype=torch.float64)
+    width = 2 * rows.turns.factors.shape[-1]
+    for b, s in itertools.product(range(len(query)), range(rows.count)):
+        first = s // bucket * bucket
+        mean = rows.turns.factors[b, first : first + bucket].to(torch.complex128).mean(0)
+        for h in range(2):
+            key = keys[b, s, 8 * h : 8 * h + 8].clone()
+            a, c = (key[:width:2], key[1:width:2]) if rows.turns.interleaved else key[:width].chunk(2)
+            turned = torch.complex(a, c) * mean
+            if rows.turns.interleaved:
+                key[:width] = torch.view_as_real(turned).flatten()
+            else:
+                key[:width] = torch.cat((turned.real, turned.imag))
+            out[b, h, :, s] = query[b, h].double() @ key * 0.3
+        if s < int(rows.hidden[b]):
+            out[b, :, :, s] = float("-inf")
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("count", "bucket", "rank"), [(24, 8, 24), (29, 8, 16), (5, 8, 24), (21, 1, 8)])
+@pytest.mark.parametrize("held", [1 << 26, 0])
+def test_a_bucket_has_its_mean_rotation(
+    count: int, bucket: int, rank: int, interleaved: bool, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_clla, "HELD_BYTES", held)
+    monkeypatch.setattr(rows_clla, "BLOCK", 16)
+    rows, codec = rows_of(count, 6, bucket=bucket, interleaved=interleaved)
+    query = torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(1))
+    found = torch.empty(2, 2, 3, count)
+    rows.estimated(query, 1, found, scaling=0.3, turned=True, rank=rank)
+    expected = naive_logits(rows, codec, query, 1, bucket=bucket, rank=rank)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    rows.estimated(query, 1, found, scaling=0.3, turned=False, rank=rank)
+    rows.turns = Turns(torch.ones_like(rows.turns.factors), interleaved)  # type: ignore[union-attr]
+    expected = naive_logits(rows, codec, query, 1, bucket=bucket, rank=rank)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("most", [4, 23, 24])
+def test_the_best_rows_are_read_in_full_and_the_others_in_part(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64 from decoded latents: nothing is dropped, and all is one softmax."""
+    monkeypatch.setattr(attention_clla, "JUDGING_RANK", 8)
+    rows, codec = rows_of(24, 6, bucket=8)
+    dice = torch.Generator().manual_seed(2)
+    query, exact = torch.randn(2, 2, 3, 8, generator=dice), torch.randn(2, 4, 5, 8, generator=dice)
+    bias = torch.tensor([0, 0, float("-inf"), 0, 0.5]).expand(1, 3, 5)
+    found = rows.attended(query, exact, bias, 0, scaling=0.3, turned=True, most=most)
+    keys, others = exact.double().chunk(2, dim=1)
+    near = query.double() * 0.3 @ keys.mT + bias
+    few = 8 if most < 24 else 24
+    judged = torch.cat((naive_logits(rows, codec, query, 0, bucket=8, rank=few), near), dim=-1)
+    full = naive_logits(rows, codec, query, 0, bucket=1, rank=24)
+    chosen = torch.zeros(2, 24, dtype=torch.bool)
+    if most < 24:
+        best = judged.softmax(-1)[..., :24].sum((1, 2)).topk(most).indices
+        chosen.scatter_(1, best, torch.ones_like(best, dtype=torch.bool))
+    logits = torch.cat((torch.where(chosen[:, None, None], full, judged[..., :24]), near), dim=-1)
+    latents = rows.layout.unpack(rows.data).double()
+    latents[..., few:] *= chosen[..., None] if most < 24 else 1
+    values = (latents @ codec.decoder[0, 16:].double().mT + codec.mean[0, 16:].double()).unflatten(-1, (2, 8))
+    everything = torch.cat((values.transpose(1, 2), others), dim=2)
+    torch.testing.assert_close(found.double(), logits.softmax(-1) @ everything, atol=1e-4, rtol=1e-4)
 
 
 # Static caches

@@ -41,6 +41,11 @@ SETTINGS = {
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
+@pytest.fixture(autouse=True)
+def exact_rotations() -> None:
+    """Engines have processes of their own, so that rotations are averaged as users have it, on both sides."""
+
+
 def prompt(length: int, seed: int, shared: int = 0) -> list[int]:
     """Random token ids; prompts with the same `shared` begin with the same so many."""
     first = torch.randint(0, 256, (shared,), generator=torch.Generator().manual_seed(1000))

@@ -1,0 +1,792 @@
+/* Attention of one layer to packed latents and exact tokens, in one softmax, on a CPU.
+
+   What `attention_clla.LatentRows.attended` does with some hundred operations of PyTorch, in one call and without ever
+   holding unpacked latents of more than a bucket of rows. Everything is computed in fp32. `reading.py` compiles and
+   calls it.
+
+   Shape legend: B sequences, H key-value heads, M query rows per key-value head, K rows, E exact tokens, d head dim,
+   p rotary dim, r rank, s components that rows are judged by and summed up,
+   all r where no rows are chosen. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define LANES 8
+typedef float vec __attribute__((vector_size(32)));
+typedef float loose __attribute__((vector_size(32), aligned(4))); /* anywhere in memory */
+typedef int32_t ivec __attribute__((vector_size(32)));
+typedef uint32_t uvec __attribute__((vector_size(32)));
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    int64_t scale_byte, codes_byte, bits, first, stop;
+} Class;
+
+typedef struct {
+    int64_t sequences, heads, queries, dim, rotary, rows, rank, judged, most, exact, tokens, bucket;
+    int64_t classes, row_stride, sequence_stride, data_bytes;
+    int64_t turned, interleaved, turns_stride, means_stride, codec_kind, exact_kind, bias_stride, used, threads;
+    int64_t exact_strides[2]; /* of sequences and of heads */
+    double scaling;
+    const Class *layout;
+    const float *steps;       /* of each class */
+    const float *scales;      /* [256] of their codes */
+    const uint8_t *data;      /* [B, K, bytes] */
+    const float *query;       /* [B, H, M, d] after RoPE; M counts heads first, then tokens */
+    const void *decoder;      /* [2 H d, r], keys first */
+    const void *mean;         /* [2 H d] */
+    const float *turns;       /* [B or 1, K, p/2, 2] cosines and sines of each row */
+    const float *means;       /* [B or 1, buckets, p/2, 2] their means over buckets */
+    const void *exact_tokens; /* [B, 2 H, E, d], keys first */
+    const float *bias;        /* [B or 1, tokens, E] */
+    const int32_t *hidden;    /* [B] rows at the front that are not seen */
+    float *memory;            /* of `clla_numbers` numbers */
+    float *out;               /* [B, H, M, d] */
+} Reading;
+
+INLINE vec load(const float *x) { return *(const loose *)x; }
+INLINE void store(float *x, vec v) { *(loose *)x = v; }
+#ifdef __clang__
+#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIXED(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+/* Sums of the lanes of four vectors, in the first four lanes. */
+INLINE vec totals(vec a, vec b, vec c, vec d) {
+    vec ab = MIXED(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    vec cd = MIXED(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
+    vec all = MIXED(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + MIXED(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    return all + MIXED(all, all, 4, 5, 6, 7, 0, 1, 2, 3);
+}
+
+INLINE float total(vec v) { return totals(v, v, v, v)[0]; }
+
+static float dot(const float *x, const float *y, int64_t count) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) sum += load(x + i) * load(y + i);
+    float found = total(sum);
+    for (; i < count; i++) found += x[i] * y[i];
+    return found;
+}
+
+/* Products. Sizes of a tile are constants, so that sums stay in registers. */
+
+/* C[i][n] (+)= sum over k of A[i][k] B[n][k] */
+INLINE void nt_tile(const int m, const int n, int64_t depth, const float *const *a, const float *b, int64_t ldb,
+                    float *const *c, int64_t at, int add) {
+    vec sums[3][4] = {{{0}}};
+    int64_t k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+        vec left[3];
+        for (int i = 0; i < m; i++) left[i] = load(a[i] + k);
+        for (int j = 0; j < n; j++) {
+            vec right = load(b + j * ldb + k);
+            for (int i = 0; i < m; i++) sums[i][j] += left[i] * right;
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        vec found = totals(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+        for (int j = 0; j < n; j++) {
+            float sum = found[j];
+            for (int64_t rest = k; rest < depth; rest++) sum += a[i][rest] * b[j * ldb + rest];
+            c[i][at + j] = add ? c[i][at + j] + sum : sum;
+        }
+    }
+}
+
+static void nt(int64_t m, int64_t n, int64_t depth, const float *const *a, const float *b, int64_t ldb, float *const *c,
+               int64_t at, int add) {
+    for (int64_t j = 0; j < n;) {
+        int wide = n - j >= 4;
+        for (int64_t i = 0; i < m;) {
+            int high = m - i >= 3;
+            if (high && wide) nt_tile(3, 4, depth, a + i, b + j * ldb, ldb, c + i, at + j, add);
+            else if (high) nt_tile(3, 1, depth, a + i, b + j * ldb, ldb, c + i, at + j, add);
+            else if (wide) nt_tile(1, 4, depth, a + i, b + j * ldb, ldb, c + i, at + j, add);
+            else nt_tile(1, 1, depth, a + i, b + j * ldb, ldb, c + i, at + j, add);
+            i += high ? 3 : 1;
+        }
+        j += wide ? 4 : 1;
+    }
+}
+
+/* C[i][n] (+)= sum over k of A[i][k] B[k][n] */
+INLINE void nn_tile(const int m, const int n, int64_t depth, const float *const *a, const float *b, int64_t ldb,
+                    float *const *c, int64_t at, int add) {
+    vec sums[6][2];
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) sums[i][j] = add ? load(c[i] + at + j * LANES) : (vec){0};
+    for (int64_t k = 0; k < depth; k++) {
+        vec right[2];
+        for (int j = 0; j < n; j++) right[j] = load(b + k * ldb + j * LANES);
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < n; j++) sums[i][j] += a[i][k] * right[j];
+    }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) store(c[i] + at + j * LANES, sums[i][j]);
+}
+
+static void nn(int64_t m, int64_t n, int64_t depth, const float *const *a, const float *b, int64_t ldb, float *const *c,
+               int add) {
+    int64_t j = 0;
+    while (n - j >= LANES) {
+        int wide = n - j >= 2 * LANES;
+        for (int64_t i = 0; i < m;) {
+            int high = m - i >= 6 ? 6 : m - i >= 3 ? 3 : 1;
+            if (high == 6 && wide) nn_tile(6, 2, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (high == 3 && wide) nn_tile(3, 2, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (wide) nn_tile(1, 2, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (high == 6) nn_tile(6, 1, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (high == 3) nn_tile(3, 1, depth, a + i, b + j, ldb, c + i, j, add);
+            else nn_tile(1, 1, depth, a + i, b + j, ldb, c + i, j, add);
+            i += high;
+        }
+        j += wide ? 2 * LANES : LANES;
+    }
+    for (; j < n; j++)
+        for (int64_t i = 0; i < m; i++) {
+            float sum = add ? c[i][j] : 0;
+            for (int64_t k = 0; k < depth; k++) sum += a[i][k] * b[k * ldb + j];
+            c[i][j] = sum;
+        }
+}
+
+/* Numbers of 16 bits: kind 0 is fp32, 1 bf16, 2 fp16. */
+
+static void widen(const void *from, int64_t kind, int64_t count, float *to) {
+    if (kind == 0) {
+        memcpy(to, from, count * sizeof(float));
+        return;
+    }
+    const uint16_t *x = from;
+    for (int64_t i = 0; i < count; i++) {
+        union {
+            uint32_t bits;
+            float number;
+        } found;
+        if (kind == 1) {
+            found.bits = (uint32_t)x[i] << 16;
+        } else {
+            found.bits = (uint32_t)(x[i] & 0x7fff) << 13;
+            found.number *= 0x1p112f; /* the exponent's other bias; right for subnormal numbers, too */
+            found.bits |= (uint32_t)(x[i] & 0x8000) << 16;
+        }
+        to[i] = found.number;
+    }
+}
+
+INLINE const void *at_number(const void *x, int64_t kind, int64_t index) {
+    return (const char *)x + index * (kind == 0 ? 4 : 2);
+}
+
+/* exp of all lanes, to 2e-7: powers of two by the exponent's bits, the rest by its series. */
+INLINE vec exponential(vec x) {
+    vec low = {0};
+    low += -87.0f;
+    ivec under = x < low;
+    x = (vec)(((ivec)low & under) | ((ivec)x & ~under));
+    vec scaled = x * 1.44269504f;
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    vec whole = (scaled + round) - round;
+    vec rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    series = series * rest + 8.3334519073e-3f;
+    series = series * rest + 4.1665795894e-2f;
+    series = series * rest + 1.6666665459e-1f;
+    series = series * rest + 5.0000001201e-1f;
+    series = series * rest * rest + rest + 1.0f;
+    vec power = (vec)((__builtin_convertvector(whole, ivec) + 127) << 23);
+    vec found = series * power;
+    return (vec)((ivec)found & ~under);
+}
+
+/* x becomes exp(x - most); returns the sum. */
+static float exponentials(float *x, int64_t count, float most) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec found = exponential(load(x + i) - most);
+        store(x + i, found);
+        sum += found;
+    }
+    float found = total(sum);
+    for (; i < count; i++) found += x[i] = expf(x[i] - most);
+    return found;
+}
+
+static float largest(const float *x, int64_t count, float most) {
+    vec found = (vec){0} + most;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec next = load(x + i);
+        ivec more = next > found;
+        found = (vec)(((ivec)next & more) | ((ivec)found & ~more));
+    }
+    for (int lane = 0; lane < LANES; lane++) most = found[lane] > most ? found[lane] : most;
+    for (; i < count; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* x becomes x times a factor; returns the sum of what was there. */
+static float scaled(float *x, int64_t count, float factor) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec found = load(x + i);
+        sum += found;
+        store(x + i, found * factor);
+    }
+    float found = total(sum);
+    for (; i < count; i++) {
+        found += x[i];
+        x[i] *= factor;
+    }
+    return found;
+}
+
+/* Packed rows that lie `stride` bytes apart, or those of them that are `chosen`. */
+typedef struct {
+    const uint8_t *data, *end;
+    int64_t stride, count;
+    const int32_t *chosen;
+} Rows;
+
+INLINE const uint8_t *row_of(const Rows *rows, int64_t i) {
+    return rows->data + (rows->chosen ? rows->chosen[i] : i) * rows->stride;
+}
+
+/* Components of one class; its bits are a constant. Eight codes fill as many bytes as one has bits. */
+INLINE void unpack_class(const uint32_t bits, const Rows *rows, const Class *class, float step, const float *scales,
+                         int64_t stop, float *z, int64_t width) {
+    const uvec narrow = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
+    const uvec wide = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
+    const uvec none = {0};
+    for (int64_t i = 0; i < rows->count; i++, z += width) {
+        const uint8_t *row = row_of(rows, i), *codes = row + class->codes_byte;
+        const float scale = step * scales[row[class->scale_byte]];
+        const float least = (0.5f - (float)(1u << (bits - 1))) * scale;
+        const int64_t rest = rows->end - codes - 8; /* here 8 bytes at once end with the rows */
+        for (int64_t at = class->first, byte = 0; at < stop; at += LANES, byte += bits) {
+            uint64_t word;
+            if (__builtin_expect(byte <= rest, 1)) {
+                memcpy(&word, codes + byte, 8);
+            } else {
+                word = 0;
+                memcpy(&word, codes + byte, bits);
+            }
+            uvec found = none + (uint32_t)word;
+            if (bits <= 4) {
+                found >>= narrow;
+            } else {
+                uvec high = none + (uint32_t)(word >> 4 * bits);
+                found = MIXED(found, high, 0, 1, 2, 3, 12, 13, 14, 15) >> wide;
+            }
+            found &= none + ((1u << bits) - 1);
+            store(z + at, __builtin_convertvector((ivec)found, vec) * scale + least);
+        }
+    }
+}
+
+/* The first `judged` components of rows, to z [rows, width]. */
+static void unpack(const Rows *rows, const Class *layout, int64_t classes, const float *steps, const float *scales,
+                   int64_t judged, float *z, int64_t width) {
+    for (int64_t c = 0; c < classes && layout[c].first < judged; c++) {
+        const Class *class = layout + c;
+        const int64_t stop = class->stop < judged ? class->stop : judged;
+        switch (class->bits) {
+        case 1: unpack_class(1, rows, class, steps[c], scales, stop, z, width); break;
+        case 2: unpack_class(2, rows, class, steps[c], scales, stop, z, width); break;
+        case 3: unpack_class(3, rows, class, steps[c], scales, stop, z, width); break;
+        case 4: unpack_class(4, rows, class, steps[c], scales, stop, z, width); break;
+        case 5: unpack_class(5, rows, class, steps[c], scales, stop, z, width); break;
+        case 6: unpack_class(6, rows, class, steps[c], scales, stop, z, width); break;
+        case 7: unpack_class(7, rows, class, steps[c], scales, stop, z, width); break;
+        case 8: unpack_class(8, rows, class, steps[c], scales, stop, z, width); break;
+        default: /* 16 */
+            for (int64_t i = 0; i < rows->count; i++) {
+                const uint8_t *row = row_of(rows, i), *codes = row + class->codes_byte;
+                const float scale = steps[c] * scales[row[class->scale_byte]];
+                for (int64_t at = class->first; at < stop; at++, codes += 2)
+                    z[i * width + at] = ((float)(codes[0] | codes[1] << 8) - 32767.5f) * scale;
+            }
+        }
+    }
+}
+
+/* Turn channels [d] of a head by factors [p/2, 2]; backwards for queries that meet keys before their rotation. */
+static void turn(const float *x, const float *factors, int64_t dim, int64_t rotary, int64_t interleaved, int backwards,
+                 float *to) {
+    int64_t half = rotary / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i * step], b = x[i * step + other], cosine = factors[2 * i];
+        float sine = backwards ? -factors[2 * i + 1] : factors[2 * i + 1];
+        to[i * step] = a * cosine - b * sine;
+        to[i * step + other] = a * sine + b * cosine;
+    }
+    if (to != x) memcpy(to + rotary, x + rotary, (dim - rotary) * sizeof(float));
+}
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+/* The `most` largest of `count` numbers that are not negative, in the order of their places. */
+static void choose(const float *scores, int64_t count, int64_t most, int32_t *chosen) {
+    enum { HIGH = 1 << 12 };
+    int32_t counts[HIGH];
+    int64_t left = most;
+    uint32_t prefix = 0, shift = 32;
+    for (int round = 0; round < 3; round++) { /* 12, 12 and 8 bits of the number at the border, from the top */
+        uint32_t width = round < 2 ? 12 : 8, above = shift == 32 ? 0 : prefix >> shift;
+        memset(counts, 0, sizeof(counts));
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t key = bits_of(scores[i]);
+            if (shift == 32 || key >> shift == above) counts[(key >> (shift - width)) & ((1u << width) - 1)]++;
+        }
+        shift -= width;
+        uint32_t digit = (1u << width) - 1;
+        while (digit && counts[digit] < left) left -= counts[digit--];
+        prefix |= digit << shift;
+    }
+    int64_t found = 0;
+    for (int64_t i = 0; i < count && found < most; i++) {
+        uint32_t key = bits_of(scores[i]);
+        if (key > prefix || (key == prefix && left-- > 0)) chosen[found++] = (int32_t)i;
+    }
+}
+
+enum {
+    TOGETHER = 8, /* buckets whose queries go through the decoder at once */
+    BLOCK = 32,   /* best rows at once */
+    SPAN = 64,    /* rows, or components, at once */
+    DEPTH = 256,  /* components of a product that stay in a cache */
+    SOME = 64     /* query rows at once */
+};
+
+INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* One sequence, and what is computed of it on the way. */
+typedef struct {
+    const Reading *a;
+    int64_t H, M, HM, d, K, E, r, s;
+    int64_t most;     /* rows that are read in full; 0 for all */
+    int64_t from, to; /* rows that are seen */
+    int64_t half, own_size;
+    const uint8_t *data, *end;
+    const float *query, *turns, *means, *bias, *decoder, *mean;
+    float *out;
+    float *tokens;    /* [2 H, E, d] exact keys and values */
+    float *near;      /* [HM, E] logits of exact tokens, then their weights */
+    float *logits;    /* [HM, K] logits of rows, then their weights */
+    float *top;       /* [HM] largest logit */
+    float *shares;    /* [HM] factor that makes weights of a row's numbers; then the rows' share of all weights */
+    float *scores;    /* [K] */
+    int32_t *best;    /* [most] */
+    float *best_rows; /* [most, r] */
+    float *best_keys; /* [most, H d] */
+    float *better;    /* [HM, most] logits of the best rows, then their weights */
+    float *sums;      /* [HM, r] */
+    float *own;       /* what each thread has for itself */
+} Work;
+
+/* What a thread has for itself. */
+typedef struct {
+    float *asked;    /* [TOGETHER, HM, d] queries as they meet keys before their rotation */
+    float *absorbed; /* [TOGETHER, HM, s] */
+    float *plain;    /* [TOGETHER, HM] their products with the mean key */
+    float *z;        /* [bucket or SPAN, s] unpacked rows */
+    float *sums;     /* [HM, s] */
+    float *top;      /* [HM] largest logit of the rows in `sums` */
+    float *total;    /* [HM] of their weights */
+} Own;
+
+static int64_t own_numbers(const Reading *a) {
+    const int64_t HM = a->heads * a->queries;
+    return TOGETHER * HM * (a->dim + a->judged + 1) + greater(a->bucket, SPAN) * a->judged + HM * (a->judged + 2) + 64;
+}
+
+static Own own_of(const Work *w, int64_t thread) {
+    Own own;
+    own.asked = w->own + thread * w->own_size;
+    own.absorbed = own.asked + TOGETHER * w->HM * w->d;
+    own.plain = own.absorbed + TOGETHER * w->HM * w->s;
+    own.z = own.plain + TOGETHER * w->HM;
+    own.sums = own.z + greater(w->a->bucket, SPAN) * w->s;
+    own.top = own.sums + w->HM * w->s;
+    own.total = own.top + w->HM;
+    return own;
+}
+
+static void unpack_rows(const Work *w, int64_t first, int64_t count, float *z) {
+    const Reading *a = w->a;
+    const Rows rows = {w->data + first * a->row_stride, w->end, a->row_stride, count, NULL};
+    unpack(&rows, a->layout, a->classes, a->steps, a->scales, w->s, z, w->s);
+}
+
+/* sums += weights of some rows, times their latents z. */
+static void add_latents(const Work *w, int64_t first, int64_t count, const float *z, float *sums) {
+    const float *left[SOME];
+    float *right[SOME];
+    for (int64_t start = 0; start < w->HM; start += SOME) {
+        int64_t some = lesser(w->HM - start, SOME);
+        for (int64_t i = 0; i < some; i++) {
+            left[i] = w->logits + (start + i) * w->K + first;
+            right[i] = sums + (start + i) * w->s;
+        }
+        nn(some, w->s, count, left, z, w->s, right, 1);
+    }
+}
+
+/* Every thread calls each of the following functions, and they share the work. */
+
+static void near_logits(const Work *w) {
+    const int64_t E = w->E, d = w->d;
+#pragma omp for schedule(static)
+    for (int64_t hm = 0; hm < w->HM; hm++) {
+        const float *query = w->query + hm * d, *bias = w->bias + hm % w->M % w->a->tokens * E;
+        float *line = w->near + hm * E;
+        nt(1, E, d, &query, w->tokens + hm / w->M * E * d, d, &line, 0, 0);
+        for (int64_t e = 0; e < E; e++) line[e] = line[e] * (float)w->a->scaling + bias[e];
+    }
+}
+
+/* Queries of some buckets, turned back to their middle and led through the decoder. */
+static void absorb(const Work *w, int64_t first, int64_t count, const Own *own) {
+    const Reading *a = w->a;
+    const int64_t HM = w->HM, d = w->d, s = w->s;
+    const float *left[TOGETHER * SOME];
+    float *right[TOGETHER * SOME];
+    for (int64_t g = 0; g < count; g++)
+        for (int64_t hm = 0; hm < HM; hm++) {
+            const float *query = w->query + hm * d, *means = w->means + (first + g) * w->half * 2;
+            float *x = own->asked + (g * HM + hm) * d;
+            if (a->turned) turn(query, means, d, a->rotary, a->interleaved, 1, x);
+            else memcpy(x, query, d * sizeof(float));
+            for (int64_t i = 0; i < d; i++) x[i] *= (float)a->scaling;
+            own->plain[g * HM + hm] = dot(x, w->mean + hm / w->M * d, d);
+        }
+    for (int64_t h = 0; h < w->H; h++)
+        for (int64_t start = 0; start < w->M; start += SOME) {
+            int64_t rows = 0;
+            for (int64_t g = 0; g < count; g++)
+                for (int64_t m = start; m < lesser(w->M, start + SOME); m++, rows++) {
+                    left[rows] = own->asked + (g * HM + h * w->M + m) * d;
+                    right[rows] = own->absorbed + (g * HM + h * w->M + m) * s;
+                }
+            nn(rows, s, d, left, w->decoder + h * d * w->r, w->r, right, 0);
+        }
+}
+
+/* Logits of a bucket's rows by its absorbed queries. */
+static void bucket_logits(const Work *w, int64_t row, int64_t count, const float *absorbed, const float *plain,
+                          const float *z) {
+    const float *left[SOME];
+    float *right[SOME];
+    for (int64_t start = 0; start < w->HM; start += SOME) {
+        int64_t some = lesser(w->HM - start, SOME);
+        for (int64_t i = 0; i < some; i++) {
+            left[i] = absorbed + (start + i) * w->s;
+            right[i] = w->logits + (start + i) * w->K;
+        }
+        nt(some, count, w->s, left, z, w->s, right, row, 0);
+    }
+    for (int64_t hm = 0; hm < w->HM; hm++) {
+        float *line = w->logits + hm * w->K;
+        for (int64_t t = row; t < row + count; t++) line[t] += plain[hm];
+        for (int64_t t = row; t < lesser(w->from, row + count); t++) line[t] = -INFINITY;
+        for (int64_t t = greater(row, w->to); t < row + count; t++) line[t] = -INFINITY;
+    }
+}
+
+/* Logits become weights relative to the largest so far, and latents are summed up with them while they lie at hand. */
+static void add_bucket(const Work *w, int64_t row, int64_t count, const Own *own) {
+    for (int64_t hm = 0; hm < w->HM; hm++) {
+        float *line = w->logits + hm * w->K + row, top = largest(line, count, own->top[hm]);
+        if (top == -INFINITY) { /* nothing is seen yet */
+            memset(line, 0, count * sizeof(float));
+            continue;
+        }
+        float shrink = expf(own->top[hm] - top);
+        if (shrink < 1) scaled(own->sums + hm * w->s, w->s, shrink);
+        own->total[hm] = own->total[hm] * shrink + exponentials(line, count, top);
+        own->top[hm] = top;
+    }
+    add_latents(w, row, count, own->z, own->sums);
+}
+
+/* Logits of all rows, by one rotation for each bucket; where no rows are chosen, their sums as well. */
+static void read_buckets(const Work *w, const Own *own) {
+    const int64_t size = w->a->bucket, buckets = (w->K + size - 1) / size;
+#pragma omp for schedule(dynamic)
+    for (int64_t chunk = 0; chunk < (buckets + TOGETHER - 1) / TOGETHER; chunk++) {
+        int64_t first = chunk * TOGETHER, together = lesser(buckets - first, TOGETHER);
+        absorb(w, first, together, own);
+        for (int64_t g = 0; g < together; g++) {
+            int64_t row = (first + g) * size, count = lesser(w->K - row, size);
+            unpack_rows(w, row, count, own->z);
+            bucket_logits(w, row, count, own->absorbed + g * w->HM * w->s, own->plain + g * w->HM, own->z);
+            if (!w->most) add_bucket(w, row, count, own);
+        }
+    }
+}
+
+/* The rows with the largest weights, summed over all queries. */
+static void choose_best(const Work *w) {
+    const int64_t K = w->K, E = w->E;
+#pragma omp for schedule(static)
+    for (int64_t hm = 0; hm < w->HM; hm++) {
+        float *line = w->logits + hm * K, top = largest(line, K, largest(w->near + hm * E, E, -INFINITY));
+        float sum = exponentials(line, K, top);
+        for (int64_t e = 0; e < E; e++) sum += expf(w->near[hm * E + e] - top);
+        w->top[hm] = top;
+        w->shares[hm] = 1 / sum;
+    }
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < (K + 511) / 512; part++)
+        for (int64_t hm = 0; hm < w->HM; hm++)
+            for (int64_t i = part * 512; i < lesser(K, part * 512 + 512); i++)
+                w->scores[i] = (hm ? w->scores[i] : 0) + w->logits[hm * K + i] * w->shares[hm];
+#pragma omp single
+    choose(w->scores, K, w->most, w->best);
+}
+
+/* Logits of the best rows, from their keys. */
+static void read_best(const Work *w) {
+    const Reading *a = w->a;
+    const int64_t d = w->d, r = w->r, width = w->H * d;
+    const float *left[BLOCK];
+    float *right[BLOCK];
+#pragma omp for schedule(dynamic)
+    for (int64_t start = 0; start < w->most; start += BLOCK) {
+        int64_t count = lesser(w->most - start, BLOCK);
+        const Rows rows = {w->data, w->end, a->row_stride, count, w->best + start};
+        unpack(&rows, a->layout, a->classes, a->steps, a->scales, r, w->best_rows + start * r, r);
+        for (int64_t i = 0; i < count; i++) {
+            left[i] = w->best_rows + (start + i) * r;
+            right[i] = w->best_keys + (start + i) * width;
+            memcpy(right[i], w->mean, width * sizeof(float));
+        }
+        for (int64_t k = 0; k < r; k += DEPTH) {
+            nt(count, width, lesser(r - k, DEPTH), left, w->decoder + k, r, right, 0, 1);
+            for (int64_t i = 0; i < count; i++) left[i] += DEPTH;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = w->best[start + i], seen = row >= w->from && row < w->to;
+            for (int64_t h = 0; h < w->H; h++) {
+                float *key = right[i] + h * d;
+                if (a->turned) turn(key, w->turns + row * w->half * 2, d, a->rotary, a->interleaved, 0, key);
+                for (int64_t hm = h * w->M; hm < (h + 1) * w->M; hm++) {
+                    float found = dot(w->query + hm * d, key, d) * (float)a->scaling;
+                    w->better[hm * w->most + start + i] = seen ? found : -INFINITY;
+                }
+            }
+        }
+    }
+}
+
+/* Weights of all rows and exact tokens, the best rows' logits in their places. */
+static void weigh(const Work *w) {
+#pragma omp for schedule(static)
+    for (int64_t hm = 0; hm < w->HM; hm++) {
+        float *line = w->logits + hm * w->K, *exact = w->near + hm * w->E, *better = w->better + hm * w->most;
+        float top = largest(better, w->most, w->top[hm]), shrink = expf(w->top[hm] - top);
+        for (int64_t i = 0; i < w->most; i++) line[w->best[i]] = 0;
+        float share = scaled(line, w->K, 1) * shrink + exponentials(better, w->most, top);
+        float sum = share + exponentials(exact, w->E, top);
+        scaled(line, w->K, shrink / sum);
+        scaled(exact, w->E, 1 / sum);
+        scaled(better, w->most, 1 / sum);
+        for (int64_t i = 0; i < w->most; i++) line[w->best[i]] = better[i];
+        w->shares[hm] = share / sum;
+    }
+}
+
+/* Sums of the first components of all rows, and of the others of the best rows. */
+static void sum_up(const Work *w, const Own *own) {
+#pragma omp for schedule(static) nowait
+    for (int64_t span = 0; span < (w->K + SPAN - 1) / SPAN; span++) {
+        int64_t row = span * SPAN, count = lesser(w->K - row, SPAN);
+        unpack_rows(w, row, count, own->z);
+        add_latents(w, row, count, own->z, own->sums);
+    }
+    const float *left[SOME];
+    float *right[SOME];
+#pragma omp for schedule(static)
+    for (int64_t span = 0; span < (w->r - w->s + SPAN - 1) / SPAN; span++)
+        for (int64_t start = 0; start < w->HM; start += SOME) {
+            int64_t column = w->s + span * SPAN, some = lesser(w->HM - start, SOME);
+            for (int64_t i = 0; i < some; i++) {
+                left[i] = w->better + (start + i) * w->most;
+                right[i] = w->sums + (start + i) * w->r + column;
+            }
+            nn(some, lesser(w->r - column, SPAN), w->most, left, w->best_rows + column, w->r, right, 0);
+        }
+}
+
+/* What the threads have summed up, together. */
+static void gather(const Work *w, int64_t threads) {
+#pragma omp for schedule(static)
+    for (int64_t hm = 0; hm < w->HM; hm++) {
+        float *sums = w->sums + hm * w->r, *near = w->near + hm * w->E, top = -INFINITY, total = 0;
+        if (!w->most) {
+            for (int64_t thread = 0; thread < threads; thread++) top = largest(own_of(w, thread).top + hm, 1, top);
+            top = largest(near, w->E, top);
+        }
+        memset(sums, 0, w->s * sizeof(float));
+        for (int64_t thread = 0; thread < threads; thread++) {
+            const Own own = own_of(w, thread);
+            float shrink = w->most ? 1 : expf(own.top[hm] - top);
+            total += own.total[hm] * shrink;
+            for (int64_t j = 0; j < w->s; j++) sums[j] += own.sums[hm * w->s + j] * shrink;
+        }
+        if (!w->most) {
+            float all = total + exponentials(near, w->E, top);
+            scaled(sums, w->s, 1 / all);
+            scaled(near, w->E, 1 / all);
+            w->shares[hm] = total / all;
+        }
+    }
+}
+
+/* Values of the sums, and of exact tokens. */
+static void decode(const Work *w) {
+    const int64_t d = w->d, E = w->E;
+    const float *left[SOME];
+    float *right[SOME];
+#pragma omp for schedule(static)
+    for (int64_t h = 0; h < w->H; h++) {
+        const float *mean = w->mean + (w->H + h) * d, *decoder = w->decoder + (w->H + h) * d * w->r;
+        for (int64_t start = h * w->M; start < (h + 1) * w->M; start += SOME) {
+            int64_t some = lesser((h + 1) * w->M - start, SOME);
+            for (int64_t i = 0; i < some; i++) {
+                left[i] = w->sums + (start + i) * w->r;
+                right[i] = w->out + (start + i) * d;
+            }
+            nt(some, d, w->r, left, decoder, w->r, right, 0, 0);
+            for (int64_t i = 0; i < some; i++) {
+                for (int64_t j = 0; j < d; j++) right[i][j] += w->shares[start + i] * mean[j];
+                left[i] = w->near + (start + i) * E;
+            }
+            nn(some, d, E, left, w->tokens + (w->H + h) * E * d, d, right, 1);
+        }
+    }
+}
+
+static void attend_one(const Work *w) {
+#pragma omp parallel num_threads(w->a->threads) if (w -> a->threads > 1)
+    {
+#ifdef _OPENMP
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+        int64_t thread = 0, threads = 1;
+#endif
+        const Own own = own_of(w, thread);
+        memset(own.sums, 0, w->HM * w->s * sizeof(float));
+        for (int64_t hm = 0; hm < w->HM; hm++) {
+            own.top[hm] = -INFINITY;
+            own.total[hm] = 0;
+        }
+        near_logits(w);
+        read_buckets(w, &own);
+        if (w->most) {
+            choose_best(w);
+            read_best(w);
+            weigh(w);
+            sum_up(w, &own);
+        }
+        gather(w, threads);
+        decode(w);
+    }
+}
+
+/* The next part of a piece of memory; with `memory` NULL only `place` moves on. */
+static float *cut(float *memory, int64_t *place, int64_t numbers) {
+    float *found = memory ? memory + *place : NULL;
+    *place += (numbers + 31) / 16 * 16;
+    return found;
+}
+
+/* Lay out a sequence's memory; how many numbers it holds. */
+static int64_t lay_out(Work *w, float *memory) {
+    const int64_t width = w->H * w->d;
+    int64_t place = 0;
+    w->tokens = cut(memory, &place, 2 * width * w->E);
+    w->near = cut(memory, &place, w->HM * w->E);
+    w->logits = cut(memory, &place, w->HM * w->K);
+    w->top = cut(memory, &place, w->HM);
+    w->shares = cut(memory, &place, w->HM);
+    w->scores = cut(memory, &place, w->most ? w->K : 0);
+    w->best = (int32_t *)cut(memory, &place, w->most);
+    w->best_rows = cut(memory, &place, w->most * w->r);
+    w->best_keys = cut(memory, &place, w->most * width);
+    w->better = cut(memory, &place, w->HM * w->most);
+    w->sums = cut(memory, &place, w->HM * w->r);
+    w->own = cut(memory, &place, w->a->threads * w->own_size);
+    return place;
+}
+
+static Work work_of(const Reading *a) {
+    const int64_t K = a->rows, HM = a->heads * a->queries;
+    Work w = {.a = a, .H = a->heads, .M = a->queries, .HM = HM, .d = a->dim, .K = K, .E = a->exact, .r = a->rank};
+    w.s = a->judged;
+    w.most = a->most < K ? a->most : 0;
+    w.half = a->rotary / 2;
+    w.own_size = own_numbers(a);
+    w.end = a->data + a->data_bytes;
+    w.to = a->used >= 0 ? lesser(a->used, K) : K;
+    return w;
+}
+
+/* How many numbers of memory are taken. */
+int64_t clla_numbers(const Reading *a) {
+    Work w = work_of(a);
+    const int64_t width = 2 * w.H * w.d;
+    return lay_out(&w, NULL) + width + 32 + (a->codec_kind ? width * w.r : 0);
+}
+
+void clla_attend(const Reading *a) {
+    Work w = work_of(a);
+    const int64_t H = w.H, HM = w.HM, d = w.d, K = w.K, E = w.E, width = 2 * H * d;
+    int64_t place = lay_out(&w, a->memory);
+    float *mean = cut(a->memory, &place, width), *decoder = cut(a->memory, &place, 0);
+    widen(a->mean, a->codec_kind, width, mean);
+    if (a->codec_kind) widen(a->decoder, a->codec_kind, width * w.r, decoder);
+    w.mean = mean;
+    w.decoder = a->codec_kind ? decoder : a->decoder;
+    for (int64_t b = 0; b < a->sequences; b++) {
+        w.from = lesser(a->hidden[b], K);
+        w.data = a->data + b * a->sequence_stride;
+        w.query = a->query + b * HM * d;
+        w.turns = a->turns + b * a->turns_stride;
+        w.means = a->means + b * a->means_stride;
+        w.bias = a->bias + b * a->bias_stride;
+        w.out = a->out + b * HM * d;
+        for (int64_t h = 0; h < 2 * H && E; h++) {
+            int64_t place = b * a->exact_strides[0] + h * a->exact_strides[1];
+            widen(at_number(a->exact_tokens, a->exact_kind, place), a->exact_kind, E * d, w.tokens + h * E * d);
+        }
+        attend_one(&w);
+    }
+}
+
+/* The first `judged` components of rows, to out [rows, out_stride]. */
+void clla_unpack(const uint8_t *data, int64_t rows, int64_t stride, int64_t bytes, const Class *layout, int64_t classes,
+                 const float *steps, const float *scales, int64_t judged, float *out, int64_t out_stride,
+                 int64_t threads) {
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < rows; first += SPAN) {
+        const int64_t count = rows - first < SPAN ? rows - first : SPAN;
+        const Rows some = {data + first * stride, data + bytes, stride, count, NULL};
+        unpack(&some, layout, classes, steps, scales, judged, out + first * out_stride, out_stride);
+    }
+}
