@@ -777,16 +777,3 @@ void clla_attend(const Reading *a) {
         attend_one(&w);
     }
 }
-
-/* The first `judged` components of rows, to out [rows, out_stride]. */
-void clla_unpack(const uint8_t *data, int64_t rows, int64_t stride, int64_t bytes, const Class *layout, int64_t classes,
-                 const float *steps, const float *scales, int64_t judged, float *out, int64_t out_stride,
-                 int64_t threads) {
-    (void)threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < rows; first += SPAN) {
-        const int64_t count = rows - first < SPAN ? rows - first : SPAN;
-        const Rows some = {data + first * stride, data + bytes, stride, count, NULL};
-        unpack(&some, layout, classes, steps, scales, judged, out + first * out_stride, out_stride);
-    }
-}

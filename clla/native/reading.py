@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,9 @@ from clla.modeling.triton_clla import flat_layout
 SOURCE = Path(__file__).with_name("reading.c")
 OFF = "CLLA_NATIVE"  # in the environment: "0" for PyTorch alone
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+NATIVE = ("-march=native", "-mcpu=native")  # what compilers call the processor at hand; not every one knows either
+PATIENCE = 120  # seconds that compiling may take
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LEAST_BUCKET = 8  # of shorter ones, single rows above all, products are too small to be worth this code
 _log = logging.getLogger("clla")
@@ -70,7 +73,7 @@ def compiler() -> str | None:
 @lru_cache(maxsize=1)
 def library() -> Any:
     """The compiled code, compiled if that was not done before; None where it cannot be had."""
-    if os.environ.get(OFF) == "0":
+    if os.environ.get(OFF) == "0" or sys.byteorder != "little":
         return None
     program = compiler()
     if program is None:
@@ -78,7 +81,7 @@ def library() -> Any:
         return None
     try:
         found = ctypes.CDLL(str(_compiled(program)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no compiler that works, no home, no room
         said = getattr(error, "stderr", None) or error
         _log.warning("latents are read by PyTorch, which takes longer: %s does not compile: %s", SOURCE.name, said)
         return None
@@ -89,7 +92,7 @@ def library() -> Any:
 
 def _compiled(program: str) -> Path:
     """The library in the user's cache directory, for this code, compiler and processor."""
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    version = _run([program, "--version"]).stdout
     known = (SOURCE.read_text(encoding="utf-8"), version, *FLAGS, platform.machine(), _processor(), torch.__version__)
     name = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clla"
@@ -99,15 +102,20 @@ def _compiled(program: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = Path(scratch, "reading.o"), Path(scratch, "reading.so")
-        for threads in (["-fopenmp"], []):  # not every compiler has OpenMP
-            command = [program, *FLAGS, *threads, "-c", str(SOURCE), "-o", str(compiled)]
-            done = subprocess.run(command, capture_output=True, text=True, check=not threads)
+        ways = [[processor, "-fopenmp"] for processor in NATIVE]  # not every compiler has OpenMP
+        ways += [[processor] for processor in NATIVE] + [[]]
+        for way in ways:
+            done = _run([program, *FLAGS, *way, "-c", str(SOURCE), "-o", str(compiled)], check=way == ways[-1])
             if not done.returncode:
                 break
         # Without OpenMP's library, so that its threads are those that PyTorch has loaded: others would be in their way.
-        subprocess.run([program, "-shared", str(compiled), "-o", str(linked), "-lm"], capture_output=True, check=True)
+        _run([program, "-shared", str(compiled), "-o", str(linked), "-lm"])
         linked.replace(path)
     return path
+
+
+def _run(command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=check, timeout=PATIENCE)
 
 
 def _processor() -> str:
