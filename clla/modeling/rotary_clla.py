@@ -163,7 +163,7 @@ class Turns:
 
 LONGEST_BUCKET = 64  # neighbouring rows that queries meet with one rotation; 1 for each its own
 # Share of the rotated channels' energy that a bucket's mean may lose: with about as much, reading SmolLM2 at a 16th
-# of the cache added a quarter of what the codec itself changes (docs/lab-notes.md).
+# of the cache added a quarter to a half of what the codec itself changes (docs/lab-notes.md).
 LOST = 0.26
 
 

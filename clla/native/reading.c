@@ -5,8 +5,7 @@
    calls it.
 
    Shape legend: B sequences, H key-value heads, M query rows per key-value head, K rows, E exact tokens, d head dim,
-   p rotary dim, r rank, s components that rows are judged by and summed up,
-   all r where no rows are chosen. */
+   p rotary dim, r rank, s components that rows are judged by and summed up: all r where no rows are chosen. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,7 +16,7 @@
 
 #define LANES 8
 typedef float vec __attribute__((vector_size(32)));
-typedef float loose __attribute__((vector_size(32), aligned(4))); /* anywhere in memory */
+typedef float loose __attribute__((vector_size(32), aligned(4), may_alias)); /* anywhere in memory */
 typedef int32_t ivec __attribute__((vector_size(32)));
 typedef uint32_t uvec __attribute__((vector_size(32)));
 #define INLINE static inline __attribute__((always_inline))
