@@ -9,7 +9,7 @@ Shape legend: B sequences, H key-value heads, M query rows per key-value head (i
 K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes per row.
 """
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,30 @@ def rows_in_full(count: int, wanted: "Optional[int]" = None) -> "Optional[int]":
     return None if count < SELECT_FROM else max(SELECT_LEAST, count // SELECT_SHARE)
 
 
+class Buckets(NamedTuple):
+    """Neighbouring rows that queries meet with one rotation.
+
+    Attributes:
+        size: rows of a bucket.
+        means: rotations [B or 1, C] of each; None for models without.
+        fronts: [B], rows before each sequence's first bucket.
+    """
+
+    size: int
+    means: "Optional[Turns]"
+    fronts: "list[int]"
+
+    def spans(self, start: int, stop: int, front: int) -> "Iterator[tuple[int, int, int, int]]":
+        """Number of the first bucket, of buckets, first row and rows of each bucket, of stretches of equal length."""
+        at = max(start, front)
+        while at < stop:
+            number, inside = divmod(at - front, self.size)
+            whole = 0 if inside else (stop - at) // self.size
+            length = self.size if whole else min(stop - at, self.size - inside)
+            yield number, max(whole, 1), at, length
+            at += max(whole, 1) * length
+
+
 class LatentRows(PackedRows):
     """The old tokens of one layer group, whose keys are decoded and rotated.
 
@@ -55,7 +79,7 @@ class LatentRows(PackedRows):
         reach: at least the largest of them.
         turns: rotation to the rows' positions; None for models without.
         index: [B, K'], the rows that are read; None for all.
-        bucket: neighbouring rows that queries meet with one rotation.
+        buckets: neighbouring rows that queries meet with one rotation; None where each has its own.
     """
 
     def __init__(
@@ -69,10 +93,10 @@ class LatentRows(PackedRows):
         used: "Optional[Tensor]" = None,
         index: "Optional[Tensor]" = None,
         workspace: "Optional[Workspace]" = None,
-        bucket: int = 1,
+        buckets: "Optional[Buckets]" = None,
     ) -> None:
         super().__init__(data, layout, codec.decoder.dtype, hidden, used, workspace)
-        self.codec, self.reach, self.index, self.bucket = codec, reach, index, bucket
+        self.codec, self.reach, self.index, self.buckets = codec, reach, index, buckets
         self.turns = None if turns is None else turns.to(data.device)
         self._unseen: "Optional[Tensor]" = None
         self.native: Any = None  # what `COMPILED` keeps for the layers of the group
@@ -150,27 +174,30 @@ class LatentRows(PackedRows):
         if self.by_kernels:  # which make keys
             self.logits(query, layer, out, scaling=scaling, turned=turned, rank=rank)
             return
-        heads, count = query.shape[1], self.count
-        half = self.codec.decoder.shape[1] // 2
+        buckets = self.buckets
+        if buckets is None:
+            assert self.turns is None or not turned or self.index is None
+            buckets = Buckets(1, self.turns, [0] * len(query))
+        heads, half = query.shape[1], self.codec.decoder.shape[1] // 2
         decoder = self.codec.decoder[layer, :half, :rank].unflatten(0, (heads, -1))  # [H, d, r]
         mean = self.codec.mean[layer, :half].unflatten(0, (heads, -1, 1)).float()  # [H, d, 1]
         asked = query.float() * scaling  # [B, H, M, d]
-        asked = self.buckets().asked_of(asked) if turned else asked[:, :, :, None]  # [B, H, M, C, d]
-        size = self.bucket if turned else count
+        if turned:
+            assert buckets.means is not None
+            asked = buckets.means.to(query.device).asked_of(asked)  # [B, H, M, C, d]
+        else:
+            buckets, asked = Buckets(self.count, None, [0] * len(query)), asked[:, :, :, None]
         absorbed = asked.flatten(2, 3).to(decoder.dtype) @ decoder  # [B, H, M·C, r]
         absorbed = absorbed.unflatten(2, asked.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, C, H·M, r]
         plain = (asked @ mean[:, None]).movedim(3, 1).flatten(2)  # [B, C, H·M]
+        alike = len(set(buckets.fronts)) == 1
         for start, latents in self.blocks(rank):
-            first, whole = start // size, latents.shape[1] // size
-            parts = [(0, whole, size)] if whole else []
-            if latents.shape[1] % size:
-                parts.append((whole * size, 1, latents.shape[1] - whole * size))
-            for begin, buckets, length in parts:
-                place = slice(first + begin // size, first + begin // size + buckets)
-                rows = latents[:, begin : begin + buckets * length].unflatten(1, (buckets, length))
-                found = (absorbed[:, place] @ rows.mT).float() + plain[:, place, :, None]  # [B, C, H·M, t]
-                stop = start + begin + buckets * length
-                out[..., start + begin : stop] = found.transpose(1, 2).flatten(2).unflatten(1, query.shape[1:3])
+            for b in (slice(None),) if alike else (slice(i, i + 1) for i in range(len(query))):
+                for number, some, first, length in buckets.spans(start, start + latents.shape[1], buckets.fronts[b][0]):
+                    rows = latents[b, first - start : first - start + some * length].unflatten(1, (some, length))
+                    found = (absorbed[b, number : number + some] @ rows.mT).float()  # [B, C, H·M, t]
+                    found = (found + plain[b, number : number + some, :, None]).transpose(1, 2).flatten(2)
+                    out[b, ..., first : first + some * length] = found.unflatten(1, query.shape[1:3])
         self._hide(out)
 
     def attended(
@@ -258,11 +285,6 @@ class LatentRows(PackedRows):
         if self._unseen is None:
             self._unseen = self._unseen_rows(logits.device)[:, None, None]
         logits[..., : self._unseen.shape[-1]].masked_fill_(self._unseen, float("-inf"))
-
-    def buckets(self) -> Turns:
-        """One rotation for each bucket of rows."""
-        assert self.turns is not None
-        return self.turns.averaged(self.bucket)
 
     def _unseen_rows(self, device: torch.device) -> Tensor:
         """[B, …] masked rows, as many as there is need to look at."""

@@ -18,7 +18,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from .attention_clla import LatentRows, judging_rank, rows_in_full
+from .attention_clla import Buckets, LatentRows, judging_rank, rows_in_full
 from .attention_triton_clla import make_tables
 from .codec_clla import before_rope, decode, encode
 from .pack_triton_clla import packed
@@ -202,9 +202,11 @@ class LatentGroup:
                 make_tables(self.layout, (self.layout.rank, judging_rank(self.layout)), rows.device)
             else:
                 self.layout.unpack(rows[:, :0], self.codec.decoder.dtype)
-        reach, turns = self.timeline.max_padding + self.sinks, self.timeline.turns(rows.shape[1])
+        reach = self.timeline.max_padding + self.sinks
+        turns, means = self.timeline.turns(rows.shape[1], bucket)
+        buckets = Buckets(bucket, means, self.timeline.fronts) if bucket > 1 else None
         self._rows = LatentRows(
-            rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace, bucket=bucket
+            rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace, buckets=buckets
         )
         self._step = step
         self._top_k = top_k or None if self._rows.by_kernels else rows_in_full(rows.shape[1], top_k)

@@ -146,7 +146,7 @@ class Timeline:
 
     def _forget(self) -> None:
         self._memo: dict[tuple[int, int], Rotation] = {}
-        self._turns: dict[int, Turns] = {}
+        self._turns: dict[tuple[int, int], tuple[Turns, Turns]] = {}
 
     @property
     def padding(self) -> Tensor:
@@ -170,13 +170,20 @@ class Timeline:
             self._memo[start, stop] = self.rope(self.positions(start, stop))
         return self._memo[start, stop]
 
-    def turns(self, count: int) -> "Optional[Turns]":
-        """The rotation to the first `count` slots, as queries that read latents take it."""
+    def turns(self, count: int, bucket: int) -> "tuple[Optional[Turns], Optional[Turns]]":
+        """Rotations for queries that read latents: to the first `count` slots, and means over buckets of tokens."""
         if self.rope is None or not count:
-            return None
-        if count not in self._turns:
-            self._turns[count] = Turns.of(self.rope(self.positions(0, count)))
-        return self._turns[count]
+            return None, None
+        if (count, bucket) not in self._turns:
+            turns = Turns.of(self.rope(self.positions(0, count + bucket if bucket > 1 else count)))
+            means = turns.means(bucket, self._front) if bucket > 1 else turns
+            self._turns[count, bucket] = turns.part(0, count), means
+        return self._turns[count, bucket]
+
+    @property
+    def fronts(self) -> "list[int]":
+        """[B] slots before each sequence's first token."""
+        return self._front
 
     @property
     def plain_layers(self) -> "frozenset[int]":

@@ -3,7 +3,7 @@
 Shape legend: B batch, H key-value heads, T tokens, d head dim, p rotary dim (p <= d).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Callable, NamedTuple, Optional
 
@@ -97,7 +97,6 @@ class Turns:
 
     factors: Tensor
     interleaved: bool
-    _means: "dict[int, Turns]" = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, rotation: Rotation) -> "Turns":
@@ -116,22 +115,25 @@ class Turns:
         factors = self.factors.expand(len(index), -1, -1)
         return replace(self, factors=factors.gather(1, index[:, :, None].expand(-1, -1, factors.shape[2])))
 
-    def averaged(self, size: int) -> "Turns":
-        """Means over buckets of `size` neighbouring tokens, [B or 1, ⌈T/size⌉, p/2]; the last bucket may be shorter.
+    def means(self, size: int, fronts: "list[int]") -> "Turns":
+        """Means over buckets of `size` neighbouring tokens, [B or 1, C, p/2].
 
         A mean stands for all of its bucket: its argument is the angle in the middle, and pairs that turn fast are
-        shorter by what they have in common, on average over the bucket.
+        shorter by what they have in common, on average over the bucket. Buckets begin with a sequence's first token
+        and are whole, also where the last ones of their tokens are still to come, so that they are the same whatever
+        is beside them.
+
+        Args:
+            size: tokens per bucket.
+            fronts: [B], slots before each sequence's first token; after the last token there are `size` more.
         """
-        if size in self._means:  # all groups ask for them
-            return self._means[size]
-        whole = self.factors.shape[1] // size * size
-        parts = [self.factors[:, :whole].unflatten(1, (-1, size)).mean(2)]
-        if whole < self.factors.shape[1]:
-            parts.append(self.factors[:, whole:].mean(1, keepdim=True))
-        means = replace(self, factors=torch.cat(parts, dim=1))
-        if not torch.compiler.is_compiling():
-            self._means[size] = means
-        return means
+        count = max(self.factors.shape[1] - min(fronts), 0) // size
+        if len(set(fronts)) == 1:
+            found = self.factors[:, fronts[0] : fronts[0] + count * size]
+        else:
+            places = torch.tensor(fronts)[:, None] + torch.arange(count * size)
+            found = self.at(places.clamp(max=self.factors.shape[1] - 1).to(self.factors.device)).factors
+        return replace(self, factors=found.unflatten(1, (count, size)).mean(2))
 
     def part(self, start: int, stop: int) -> "Turns":
         """Of the tokens [start, stop) alone."""

@@ -43,6 +43,7 @@ typedef struct {
     const void *exact_tokens; /* [B, 2 H, E, d], keys first */
     const float *bias;        /* [B or 1, tokens, E] */
     const int32_t *hidden;    /* [B] rows at the front that are not seen */
+    const int32_t *fronts;    /* [B] rows before the first bucket */
     float *memory;            /* of `clla_numbers` numbers */
     float *out;               /* [B, H, M, d] */
 } Reading;
@@ -378,6 +379,7 @@ typedef struct {
     const Reading *a;
     int64_t H, M, HM, d, K, E, r, s;
     int64_t most;     /* rows that are read in full; 0 for all */
+    int64_t front;    /* row with which the first bucket begins */
     int64_t from, to; /* rows that are seen */
     int64_t half, own_size;
     const uint8_t *data, *end;
@@ -524,13 +526,16 @@ static void add_bucket(const Work *w, int64_t row, int64_t count, const Own *own
 
 /* Logits of all rows, by one rotation for each bucket; where no rows are chosen, their sums as well. */
 static void read_buckets(const Work *w, const Own *own) {
-    const int64_t size = w->a->bucket, buckets = (w->K + size - 1) / size;
+    const int64_t size = w->a->bucket, buckets = (w->K - w->front + size - 1) / size;
+#pragma omp for schedule(static) nowait
+    for (int64_t hm = 0; hm < w->HM; hm++)
+        for (int64_t i = 0; i < w->front; i++) w->logits[hm * w->K + i] = -INFINITY;
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < (buckets + TOGETHER - 1) / TOGETHER; chunk++) {
         int64_t first = chunk * TOGETHER, together = lesser(buckets - first, TOGETHER);
         absorb(w, first, together, own);
         for (int64_t g = 0; g < together; g++) {
-            int64_t row = (first + g) * size, count = lesser(w->K - row, size);
+            int64_t row = w->front + (first + g) * size, count = lesser(w->K - row, size);
             unpack_rows(w, row, count, own->z);
             bucket_logits(w, row, count, own->absorbed + g * w->HM * w->s, own->plain + g * w->HM, own->z);
             if (!w->most) add_bucket(w, row, count, own);
@@ -762,6 +767,7 @@ void clla_attend(const Reading *a) {
     w.mean = mean;
     w.decoder = a->codec_kind ? decoder : a->decoder;
     for (int64_t b = 0; b < a->sequences; b++) {
+        w.front = lesser(a->fronts[b], K);
         w.from = lesser(a->hidden[b], K);
         w.data = a->data + b * a->sequence_stride;
         w.query = a->query + b * HM * d;

@@ -45,7 +45,7 @@ _NUMBERS = (
 )
 _PLACES = (
     *("layout", "steps", "scales", "data", "query", "decoder", "mean", "turns", "means", "exact_tokens", "bias"),
-    *("hidden", "memory", "out"),
+    *("hidden", "fronts", "memory", "out"),
 )
 
 
@@ -149,7 +149,8 @@ def attended(
         or None in kinds
         or not rows.count
         or rows.index is not None
-        or rows.bucket < LEAST_BUCKET
+        or rows.buckets is None
+        or rows.buckets.size < LEAST_BUCKET
         or (code := library()) is None
     ):
         return None
@@ -194,10 +195,12 @@ def _prepared(rows: LatentRows) -> _Call:
     steps = class_steps(tuple(layout.classes), torch.device("cpu"))
     scales = scale_table(torch.device("cpu"))
     hidden = rows.hidden.to(torch.int32).expand(len(data)).contiguous()
+    assert rows.buckets is not None
+    fronts = torch.tensor(rows.buckets.fronts, dtype=torch.int32)
     fields = _Reading(
         rows=rows.count,
         rank=layout.rank,
-        bucket=rows.bucket,
+        bucket=rows.buckets.size,
         classes=len(layout.classes),
         row_stride=data.stride(1),
         sequence_stride=data.stride(0),
@@ -208,10 +211,12 @@ def _prepared(rows: LatentRows) -> _Call:
         scales=scales.data_ptr(),
         data=data.data_ptr(),
         hidden=hidden.data_ptr(),
+        fronts=fronts.data_ptr(),
     )
-    kept: tuple[Any, ...] = (data, classes, steps, scales, hidden)
+    kept: tuple[Any, ...] = (data, classes, steps, scales, hidden, fronts)
     if rows.turns is not None:
-        turns, means = rows.turns.factors.contiguous(), rows.buckets().factors.contiguous()
+        assert rows.buckets.means is not None
+        turns, means = rows.turns.factors.contiguous(), rows.buckets.means.factors.contiguous()
         fields.rotary, fields.interleaved = 2 * turns.shape[2], rows.turns.interleaved
         fields.turns, fields.means = turns.data_ptr(), means.data_ptr()
         fields.turns_stride = 0 if len(turns) == 1 else 2 * turns.stride(0)

@@ -10,6 +10,7 @@ Shape legend: T tokens, S sequences, H key-value heads of this rank, d head dim,
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from clla.modeling.absorbed_clla import (
     rotary_key,
     split_query,
 )
-from clla.modeling.attention_clla import LatentRows, rows_in_full
+from clla.modeling.attention_clla import Buckets, LatentRows, rows_in_full
 from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.group_clla import reading_tokens
 from clla.modeling.pack_triton_clla import packed
@@ -34,6 +35,8 @@ from clla.modeling.sizes_clla import leaving_slots
 from clla.modeling.spec_clla import CacheSpec, GroupSpec
 from clla.serving.batching import Side, sides
 from clla.serving.pages import Batch, Pages, read_exact, read_rows, slots_of, write_rows
+
+BUCKET = "CLLA_ROTATION_BUCKET"  # in the environment: old tokens with one rotation, 1 for each its own
 
 
 @dataclass
@@ -171,8 +174,11 @@ class GroupReader:
         """Readable rows of packed ones [S, K, N]."""
         hidden, reach = side.hidden(self.sinks), max(side.hidden_rows(self.sinks))
         if self._bucket is None:
-            self._bucket = bucket_length(self.rope, self.head_dim)
-        return LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns, bucket=self._bucket)
+            self._bucket = int(os.environ.get(BUCKET, 0)) or bucket_length(self.rope, self.head_dim)
+        buckets = None
+        if self._bucket > 1 and data.device.type == "cpu":
+            buckets = Buckets(self._bucket, side.means(self._bucket), side.fronts)
+        return LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns, buckets=buckets)
 
     def _turned(self, index: int) -> bool:
         return self.rope is not None and self.layers[index] not in self.rope.plain_layers

@@ -62,6 +62,23 @@ class Side:
         """The same."""
         return None if self.rotation is None else Turns.of(self.rotation)
 
+    @property
+    def fronts(self) -> list[int]:
+        """[S], rows before each sequence's first token."""
+        return [self.rows - old for old in self.old]
+
+    def means(self, bucket: int) -> Turns | None:
+        """Rotations of buckets of tokens, [1, C], the same for all sequences."""
+        if self.rope is None:
+            return None
+        count = -(-self.rows // bucket) * bucket
+        key = ("means", count, bucket)
+        if key not in self.batch.memo:
+            every = torch.arange(count, device=self.batch.table.device)
+            self.batch.memo[key] = Turns.of(self.rope(every[None])).means(bucket, [0])
+        found: Turns = self.batch.memo[key]
+        return found
+
     @cached_property
     def positions(self) -> Tensor:
         """[S, T], of the new tokens."""

@@ -20,8 +20,8 @@ from helpers import converted_of, kept_bytes, mostly_slow, plan_of, stats_of, to
 from torch import Tensor
 from transformers import CompileConfig
 
-from clla.modeling import attention_clla, rows_clla
-from clla.modeling.attention_clla import LatentRows
+from clla.modeling import attention_clla, rotary_clla, rows_clla
+from clla.modeling.attention_clla import Buckets, LatentRows
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.group_clla import LatentGroup
 from clla.modeling.hooks_clla import CACHE
@@ -295,22 +295,29 @@ def rows_of(count: int, size: int, *, bucket: int, interleaved: bool = False, ba
     drawn = partial(torch.randn, generator=dice)
     layout = RowLayout((8, 4, 2), 8)
     codec = SimpleNamespace(decoder=drawn(2, 32, 24), mean=drawn(2, 32))
-    angles = torch.rand(batch, count, size // 2, generator=dice) * 0.3 * torch.arange(count)[None, :, None]
-    turns = Turns(torch.polar(torch.ones_like(angles), angles), interleaved)
-    data = layout.pack(drawn(batch, count, 24))
-    return LatentRows(data, layout, codec, torch.tensor([0, 3][:batch]), 3, turns, bucket=bucket), codec
+    more = count + bucket  # slots, so that the last bucket is a whole one
+    angles = torch.rand(batch, more, size // 2, generator=dice) * 0.3 * torch.arange(more)[None, :, None]
+    codec.turns = Turns(torch.polar(torch.ones_like(angles), angles), interleaved)
+    fronts = [0, 2][:batch]
+    buckets = Buckets(bucket, codec.turns.means(bucket, fronts), fronts) if bucket > 1 else None
+    hidden, turns = torch.tensor([0, 3][:batch]), codec.turns.part(0, count)
+    return LatentRows(layout.pack(drawn(batch, count, 24)), layout, codec, hidden, 3, turns, buckets=buckets), codec
 
 
 def naive_logits(rows: LatentRows, codec: Any, query: Tensor, layer: int, *, bucket: int, rank: int) -> Tensor:
-    """Each key [d] rotated by the mean rotation of its bucket, in fp64, [B, H, M, K]."""
+    """Each key [d] rotated by the mean rotation of its sequence's bucket, in fp64, [B, H, M, K]."""
     latents = rows.layout.unpack(rows.data).double()[..., :rank]
     keys = latents @ codec.decoder[layer, :16, :rank].double().mT + codec.mean[layer, :16].double()
     assert rows.turns is not None
     out = torch.empty(*query.shape[:3], rows.count, dtype=torch.float64)
     width = 2 * rows.turns.factors.shape[-1]
     for b, s in itertools.product(range(len(query)), range(rows.count)):
-        first = s // bucket * bucket
-        mean = rows.turns.factors[b, first : first + bucket].to(torch.complex128).mean(0)
+        if s < int(rows.hidden[b]):
+            out[b, :, :, s] = float("-inf")
+            continue
+        front = rows.buckets.fronts[b] if rows.buckets else 0
+        first = (s - front) // bucket * bucket + front
+        mean = codec.turns.factors[b, first : first + bucket].to(torch.complex128).mean(0)
         for h in range(2):
             key = keys[b, s, 8 * h : 8 * h + 8].clone()
             a, c = (key[:width:2], key[1:width:2]) if rows.turns.interleaved else key[:width].chunk(2)
@@ -320,8 +327,6 @@ def naive_logits(rows: LatentRows, codec: Any, query: Tensor, layer: int, *, buc
             else:
                 key[:width] = torch.cat((turned.real, turned.imag))
             out[b, h, :, s] = query[b, h].double() @ key * 0.3
-        if s < int(rows.hidden[b]):
-            out[b, :, :, s] = float("-inf")
     return out
 
 
@@ -340,7 +345,7 @@ def test_a_bucket_has_its_mean_rotation(
     expected = naive_logits(rows, codec, query, 1, bucket=bucket, rank=rank)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
     rows.estimated(query, 1, found, scaling=0.3, turned=False, rank=rank)
-    rows.turns = Turns(torch.ones_like(rows.turns.factors), interleaved)  # type: ignore[union-attr]
+    codec.turns = Turns(torch.ones_like(codec.turns.factors), interleaved)
     expected = naive_logits(rows, codec, query, 1, bucket=bucket, rank=rank)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
@@ -369,6 +374,19 @@ def test_the_best_rows_are_read_in_full_and_the_others_in_part(most: int, monkey
     values = (latents @ codec.decoder[0, 16:].double().mT + codec.mean[0, 16:].double()).unflatten(-1, (2, 8))
     everything = torch.cat((values.transpose(1, 2), others), dim=2)
     torch.testing.assert_close(found.double(), logits.softmax(-1) @ everything, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_moves_no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence beside a longer one is read as alone, although its neighbours share a rotation."""
+    monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", 16)
+    converted, ids = lossy(sinks=4), tokens(2, 122)
+    mask = torch.ones(2, 122, dtype=torch.long)
+    mask[1, :32] = 0  # whole blocks, which are cut by slots
+    together, _ = logits_of(converted, ids, parts(122, 1, first=112), mask)
+    alone, _ = logits_of(converted, ids[1:, 32:], parts(90, 1, first=80))
+    torch.testing.assert_close(together[1:, -10:], alone[:, -10:], **CLOSE)
+    exact, _ = logits_of(converted, ids, parts(122, 1, first=112), mask, reading=False)
+    assert float((together - exact)[:, -10:].abs().max()) > 1e-3, "there are buckets"
 
 
 # Static caches

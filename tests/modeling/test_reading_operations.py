@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from clla.bench.shapes import ROPE, random_plan, shape_config
 from clla.modeling import attention_clla, rotary_clla
-from clla.modeling.attention_clla import LatentRows, rows_in_full
+from clla.modeling.attention_clla import Buckets, LatentRows, rows_in_full
 from clla.modeling.hooks_clla import rope_of
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns, bucket_length
@@ -33,7 +33,8 @@ def test_a_token_of_llama_3_8b_takes_a_million_operations(count: int, monkeypatc
     codec = SimpleNamespace(decoder=torch.zeros(1, 2 * heads * dim, layout.rank), mean=torch.zeros(1, 2 * heads * dim))
     data = torch.zeros(1, count, layout.row_bytes, dtype=torch.uint8)
     turns = Turns.of(rope(torch.arange(count)[None]))
-    rows = LatentRows(data, layout, codec, torch.tensor([4]), 4, turns, bucket=bucket)
+    buckets = Buckets(bucket, turns.means(bucket, [0]), [0])
+    rows = LatentRows(data, layout, codec, torch.tensor([4]), 4, turns, buckets=buckets)
     query, exact = torch.zeros(1, heads, queries // heads, dim), torch.zeros(1, 2 * heads, 4, dim)
     with FlopCounterMode(display=False) as counter:
         how = {"scaling": 0.1, "turned": True, "most": rows_in_full(count)}

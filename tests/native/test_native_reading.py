@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clla.modeling import attention_clla
-from clla.modeling.attention_clla import LatentRows
+from clla.modeling.attention_clla import Buckets, LatentRows
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns
 from clla.native import reading
@@ -49,10 +49,13 @@ class Case:
         self.layout = RowLayout(tiers, 8)
         decoder = drawn(2, 2 * heads * dim, self.layout.rank) / self.layout.rank**0.5
         self.codec = SimpleNamespace(decoder=decoder.to(dtype), mean=drawn(2, 2 * heads * dim).to(dtype))
-        angles = drawn(batch, count, rotary // 2) * 0.01 + torch.arange(count)[:, None] * drawn(rotary // 2) * 0.03
-        self.turns = Turns(torch.polar(torch.ones_like(angles), angles), interleaved)
+        more = count + bucket
+        angles = drawn(batch, more, rotary // 2) * 0.01 + torch.arange(more)[:, None] * drawn(rotary // 2) * 0.03
+        every, fronts = Turns(torch.polar(torch.ones_like(angles), angles), interleaved), [0, 2][:batch]
+        self.buckets = Buckets(bucket, every.means(bucket, fronts), fronts)
+        self.turns = every.part(0, count)
         self.data = self.layout.pack(drawn(batch, count, self.layout.rank))
-        self.query, self.bucket = drawn(batch, heads, queries * tokens, dim), bucket
+        self.query = drawn(batch, heads, queries * tokens, dim)
         self.exact = drawn(batch, 2 * heads, exact, dim).to(stored)
         self.bias = torch.where(drawn(batch, tokens, exact) > 1, float("-inf"), 0.0)
         self.hidden = torch.tensor([0, 3][:batch])
@@ -62,7 +65,9 @@ class Case:
         codec = self.codec
         if dtype is not None:
             codec = SimpleNamespace(decoder=codec.decoder.to(dtype), mean=codec.mean.to(dtype))
-        return LatentRows(self.data, self.layout, codec, self.hidden, 3, self.turns, used=self.used, bucket=self.bucket)
+        return LatentRows(
+            self.data, self.layout, codec, self.hidden, 3, self.turns, used=self.used, buckets=self.buckets
+        )
 
     def expected(self, **how: Any) -> Tensor:
         """By PyTorch, in fp32."""
