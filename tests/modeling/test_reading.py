@@ -379,13 +379,13 @@ def test_the_best_rows_are_read_in_full_and_the_others_in_part(most: int, monkey
 def test_padding_moves_no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence beside a longer one is read as alone, although its neighbours share a rotation."""
     monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", 16)
-    converted, ids = lossy(sinks=4), tokens(2, 122)
-    mask = torch.ones(2, 122, dtype=torch.long)
-    mask[1, :32] = 0  # whole blocks, which are cut by slots
-    together, _ = logits_of(converted, ids, parts(122, 1, first=112), mask)
-    alone, _ = logits_of(converted, ids[1:, 32:], parts(90, 1, first=80))
+    converted, ids = lossy(sinks=4), tokens(2, 114)
+    mask = torch.ones(2, 114, dtype=torch.long)
+    mask[1, :24] = 0  # whole blocks and chunks, which are cut by slots
+    together, _ = logits_of(converted, ids, parts(114, 1, first=104), mask)
+    alone, _ = logits_of(converted, ids[1:, 24:], parts(90, 1, first=80))
     torch.testing.assert_close(together[1:, -10:], alone[:, -10:], **CLOSE)
-    exact, _ = logits_of(converted, ids, parts(122, 1, first=112), mask, reading=False)
+    exact, _ = logits_of(converted, ids, parts(114, 1, first=104), mask, reading=False)
     assert float((together - exact)[:, -10:].abs().max()) > 1e-3, "there are buckets"
 
 
