@@ -175,10 +175,19 @@ def pytest_configure(config: pytest.Config) -> None:
         TABLE.writing = True
 
 
+USUAL_BUCKET = rotary_clla.LONGEST_BUCKET
+
+
 @pytest.fixture(autouse=True)
 def exact_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every old token is read with its own rotation, so that results can be compared to the last digit."""
     monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", 1)
+
+
+@pytest.fixture
+def usual_rotations(exact_rotations: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old tokens are read as in processes that a test starts: as users have it."""
+    monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", USUAL_BUCKET)
 
 
 @pytest.fixture(scope="session")

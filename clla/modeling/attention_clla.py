@@ -171,13 +171,10 @@ class LatentRows(PackedRows):
 
         Queries are turned once for each bucket and go through the decoder; they meet the latents themselves.
         """
-        if self.by_kernels:  # which make keys
+        buckets = self.buckets
+        if self.by_kernels or buckets is None:  # kernels make keys; without buckets a row's key costs less than a query
             self.logits(query, layer, out, scaling=scaling, turned=turned, rank=rank)
             return
-        buckets = self.buckets
-        if buckets is None:
-            assert self.turns is None or not turned or self.index is None
-            buckets = Buckets(1, self.turns, [0] * len(query))
         heads, half = query.shape[1], self.codec.decoder.shape[1] // 2
         decoder = self.codec.decoder[layer, :half, :rank].unflatten(0, (heads, -1))  # [H, d, r]
         mean = self.codec.mean[layer, :half].unflatten(0, (heads, -1, 1)).float()  # [H, d, 1]

@@ -146,7 +146,7 @@ class Timeline:
 
     def _forget(self) -> None:
         self._memo: dict[tuple[int, int], Rotation] = {}
-        self._turns: dict[tuple[int, int], tuple[Turns, Turns]] = {}
+        self._turns: dict[tuple[int, int], tuple[Turns, Optional[Turns]]] = {}
 
     @property
     def padding(self) -> Tensor:
@@ -176,7 +176,7 @@ class Timeline:
             return None, None
         if (count, bucket) not in self._turns:
             turns = Turns.of(self.rope(self.positions(0, count + bucket if bucket > 1 else count)))
-            means = turns.means(bucket, self._front) if bucket > 1 else turns
+            means = turns.means(bucket, self._front) if bucket > 1 else None
             self._turns[count, bucket] = turns.part(0, count), means
         return self._turns[count, bucket]
 

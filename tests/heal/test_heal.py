@@ -33,7 +33,6 @@ from clla.heal.student import Distiller, hidden_states, make_student, trainable_
 from clla.heal.targets import fit_codec, group_error, record_targets
 from clla.heal.text import _packed
 from clla.heal.train import Progress, Schedule, enable_checkpointing, last_state, load_trained, parameter_groups, train
-from clla.modeling import rotary_clla
 from clla.modeling.hooks_clla import logits_head
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.recipe import HealConfig, Recipe
@@ -595,9 +594,9 @@ def test_convert_heals_at_once(pico_dir: Path, text_file: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("usual_rotations")
+def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then --resume: the same weights as without the kill."""
-    monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", 64)  # as in the process that is killed
     from safetensors.torch import load_file
 
     command = ["heal", checkpoint, *BRIEF, "--tokens", "4096", "--train", "codec", "--no-eval", "--evaluations", "4"]
@@ -617,9 +616,9 @@ def test_a_killed_run_goes_on(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("usual_rotations")
+def test_two_processes_equal_one(checkpoint: Path, tmp_path: Path) -> None:
     """Data-parallel training: the mean of two half batches' gradients is the whole batch's."""
-    monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", 64)  # as in the processes that are launched
     from safetensors.torch import load_file
 
     command = ["heal", checkpoint, *BRIEF, "--train", "all", "--no-eval", "--evaluations", "1"]

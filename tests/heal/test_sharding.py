@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from clla.heal.sharding import launched_sharded, own_parameters
-from clla.modeling import rotary_clla
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 WORKER = Path(__file__).parents[1] / "sharded_worker.py"
@@ -56,9 +55,9 @@ def test_losses_and_gradients_are_those_of_a_whole_distiller(precision: str, cas
 
 
 @pytest.mark.slow
-def test_sharded_training_equals_one_process(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("usual_rotations")
+def test_sharded_training_equals_one_process(checkpoint: Path, tmp_path: Path) -> None:
     """Through accelerate's own launcher, with stage 1, checkpointed layers, steps on the cache, and once a report."""
-    monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", 64)  # as in the processes that are launched
     command = ["heal", checkpoint, *SMALL, "--train", "all", "--evaluations", "2"]
     command += ["--codec-share", "0.25", "--cache-share", "0.3", "--gradient-checkpointing"]
     one, two, work = tmp_path / "one", tmp_path / "two", tmp_path / "work"

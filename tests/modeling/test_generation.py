@@ -16,6 +16,7 @@ from helpers import converted_of, plan_of, stats_of, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel, WatermarkingConfig
 
+import clla
 from clla.checkpoint.write import write_checkpoint
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE
@@ -164,6 +165,7 @@ def test_a_user_may_turn_the_returned_cache_off() -> None:
 @pytest.mark.parametrize("saved", ["whole", "codec alone"])
 def test_settings_given_on_loading_are_followed(saved: str, tmp_path: Path) -> None:
     converted = lossy()
+    clla.register()  # no test before this one need have done it
     converted.source.save_pretrained(tmp_path / "source")
     base = {"path": str(tmp_path / "source")} if saved == "codec alone" else None
     write_checkpoint(tmp_path, converted, byte_tokenizer(), base_model=base)

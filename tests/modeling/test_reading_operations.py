@@ -10,17 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from clla.bench.shapes import ROPE, random_plan, shape_config
-from clla.modeling import attention_clla, rotary_clla
+from clla.modeling import attention_clla
 from clla.modeling.attention_clla import Buckets, LatentRows, rows_in_full
 from clla.modeling.hooks_clla import rope_of
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns, bucket_length
 
 
+@pytest.mark.usefixtures("usual_rotations")
 @pytest.mark.parametrize("count", [8192, 16384])
 def test_a_token_of_llama_3_8b_takes_a_million_operations(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer at the recipes' default budget; making every key would take 2·H·d·r of them, ten million."""
-    monkeypatch.setattr(rotary_clla, "LONGEST_BUCKET", 64)  # as users have it
     monkeypatch.setattr(attention_clla, "COMPILED", None)  # which counts nothing
     config = shape_config("llama-3-8b")
     plan = random_plan(config, kv_budget="6.25%")
