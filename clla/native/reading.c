@@ -14,11 +14,19 @@
 #include <omp.h>
 #endif
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#define LANES 16
+#else
 #define LANES 8
-typedef float vec __attribute__((vector_size(32)));
-typedef float loose __attribute__((vector_size(32), aligned(4), may_alias)); /* anywhere in memory */
-typedef int32_t ivec __attribute__((vector_size(32)));
-typedef uint32_t uvec __attribute__((vector_size(32)));
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* anywhere in memory */
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float loose8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t ieight __attribute__((vector_size(32)));
+typedef uint32_t ueight __attribute__((vector_size(32)));
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
@@ -53,14 +61,43 @@ INLINE void store(float *x, vec v) { *(loose *)x = v; }
 #ifdef __clang__
 #define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define MIXED(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#define MIXED(a, b, ...) __builtin_shuffle(a, b, (ieight){__VA_ARGS__})
 #endif
 
+/* The first `count` numbers, fewer than a vector has; the other lanes are zero, or are not stored. */
+INLINE vec load_part(const float *x, int64_t count) {
+#ifdef __AVX512F__
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), x);
+#else
+    vec found = {0};
+    memcpy(&found, x, count * sizeof(float));
+    return found;
+#endif
+}
+
+INLINE void store_part(float *x, vec v, int64_t count) {
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(x, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+    memcpy(x, &v, count * sizeof(float));
+#endif
+}
+
+INLINE eight folded(vec v) {
+#ifdef __AVX512F__
+    __m512d halves = _mm512_castps_pd((__m512)v);
+    return (eight)_mm512_castps512_ps256((__m512)v) + (eight)_mm256_castpd_ps(_mm512_extractf64x4_pd(halves, 1));
+#else
+    return v;
+#endif
+}
+
 /* Sums of the lanes of four vectors, in the first four lanes. */
-INLINE vec totals(vec a, vec b, vec c, vec d) {
-    vec ab = MIXED(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-    vec cd = MIXED(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
-    vec all = MIXED(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + MIXED(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+INLINE eight totals(vec v, vec w, vec x, vec y) {
+    eight a = folded(v), b = folded(w), c = folded(x), d = folded(y);
+    eight ab = MIXED(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    eight cd = MIXED(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
+    eight all = MIXED(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + MIXED(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
     return all + MIXED(all, all, 4, 5, 6, 7, 0, 1, 2, 3);
 }
 
@@ -70,9 +107,8 @@ static float dot(const float *x, const float *y, int64_t count) {
     vec sum = {0};
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) sum += load(x + i) * load(y + i);
-    float found = total(sum);
-    for (; i < count; i++) found += x[i] * y[i];
-    return found;
+    if (i < count) sum += load_part(x + i, count - i) * load_part(y + i, count - i);
+    return total(sum);
 }
 
 /* Products. Sizes of a tile are constants, so that sums stay in registers. */
@@ -90,13 +126,17 @@ INLINE void nt_tile(const int m, const int n, int64_t depth, const float *const 
             for (int i = 0; i < m; i++) sums[i][j] += left[i] * right;
         }
     }
-    for (int i = 0; i < m; i++) {
-        vec found = totals(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+    if (k < depth) {
+        vec left[3];
+        for (int i = 0; i < m; i++) left[i] = load_part(a[i] + k, depth - k);
         for (int j = 0; j < n; j++) {
-            float sum = found[j];
-            for (int64_t rest = k; rest < depth; rest++) sum += a[i][rest] * b[j * ldb + rest];
-            c[i][at + j] = add ? c[i][at + j] + sum : sum;
+            vec right = load_part(b + j * ldb + k, depth - k);
+            for (int i = 0; i < m; i++) sums[i][j] += left[i] * right;
         }
+    }
+    for (int i = 0; i < m; i++) {
+        eight found = totals(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+        for (int j = 0; j < n; j++) c[i][at + j] = add ? c[i][at + j] + found[j] : found[j];
     }
 }
 
@@ -116,45 +156,51 @@ static void nt(int64_t m, int64_t n, int64_t depth, const float *const *a, const
     }
 }
 
-/* C[i][n] (+)= sum over k of A[i][k] B[k][n] */
-INLINE void nn_tile(const int m, const int n, int64_t depth, const float *const *a, const float *b, int64_t ldb,
-                    float *const *c, int64_t at, int add) {
+/* C[i][n] (+)= sum over k of A[i][k] B[k][n], of two vectors' columns, or of `part` in one. */
+INLINE void nn_tile(const int m, const int wide, int64_t part, int64_t depth, const float *const *a, const float *b,
+                    int64_t ldb, float *const *c, int64_t at, int add) {
     vec sums[6][2];
     for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++) sums[i][j] = add ? load(c[i] + at + j * LANES) : (vec){0};
+        for (int j = 0; j < wide; j++) {
+            const float *from = c[i] + at + j * LANES;
+            sums[i][j] = !add ? (vec){0} : part ? load_part(from, part) : load(from);
+        }
     for (int64_t k = 0; k < depth; k++) {
         vec right[2];
-        for (int j = 0; j < n; j++) right[j] = load(b + k * ldb + j * LANES);
+        for (int j = 0; j < wide; j++) {
+            const float *from = b + k * ldb + j * LANES;
+            right[j] = part ? load_part(from, part) : load(from);
+        }
         for (int i = 0; i < m; i++)
-            for (int j = 0; j < n; j++) sums[i][j] += a[i][k] * right[j];
+            for (int j = 0; j < wide; j++) sums[i][j] += a[i][k] * right[j];
     }
     for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++) store(c[i] + at + j * LANES, sums[i][j]);
+        for (int j = 0; j < wide; j++) {
+            if (part) store_part(c[i] + at, sums[i][j], part);
+            else store(c[i] + at + j * LANES, sums[i][j]);
+        }
 }
 
 static void nn(int64_t m, int64_t n, int64_t depth, const float *const *a, const float *b, int64_t ldb, float *const *c,
                int add) {
-    int64_t j = 0;
-    while (n - j >= LANES) {
-        int wide = n - j >= 2 * LANES;
+    for (int64_t j = 0; j < n;) {
+        int wide = n - j >= 2 * LANES ? 2 : 1;
+        int64_t part = n - j < LANES ? n - j : 0;
         for (int64_t i = 0; i < m;) {
             int high = m - i >= 6 ? 6 : m - i >= 3 ? 3 : 1;
-            if (high == 6 && wide) nn_tile(6, 2, depth, a + i, b + j, ldb, c + i, j, add);
-            else if (high == 3 && wide) nn_tile(3, 2, depth, a + i, b + j, ldb, c + i, j, add);
-            else if (wide) nn_tile(1, 2, depth, a + i, b + j, ldb, c + i, j, add);
-            else if (high == 6) nn_tile(6, 1, depth, a + i, b + j, ldb, c + i, j, add);
-            else if (high == 3) nn_tile(3, 1, depth, a + i, b + j, ldb, c + i, j, add);
-            else nn_tile(1, 1, depth, a + i, b + j, ldb, c + i, j, add);
+            if (part && high == 6) nn_tile(6, 1, part, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (part && high == 3) nn_tile(3, 1, part, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (part) nn_tile(1, 1, part, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (high == 6 && wide == 2) nn_tile(6, 2, 0, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (high == 3 && wide == 2) nn_tile(3, 2, 0, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (wide == 2) nn_tile(1, 2, 0, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (high == 6) nn_tile(6, 1, 0, depth, a + i, b + j, ldb, c + i, j, add);
+            else if (high == 3) nn_tile(3, 1, 0, depth, a + i, b + j, ldb, c + i, j, add);
+            else nn_tile(1, 1, 0, depth, a + i, b + j, ldb, c + i, j, add);
             i += high;
         }
-        j += wide ? 2 * LANES : LANES;
+        j += part ? part : wide * LANES;
     }
-    for (; j < n; j++)
-        for (int64_t i = 0; i < m; i++) {
-            float sum = add ? c[i][j] : 0;
-            for (int64_t k = 0; k < depth; k++) sum += a[i][k] * b[k * ldb + j];
-            c[i][j] = sum;
-        }
 }
 
 /* Numbers of 16 bits: kind 0 is fp32, 1 bf16, 2 fp16. */
@@ -264,15 +310,15 @@ INLINE const uint8_t *row_of(const Rows *rows, int64_t i) {
 /* Components of one class; its bits are a constant. Eight codes fill as many bytes as one has bits. */
 INLINE void unpack_class(const uint32_t bits, const Rows *rows, const Class *class, float step, const float *scales,
                          int64_t stop, float *z, int64_t width) {
-    const uvec narrow = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
-    const uvec wide = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
-    const uvec none = {0};
+    const ueight narrow = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
+    const ueight wide = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
+    const ueight none = {0};
     for (int64_t i = 0; i < rows->count; i++, z += width) {
         const uint8_t *row = row_of(rows, i), *codes = row + class->codes_byte;
         const float scale = step * scales[row[class->scale_byte]];
         const float least = (0.5f - (float)(1u << (bits - 1))) * scale;
         const int64_t rest = rows->end - codes - 8; /* here 8 bytes at once end with the rows */
-        for (int64_t at = class->first, byte = 0; at < stop; at += LANES, byte += bits) {
+        for (int64_t at = class->first, byte = 0; at < stop; at += 8, byte += bits) {
             uint64_t word;
             if (__builtin_expect(byte <= rest, 1)) {
                 memcpy(&word, codes + byte, 8);
@@ -280,15 +326,15 @@ INLINE void unpack_class(const uint32_t bits, const Rows *rows, const Class *cla
                 word = 0;
                 memcpy(&word, codes + byte, bits);
             }
-            uvec found = none + (uint32_t)word;
+            ueight found = none + (uint32_t)word;
             if (bits <= 4) {
                 found >>= narrow;
             } else {
-                uvec high = none + (uint32_t)(word >> 4 * bits);
+                ueight high = none + (uint32_t)(word >> 4 * bits);
                 found = MIXED(found, high, 0, 1, 2, 3, 12, 13, 14, 15) >> wide;
             }
             found &= none + ((1u << bits) - 1);
-            store(z + at, __builtin_convertvector((ivec)found, vec) * scale + least);
+            *(loose8 *)(z + at) = __builtin_convertvector((ieight)found, eight) * scale + least;
         }
     }
 }
