@@ -1,8 +1,9 @@
 /* Attention of one layer to packed latents and exact tokens, in one softmax, on a CPU.
 
    What `attention_clla.LatentRows.attended` does with some hundred operations of PyTorch, in one call and without ever
-   holding unpacked latents of more than a bucket of rows. Everything is computed in fp32. `reading.py` compiles and
-   calls it.
+   holding unpacked latents of more than a bucket of rows. Everything is computed in fp32; for a codec in bf16, products
+   with latents are of bf16 numbers where the processor has tiles for them (`tiles.h`). `reading.py` compiles and calls
+   it.
 
    Shape legend: B sequences, H key-value heads, M query rows per key-value head, K rows, E exact tokens, d head dim,
    p rotary dim, r rank, s components that rows are judged by and summed up: all r where no rows are chosen. */
@@ -13,6 +14,8 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+#include "tiles.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -307,13 +310,25 @@ INLINE const uint8_t *row_of(const Rows *rows, int64_t i) {
     return rows->data + (rows->chosen ? rows->chosen[i] : i) * rows->stride;
 }
 
-/* Components of one class; its bits are a constant. Eight codes fill as many bytes as one has bits. */
-INLINE void unpack_class(const uint32_t bits, const Rows *rows, const Class *class, float step, const float *scales,
-                         int64_t stop, float *z, int64_t width) {
+/* Eight numbers to place `at` of a line of fp32, or of bf16. */
+INLINE void put(void *z, int64_t at, eight found, const int half) {
+#if TILES
+    if (half) {
+        _mm_storeu_si128((__m128i *)((uint16_t *)z + at), (__m128i)_mm256_cvtneps_pbh((__m256)found));
+        return;
+    }
+#endif
+    (void)half;
+    *(loose8 *)((float *)z + at) = found;
+}
+
+/* Components of one class; bits and kind of numbers are constants. Eight codes fill as many bytes as one has bits. */
+INLINE void unpack_class(const uint32_t bits, const int half, const Rows *rows, const Class *class, float step,
+                         const float *scales, int64_t stop, void *z, int64_t width) {
     const ueight narrow = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
     const ueight wide = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
     const ueight none = {0};
-    for (int64_t i = 0; i < rows->count; i++, z += width) {
+    for (int64_t i = 0; i < rows->count; i++) {
         const uint8_t *row = row_of(rows, i), *codes = row + class->codes_byte;
         const float scale = step * scales[row[class->scale_byte]];
         const float least = (0.5f - (float)(1u << (bits - 1))) * scale;
@@ -334,35 +349,41 @@ INLINE void unpack_class(const uint32_t bits, const Rows *rows, const Class *cla
                 found = MIXED(found, high, 0, 1, 2, 3, 12, 13, 14, 15) >> wide;
             }
             found &= none + ((1u << bits) - 1);
-            *(loose8 *)(z + at) = __builtin_convertvector((ieight)found, eight) * scale + least;
+            put(z, i * width + at, __builtin_convertvector((ieight)found, eight) * scale + least, half);
         }
     }
 }
 
 /* The first `judged` components of rows, to z [rows, width]. */
-static void unpack(const Rows *rows, const Class *layout, int64_t classes, const float *steps, const float *scales,
-                   int64_t judged, float *z, int64_t width) {
+INLINE void unpack_as(const int half, const Rows *rows, const Class *layout, int64_t classes, const float *steps,
+                      const float *scales, int64_t judged, void *z, int64_t width) {
     for (int64_t c = 0; c < classes && layout[c].first < judged; c++) {
         const Class *class = layout + c;
         const int64_t stop = class->stop < judged ? class->stop : judged;
         switch (class->bits) {
-        case 1: unpack_class(1, rows, class, steps[c], scales, stop, z, width); break;
-        case 2: unpack_class(2, rows, class, steps[c], scales, stop, z, width); break;
-        case 3: unpack_class(3, rows, class, steps[c], scales, stop, z, width); break;
-        case 4: unpack_class(4, rows, class, steps[c], scales, stop, z, width); break;
-        case 5: unpack_class(5, rows, class, steps[c], scales, stop, z, width); break;
-        case 6: unpack_class(6, rows, class, steps[c], scales, stop, z, width); break;
-        case 7: unpack_class(7, rows, class, steps[c], scales, stop, z, width); break;
-        case 8: unpack_class(8, rows, class, steps[c], scales, stop, z, width); break;
-        default: /* 16 */
-            for (int64_t i = 0; i < rows->count; i++) {
+#define BITS(bits)                                                                                                     \
+    case bits: unpack_class(bits, half, rows, class, steps[c], scales, stop, z, width); break;
+            BITS(1)
+            BITS(2) BITS(3) BITS(4) BITS(5) BITS(6) BITS(7) BITS(8)
+#undef BITS
+                default : /* 16 */
+                          for (int64_t i = 0; i < rows->count; i++) {
                 const uint8_t *row = row_of(rows, i), *codes = row + class->codes_byte;
                 const float scale = steps[c] * scales[row[class->scale_byte]];
-                for (int64_t at = class->first; at < stop; at++, codes += 2)
-                    z[i * width + at] = ((float)(codes[0] | codes[1] << 8) - 32767.5f) * scale;
+                for (int64_t at = class->first; at < stop; at += 8) {
+                    eight found;
+                    for (int lane = 0; lane < 8; lane++, codes += 2)
+                        found[lane] = ((float)(codes[0] | codes[1] << 8) - 32767.5f) * scale;
+                    put(z, i * width + at, found, half);
+                }
             }
         }
     }
+}
+
+static void unpack(const Rows *rows, const Class *layout, int64_t classes, const float *steps, const float *scales,
+                   int64_t judged, float *z, int64_t width) {
+    unpack_as(0, rows, layout, classes, steps, scales, judged, z, width);
 }
 
 /* Turn channels [d] of a head by factors [p/2, 2]; backwards for queries that meet keys before their rotation. */
@@ -419,6 +440,7 @@ enum {
 
 INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t whole(int64_t a, int64_t multiple) { return (a + multiple - 1) / multiple * multiple; }
 
 /* One sequence, and what is computed of it on the way. */
 typedef struct {
@@ -428,6 +450,7 @@ typedef struct {
     int64_t front;    /* row with which the first bucket begins */
     int64_t from, to; /* rows that are seen */
     int64_t half, own_size;
+    int64_t tiles, ss; /* whether products are of tiles; numbers of a line of `Own.sums`, s or more */
     const uint8_t *data, *end;
     const float *query, *turns, *means, *bias, *decoder, *mean;
     float *out;
@@ -443,6 +466,7 @@ typedef struct {
     float *better;    /* [HM, most] logits of the best rows, then their weights */
     float *sums;      /* [HM, r] */
     float *own;       /* what each thread has for itself */
+    uint32_t *paired; /* [H, d padded / 2, ss] decoder of keys for tiles */
 } Work;
 
 /* What a thread has for itself. */
@@ -451,45 +475,104 @@ typedef struct {
     float *absorbed; /* [TOGETHER, HM, s] */
     float *plain;    /* [TOGETHER, HM] their products with the mean key */
     float *z;        /* [bucket or SPAN, s] unpacked rows */
-    float *sums;     /* [HM, s] */
+    float *sums;     /* [HM, ss] */
     float *top;      /* [HM] largest logit of the rows in `sums` */
     float *total;    /* [HM] of their weights */
+    /* With tiles, rows and columns padded to whole ones: */
+    uint16_t *asked16;    /* [TOGETHER M, d] of one head */
+    uint16_t *absorbed16; /* [TOGETHER, HM, ss] */
+    float *products;      /* [TOGETHER M, ss] of one head; [bucket or SPAN, HM] logits */
+    uint32_t *query;      /* [ss / 2, HM] absorbed queries of a bucket */
+    uint16_t *z16;        /* [bucket or SPAN, ss] */
+    uint32_t *pairs;      /* [bucket or SPAN / 2, ss] */
+    uint16_t *weights;    /* [HM, bucket or SPAN] */
 } Own;
 
-static int64_t own_numbers(const Reading *a) {
-    const int64_t HM = a->heads * a->queries;
-    return TOGETHER * HM * (a->dim + a->judged + 1) + greater(a->bucket, SPAN) * a->judged + HM * (a->judged + 2) + 64;
+/* The next part of a piece of memory; with `memory` NULL only `place` moves on. */
+static float *cut(float *memory, int64_t *place, int64_t numbers) {
+    float *found = memory ? memory + *place : NULL;
+    *place += (numbers + 31) / 16 * 16;
+    return found;
 }
 
-static Own own_of(const Work *w, int64_t thread) {
-    Own own;
-    own.asked = w->own + thread * w->own_size;
-    own.absorbed = own.asked + TOGETHER * w->HM * w->d;
-    own.plain = own.absorbed + TOGETHER * w->HM * w->s;
-    own.z = own.plain + TOGETHER * w->HM;
-    own.sums = own.z + greater(w->a->bucket, SPAN) * w->s;
-    own.top = own.sums + w->HM * w->s;
-    own.total = own.top + w->HM;
+static Own lay_out_own(const Work *w, float *memory, int64_t *place) {
+    const int64_t HM = w->HM, most = greater(w->a->bucket, SPAN);
+    const int64_t wide = whole(HM, 16), high = whole(most, 32), asked = whole(TOGETHER * w->M, 16);
+    Own own = {0};
+    own.asked = cut(memory, place, TOGETHER * HM * w->d);
+    own.plain = cut(memory, place, TOGETHER * HM);
+    own.sums = cut(memory, place, whole(HM, 16) * w->ss);
+    own.top = cut(memory, place, HM);
+    own.total = cut(memory, place, HM);
+    if (!w->tiles) {
+        own.absorbed = cut(memory, place, TOGETHER * HM * w->s);
+        own.z = cut(memory, place, most * w->s);
+        return own;
+    }
+    own.asked16 = (uint16_t *)cut(memory, place, asked * whole(w->d, 32) / 2);
+    own.absorbed16 = (uint16_t *)cut(memory, place, TOGETHER * wide * w->ss / 2);
+    own.products = cut(memory, place, greater(asked * w->ss, high * wide));
+    own.query = (uint32_t *)cut(memory, place, w->ss / 2 * wide);
+    own.z16 = (uint16_t *)cut(memory, place, high * w->ss / 2);
+    own.pairs = (uint32_t *)cut(memory, place, high / 2 * w->ss);
+    own.weights = (uint16_t *)cut(memory, place, wide * high / 2);
     return own;
 }
 
-static void unpack_rows(const Work *w, int64_t first, int64_t count, float *z) {
+static Own own_of(const Work *w, int64_t thread) {
+    int64_t place = 0;
+    return lay_out_own(w, w->own + thread * w->own_size, &place);
+}
+
+static void clear(const Work *w, const Own *own) {
+    memset(own->sums, 0, whole(w->HM, 16) * w->ss * sizeof(float));
+    for (int64_t hm = 0; hm < w->HM; hm++) {
+        own->top[hm] = -INFINITY;
+        own->total[hm] = 0;
+    }
+    if (w->tiles) { /* what products run over beyond d and s; what they give beyond is not read */
+        memset(own->asked16, 0, whole(TOGETHER * w->M, 16) * whole(w->d, 32) * 2);
+        memset(own->z16, 0, whole(greater(w->a->bucket, SPAN), 32) * w->ss * 2);
+    }
+}
+
+static void unpack_rows(const Work *w, int64_t first, int64_t count, const Own *own) {
     const Reading *a = w->a;
     const Rows rows = {w->data + first * a->row_stride, w->end, a->row_stride, count, NULL};
-    unpack(&rows, a->layout, a->classes, a->steps, a->scales, w->s, z, w->s);
+    if (!w->tiles) {
+        unpack(&rows, a->layout, a->classes, a->steps, a->scales, w->s, own->z, w->s);
+        return;
+    }
+#if TILES
+    unpack_as(1, &rows, a->layout, a->classes, a->steps, a->scales, w->s, own->z16, w->ss);
+    for (int64_t i = count; i < whole(count, 32); i++) memset(own->z16 + i * w->ss, 0, w->ss * 2);
+    for (int64_t i = 0; i < whole(count, 32); i += 2)
+        paired(own->z16 + i * w->ss, own->z16 + (i + 1) * w->ss, w->ss, own->pairs + i / 2 * w->ss);
+#endif
 }
 
 /* sums += weights of some rows, times their latents z. */
-static void add_latents(const Work *w, int64_t first, int64_t count, const float *z, float *sums) {
+static void add_latents(const Work *w, int64_t first, int64_t count, const Own *own) {
     const float *left[SOME];
     float *right[SOME];
+#if TILES
+    if (w->tiles) {
+        const int64_t depth = whole(count, 32);
+        for (int64_t hm = 0; hm < w->HM; hm++) {
+            narrowed(w->logits + hm * w->K + first, count, own->weights + hm * depth);
+            memset(own->weights + hm * depth + count, 0, (depth - count) * 2);
+        }
+        tiles_product(whole(w->HM, 16), w->ss, depth, own->weights, depth, own->pairs, w->ss, own->sums, w->ss, 1);
+        return;
+    }
+#endif
     for (int64_t start = 0; start < w->HM; start += SOME) {
         int64_t some = lesser(w->HM - start, SOME);
         for (int64_t i = 0; i < some; i++) {
             left[i] = w->logits + (start + i) * w->K + first;
-            right[i] = sums + (start + i) * w->s;
+            right[i] = own->sums + (start + i) * w->ss;
         }
-        nn(some, w->s, count, left, z, w->s, right, 1);
+        nn(some, w->s, count, left, own->z, w->s, right, 1);
     }
 }
 
@@ -506,6 +589,39 @@ static void near_logits(const Work *w) {
     }
 }
 
+#if TILES
+/* `Own.asked` through the decoder, to `Own.absorbed16`. */
+static void absorb_tiles(const Work *w, int64_t count, const Own *own) {
+    const int64_t M = w->M, depth = whole(w->d, 32), wide = whole(w->HM, 16), rows = whole(count * M, 16);
+    for (int64_t h = 0; h < w->H; h++) {
+        for (int64_t i = 0; i < count * M; i++)
+            narrowed(own->asked + (i / M * w->HM + h * M + i % M) * w->d, w->d, own->asked16 + i * depth);
+        const uint32_t *decoder = w->paired + h * depth / 2 * w->ss;
+        tiles_product(rows, w->ss, depth, own->asked16, depth, decoder, w->ss, own->products, w->ss, 0);
+        for (int64_t i = 0; i < count * M; i++) {
+            uint16_t *to = own->absorbed16 + (i / M * wide + h * M + i % M) * w->ss;
+            narrowed(own->products + i * w->ss, w->ss, to);
+        }
+    }
+}
+
+/* Logits of a bucket's rows by its absorbed queries, before what the mean key adds. */
+static void logits_tiles(const Work *w, int64_t row, int64_t count, const uint16_t *absorbed, const Own *own) {
+    const int64_t wide = whole(w->HM, 16), rows = whole(count, 16);
+    for (int64_t q = 0; q < wide; q += 16)
+        for (int64_t k = 0; k < w->ss; k += 32)
+            transposed(absorbed + q * w->ss + k, w->ss / 2, own->query + k / 2 * wide + q, wide);
+    tiles_product(rows, wide, w->ss, own->z16, w->ss, own->query, wide, own->products, wide, 0);
+    float part[16][16];
+    for (int64_t i = 0; i < rows; i += 16)
+        for (int64_t q = 0; q < wide; q += 16) {
+            transposed(own->products + i * wide + q, wide, part, 16);
+            for (int64_t hm = q; hm < lesser(w->HM, q + 16); hm++)
+                memcpy(w->logits + hm * w->K + row + i, part[hm - q], lesser(count - i, 16) * sizeof(float));
+        }
+}
+#endif
+
 /* Queries of some buckets, turned back to their middle and led through the decoder. */
 static void absorb(const Work *w, int64_t first, int64_t count, const Own *own) {
     const Reading *a = w->a;
@@ -521,6 +637,12 @@ static void absorb(const Work *w, int64_t first, int64_t count, const Own *own) 
             for (int64_t i = 0; i < d; i++) x[i] *= (float)a->scaling;
             own->plain[g * HM + hm] = dot(x, w->mean + hm / w->M * d, d);
         }
+#if TILES
+    if (w->tiles) {
+        absorb_tiles(w, count, own);
+        return;
+    }
+#endif
     for (int64_t h = 0; h < w->H; h++)
         for (int64_t start = 0; start < w->M; start += SOME) {
             int64_t rows = 0;
@@ -533,18 +655,20 @@ static void absorb(const Work *w, int64_t first, int64_t count, const Own *own) 
         }
 }
 
-/* Logits of a bucket's rows by its absorbed queries. */
-static void bucket_logits(const Work *w, int64_t row, int64_t count, const float *absorbed, const float *plain,
-                          const float *z) {
-    const float *left[SOME];
+/* Logits of the rows of bucket g of those that are absorbed. */
+static void bucket_logits(const Work *w, int64_t row, int64_t count, int64_t g, const Own *own) {
+    const float *left[SOME], *plain = own->plain + g * w->HM;
     float *right[SOME];
-    for (int64_t start = 0; start < w->HM; start += SOME) {
+#if TILES
+    if (w->tiles) logits_tiles(w, row, count, own->absorbed16 + g * whole(w->HM, 16) * w->ss, own);
+#endif
+    for (int64_t start = 0; start < w->HM && !w->tiles; start += SOME) {
         int64_t some = lesser(w->HM - start, SOME);
         for (int64_t i = 0; i < some; i++) {
-            left[i] = absorbed + (start + i) * w->s;
+            left[i] = own->absorbed + (g * w->HM + start + i) * w->s;
             right[i] = w->logits + (start + i) * w->K;
         }
-        nt(some, count, w->s, left, z, w->s, right, row, 0);
+        nt(some, count, w->s, left, own->z, w->s, right, row, 0);
     }
     for (int64_t hm = 0; hm < w->HM; hm++) {
         float *line = w->logits + hm * w->K;
@@ -563,11 +687,11 @@ static void add_bucket(const Work *w, int64_t row, int64_t count, const Own *own
             continue;
         }
         float shrink = expf(own->top[hm] - top);
-        if (shrink < 1) scaled(own->sums + hm * w->s, w->s, shrink);
+        if (shrink < 1) scaled(own->sums + hm * w->ss, w->s, shrink);
         own->total[hm] = own->total[hm] * shrink + exponentials(line, count, top);
         own->top[hm] = top;
     }
-    add_latents(w, row, count, own->z, own->sums);
+    add_latents(w, row, count, own);
 }
 
 /* Logits of all rows, by one rotation for each bucket; where no rows are chosen, their sums as well. */
@@ -582,8 +706,8 @@ static void read_buckets(const Work *w, const Own *own) {
         absorb(w, first, together, own);
         for (int64_t g = 0; g < together; g++) {
             int64_t row = w->front + (first + g) * size, count = lesser(w->K - row, size);
-            unpack_rows(w, row, count, own->z);
-            bucket_logits(w, row, count, own->absorbed + g * w->HM * w->s, own->plain + g * w->HM, own->z);
+            unpack_rows(w, row, count, own);
+            bucket_logits(w, row, count, g, own);
             if (!w->most) add_bucket(w, row, count, own);
         }
     }
@@ -665,8 +789,8 @@ static void sum_up(const Work *w, const Own *own) {
 #pragma omp for schedule(static) nowait
     for (int64_t span = 0; span < (w->K + SPAN - 1) / SPAN; span++) {
         int64_t row = span * SPAN, count = lesser(w->K - row, SPAN);
-        unpack_rows(w, row, count, own->z);
-        add_latents(w, row, count, own->z, own->sums);
+        unpack_rows(w, row, count, own);
+        add_latents(w, row, count, own);
     }
     const float *left[SOME];
     float *right[SOME];
@@ -696,7 +820,7 @@ static void gather(const Work *w, int64_t threads) {
             const Own own = own_of(w, thread);
             float shrink = w->most ? 1 : expf(own.top[hm] - top);
             total += own.total[hm] * shrink;
-            for (int64_t j = 0; j < w->s; j++) sums[j] += own.sums[hm * w->s + j] * shrink;
+            for (int64_t j = 0; j < w->s; j++) sums[j] += own.sums[hm * w->ss + j] * shrink;
         }
         if (!w->most) {
             float all = total + exponentials(near, w->E, top);
@@ -740,11 +864,11 @@ static void attend_one(const Work *w) {
         int64_t thread = 0, threads = 1;
 #endif
         const Own own = own_of(w, thread);
-        memset(own.sums, 0, w->HM * w->s * sizeof(float));
-        for (int64_t hm = 0; hm < w->HM; hm++) {
-            own.top[hm] = -INFINITY;
-            own.total[hm] = 0;
-        }
+        clear(w, &own);
+#if TILES
+        TileConfig before;
+        if (w->tiles) tiles_begin(&before);
+#endif
         near_logits(w);
         read_buckets(w, &own);
         if (w->most) {
@@ -755,14 +879,10 @@ static void attend_one(const Work *w) {
         }
         gather(w, threads);
         decode(w);
+#if TILES
+        if (w->tiles) tiles_end(&before);
+#endif
     }
-}
-
-/* The next part of a piece of memory; with `memory` NULL only `place` moves on. */
-static float *cut(float *memory, int64_t *place, int64_t numbers) {
-    float *found = memory ? memory + *place : NULL;
-    *place += (numbers + 31) / 16 * 16;
-    return found;
 }
 
 /* Lay out a sequence's memory; how many numbers it holds. */
@@ -781,6 +901,7 @@ static int64_t lay_out(Work *w, float *memory) {
     w->better = cut(memory, &place, w->HM * w->most);
     w->sums = cut(memory, &place, w->HM * w->r);
     w->own = cut(memory, &place, w->a->threads * w->own_size);
+    w->paired = (uint32_t *)cut(memory, &place, w->tiles ? w->H * whole(w->d, 32) / 2 * w->ss : 0);
     return place;
 }
 
@@ -790,7 +911,13 @@ static Work work_of(const Reading *a) {
     w.s = a->judged;
     w.most = a->most < K ? a->most : 0;
     w.half = a->rotary / 2;
-    w.own_size = own_numbers(a);
+#if TILES
+    static int allowed = -1;
+    if (allowed < 0) allowed = tiles_allowed();
+    w.tiles = allowed && a->codec_kind == 1;
+#endif
+    w.ss = w.tiles ? whole(w.s, 32) : w.s;
+    lay_out_own(&w, NULL, &w.own_size);
     w.end = a->data + a->data_bytes;
     w.to = a->used >= 0 ? lesser(a->used, K) : K;
     return w;
@@ -803,15 +930,34 @@ int64_t clla_numbers(const Reading *a) {
     return lay_out(&w, NULL) + width + 32 + (a->codec_kind ? width * w.r : 0);
 }
 
+/* Decoder and mean as they are computed with. */
+static void prepare(const Work *w, float *mean, float *decoder) {
+    const Reading *a = w->a;
+    const int64_t d = w->d, r = w->r, kind = a->codec_kind;
+    widen(a->mean, kind, 2 * w->H * d, mean);
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (a->threads > 1)
+    for (int64_t h = 0; h < 2 * w->H; h++) {
+        const int64_t place = h * d * r, paired_keys = w->tiles && h < w->H;
+        if (kind && (!paired_keys || w->most)) widen(at_number(a->decoder, kind, place), kind, d * r, decoder + place);
+#if TILES
+        if (!paired_keys) continue;
+        const uint16_t *from = (const uint16_t *)a->decoder + place;
+        uint32_t *to = w->paired + h * whole(d, 32) / 2 * w->ss;
+        memset(to, 0, whole(d, 32) / 2 * w->ss * sizeof(uint32_t));
+        for (int64_t i = 0; i < d; i += 2)
+            paired(from + i * r, i + 1 < d ? from + (i + 1) * r : NULL, w->s, to + i / 2 * w->ss);
+#endif
+    }
+}
+
 void clla_attend(const Reading *a) {
     Work w = work_of(a);
     const int64_t H = w.H, HM = w.HM, d = w.d, K = w.K, E = w.E, width = 2 * H * d;
     int64_t place = lay_out(&w, a->memory);
     float *mean = cut(a->memory, &place, width), *decoder = cut(a->memory, &place, 0);
-    widen(a->mean, a->codec_kind, width, mean);
-    if (a->codec_kind) widen(a->decoder, a->codec_kind, width * w.r, decoder);
     w.mean = mean;
     w.decoder = a->codec_kind ? decoder : a->decoder;
+    prepare(&w, mean, decoder);
     for (int64_t b = 0; b < a->sequences; b++) {
         w.front = lesser(a->fronts[b], K);
         w.from = lesser(a->hidden[b], K);

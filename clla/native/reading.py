@@ -28,7 +28,7 @@ from clla.modeling.attention_clla import LatentRows
 from clla.modeling.quantize_clla import RowLayout, class_steps, scale_table
 from clla.modeling.triton_clla import flat_layout
 
-SOURCE = Path(__file__).with_name("reading.c")
+SOURCE, TILES = (Path(__file__).with_name(name) for name in ("reading.c", "tiles.h"))
 OFF = "CLLA_NATIVE"  # in the environment: "0" for PyTorch alone
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -93,7 +93,8 @@ def library() -> Any:
 def _compiled(program: str) -> Path:
     """The library in the user's cache directory, for this code, compiler and processor."""
     version = _run([program, "--version"]).stdout
-    known = (SOURCE.read_text(encoding="utf-8"), version, *FLAGS, platform.machine(), _processor(), torch.__version__)
+    texts = (path.read_text(encoding="utf-8") for path in (SOURCE, TILES))
+    known = (*texts, version, *FLAGS, platform.machine(), _processor(), torch.__version__)
     name = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clla"
     path = folder / f"reading-{name}.so"

@@ -83,31 +83,42 @@ def judged_by_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_clla, "COMPILED", None)  # what is expected comes from PyTorch
 
 
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"batch": 2, "tokens": 2},
+    {"batch": 2, "used": 61},
+    {"dim": 20, "rotary": 8, "interleaved": True},
+    {"dim": 17, "rotary": 0},
+    {"stored": torch.float32},
+    {"dim": 64, "rotary": 64, "count": 700, "bucket": 16, "heads": 3, "queries": 1},
+    {"count": 700, "bucket": 128, "heads": 1, "queries": 8},
+    {"count": 5, "exact": 1},
+    {"exact": 0},
+    {"heads": 9, "queries": 8, "tokens": 2},
+]
+
+
 @needs_compiler
 @pytest.mark.parametrize("most", [None, 5, 40])
 @pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"batch": 2, "tokens": 2},
-        {"batch": 2, "used": 61},
-        {"dim": 20, "rotary": 8, "interleaved": True},
-        {"dtype": torch.bfloat16, "stored": torch.float32},
-        {"dtype": torch.float16, "stored": torch.float16},
-        {"count": 700, "bucket": 16, "heads": 3, "queries": 1},
-        {"count": 700, "bucket": 128, "heads": 1, "queries": 8},
-        {"count": 5, "exact": 1},
-        {"exact": 0},
-        {"heads": 9, "queries": 8, "tokens": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [*SHAPES, {"dtype": torch.float16, "stored": torch.float16}], ids=str)
 def test_what_is_read_is_what_pytorch_reads(options: dict[str, Any], turned: bool, most: int | None) -> None:
     case = Case(**options)
     found = case.found(turned=turned, most=most)
     assert found is not None
     torch.testing.assert_close(found, case.expected(turned=turned, most=most), atol=2e-5, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("most", [None, 5, 40])
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_with_a_codec_in_bf16_no_more_is_rounded_than_by_pytorch(options: dict[str, Any], most: int | None) -> None:
+    """Where the processor has tiles, products are of bf16 numbers, as PyTorch's are."""
+    case = Case(dtype=torch.bfloat16, **options)
+    expected, found = case.expected(turned=True, most=most), case.found(turned=True, most=most)
+    by_pytorch = case.rows().attended(case.query, case.exact, case.bias, 1, scaling=0.3, turned=True, most=most)
+    assert found is not None
+    assert (found - expected).square().mean() <= 1.5 * (by_pytorch - expected).square().mean()
 
 
 @needs_compiler
