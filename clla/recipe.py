@@ -172,7 +172,7 @@ class PlanConfig(_Section):
 class RuntimeConfig(_Section):
     """How the model computes."""
 
-    prefill_chunk: int = Field(512, ge=1, description="most tokens of one forward pass; they see each other exactly")
+    prefill_chunk: int = Field(2048, ge=1, description="most tokens of one forward pass; they see each other exactly")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the calibration pass; 'auto' keeps a 16-bit checkpoint's dtype where that is fast"
     )

@@ -89,7 +89,8 @@ def same(model: CllaForCausalLM, ids: Tensor, sizes: list[int], mask: Tensor | N
 def test_equals_the_sources_attention_over_decoded_tokens(step: int, source: str, sinks: int, reads: list[int]) -> None:
     model, stats = source_and_stats("llama")
     groups = tuple((layer,) for layer in stats.layers) if source == "first" else ()
-    plan = plan_of(stats, model, bits=4, rank=48, groups=groups, source=source, sinks=sinks)
+    # 8 bits: the order of a sum may turn a code, which 4 bits would show as a difference of the logits.
+    plan = plan_of(stats, model, bits=8, rank=48, groups=groups, source=source, sinks=sinks)
     same(converted_of(model, plan, stats), tokens(2, 80), parts(80, step))
     assert len(reads) >= 4 * (20 // step) and set(reads) == {0, 1, 2, 3}
 
