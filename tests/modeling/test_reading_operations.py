@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,5 +41,13 @@ def test_a_token_of_llama_3_8b_takes_a_million_operations(count: int, monkeypatc
         how = {"scaling": 0.1, "turned": True, "most": rows_in_full(count)}
         rows.attended(query, exact, torch.zeros(1, 1, 4), 0, **how)
     per_token = counter.get_total_flops() / count
+    best = rows_in_full(count)
+    assert best is not None
+    judged = attention_clla.judging_rank(layout)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from time_model import Reading
+
+    model = Reading(1, count, layout.rank, layout.row_bytes, judged, best, queries, heads, dim, bucket)
+    assert per_token == pytest.approx(model.operations, rel=0.15)
     assert 0.3e6 < per_token < 1.0e6
     assert 2 * heads * dim * layout.rank > 10 * per_token
