@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from .attention_clla import bias_of
 from .decoupled_clla import DecoupledGroup
 from .group_clla import LatentGroup, Step, reading_tokens
 from .observe_clla import Attention
@@ -297,7 +298,7 @@ class CllaCache(Cache):
         seen = torch.cat((sinks[:, None].expand(-1, count, -1), newest), dim=2)
         hidden = (self.timeline.padding.to(device) + group.sinks).clamp(max=group.encoded)
         used = None if self.most_tokens is None else torch.full((1,), group.encoded, device=device)
-        bias = torch.where(seen, 0.0, float("-inf"))
+        bias = bias_of(seen)
         return Step(own + group.sink_slots, bias, hidden, used)
 
     # Where all layers read latents nobody uses the model's mask, so it is made for the new tokens alone.

@@ -240,9 +240,8 @@ def class_steps(classes: "tuple[tuple[int, int, int], ...]", device: torch.devic
     key = (classes, device)
     if key not in _STEPS:
         with torch.inference_mode(False):
-            _STEPS[key] = torch.tensor(
-                [quantization_step(bits, stop - first) for bits, first, stop in classes], device=device
-            )
+            steps = [quantization_step(bits, stop - first) for bits, first, stop in classes]
+            _STEPS[key] = torch.tensor(steps, dtype=torch.float32, device=device)
     return _STEPS[key]
 
 

@@ -159,7 +159,7 @@ def attended(
     if call is None:
         call = rows.native = _prepared(rows)
     sequences, heads, queries, dim = query.shape
-    query, bias = query.float().contiguous(), bias.contiguous()
+    query, bias = query.float().contiguous(), bias.float().contiguous()
     exact = exact if exact[0, 0].is_contiguous() else exact.contiguous()
     fields, decoder, mean = call.fields, codec.decoder[layer].contiguous(), codec.mean[layer].contiguous()
     out = torch.empty_like(query)

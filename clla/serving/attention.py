@@ -25,7 +25,7 @@ from clla.modeling.absorbed_clla import (
     rotary_key,
     split_query,
 )
-from clla.modeling.attention_clla import Buckets, LatentRows, rows_in_full
+from clla.modeling.attention_clla import Buckets, LatentRows, bias_of, rows_in_full
 from clla.modeling.codec_clla import before_rope, decode, encode
 from clla.modeling.group_clla import reading_tokens
 from clla.modeling.pack_triton_clla import packed
@@ -83,7 +83,7 @@ class GroupReader:
         few = reading_tokens(self.kv_heads, self.head_dim, self.kv_heads * query_heads // len(heads))
         self.few = few if self.window or group.rope_pairs else 0
         self._decoder: Decoder | None = None
-        self._bucket: int | None = None
+        self.bucket: int | None = None  # neighbours with one rotation; from the rotations at first use
 
     @property
     def decoder(self) -> Decoder:
@@ -173,11 +173,11 @@ class GroupReader:
     def _opened(self, side: Side, data: Tensor) -> LatentRows | AbsorbedRows:
         """Readable rows of packed ones [S, K, N]."""
         hidden, reach = side.hidden(self.sinks), max(side.hidden_rows(self.sinks))
-        if self._bucket is None:
-            self._bucket = int(os.environ.get(BUCKET, 0)) or bucket_length(self.rope, self.head_dim)
+        if self.bucket is None:
+            self.bucket = int(os.environ.get(BUCKET, 0)) or bucket_length(self.rope, self.head_dim)
         buckets = None
-        if self._bucket > 1 and data.device.type == "cpu":
-            buckets = Buckets(self._bucket, side.means(self._bucket), side.fronts)
+        if self.bucket > 1 and data.device.type == "cpu":
+            buckets = Buckets(self.bucket, side.means(self.bucket), side.fronts)
         return LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns, buckets=buckets)
 
     def _turned(self, index: int) -> bool:
@@ -192,7 +192,7 @@ class GroupReader:
         memo, key = exact[0].memo, ("exact", side.sequences[0])
         if key not in memo:  # layers whose pages are in the same blocks
             slots, seen = side.exact(exact[0], self.sinks, exact[1].shape[2])
-            memo[key] = slots, torch.where(seen, 0.0, float("-inf"))  # [S, T, E]
+            memo[key] = slots, bias_of(seen)  # [S, T, E]
         slots, bias = memo[key]
         both = read_exact(exact[1], slots)  # [S, 2H, E, d]
         q = query.transpose(1, 2).unflatten(1, (heads, -1)).flatten(2, 3)  # [S, H, M, d]

@@ -42,7 +42,9 @@ def check_one_layer(group: GroupReader, spec: GroupSpec, cache: CacheSpec, rotar
     Raises:
         CllaError: they differ.
     """
+    group.bucket = 1  # the reference turns every key to its own position
     found, wanted = _outputs(group, spec, cache, rotary, block)
+    group.bucket = None
     error = float((found - wanted).norm() / wanted.norm())
     if not error <= TOLERANCE[group.codec.encoder.dtype]:
         raise CllaError(

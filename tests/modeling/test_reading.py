@@ -20,7 +20,7 @@ from helpers import converted_of, kept_bytes, mostly_slow, plan_of, stats_of, to
 from torch import Tensor
 from transformers import CompileConfig
 
-from clla.modeling import attention_clla, rotary_clla, rows_clla
+from clla.modeling import attention_clla, quantize_clla, rotary_clla, rows_clla
 from clla.modeling.attention_clla import Buckets, LatentRows
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.group_clla import LatentGroup
@@ -28,6 +28,7 @@ from clla.modeling.hooks_clla import CACHE
 from clla.modeling.modeling_clla import CllaForCausalLM
 from clla.modeling.quantize_clla import RowLayout
 from clla.modeling.rotary_clla import Turns
+from clla.native.reading import attended
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 COMMON: dict[str, Any] = {"do_sample": False, "eos_token_id": 257, "pad_token_id": 258}
@@ -80,6 +81,25 @@ def same(model: CllaForCausalLM, ids: Tensor, sizes: list[int], mask: Tensor | N
     assert cache.get_seq_length() == other.get_seq_length() == ids.shape[1] and cache.nbytes == other.nbytes
     for mine, theirs in zip(cache.groups, other.groups, strict=True):
         assert (mine.encoded, mine.filled) == (theirs.encoded, theirs.filled)
+
+
+@pytest.mark.usefixtures("usual_rotations")
+@pytest.mark.parametrize("compiled", [False, True], ids=["PyTorch", "compiled code"])
+def test_the_default_dtype_changes_nothing(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines set it to the model's while they make one, and check it there."""
+    model, stats = source_and_stats("llama")
+    converted, ids = converted_of(model, plan_of(stats, model, bits=5, rank=48), stats), tokens(2, 80)
+    converted = copy.deepcopy(converted).bfloat16()
+    monkeypatch.setattr(attention_clla, "COMPILED", attended if compiled else None)
+    expected, _ = logits_of(converted, ids, parts(80, 1))
+    monkeypatch.setattr(quantize_clla, "_STEPS", {})
+    monkeypatch.setattr(quantize_clla, "_TABLES", {})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, _ = logits_of(converted, ids, parts(80, 1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.slow
