@@ -364,7 +364,8 @@ INLINE void unpack_as(const int half, const Rows *rows, const Class *layout, int
 #define BITS(bits)                                                                                                     \
     case bits: unpack_class(bits, half, rows, class, steps[c], scales, stop, z, width); break;
             BITS(1)
-            BITS(2) BITS(3) BITS(4) BITS(5) BITS(6) BITS(7) BITS(8)
+            BITS(2)
+            BITS(3) BITS(4) BITS(5) BITS(6) BITS(7) BITS(8)
 #undef BITS
                 default : /* 16 */
                           for (int64_t i = 0; i < rows->count; i++) {
@@ -450,6 +451,7 @@ typedef struct {
     int64_t front;    /* row with which the first bucket begins */
     int64_t from, to; /* rows that are seen */
     int64_t half, own_size;
+    int64_t threads;   /* that share a sequence's work */
     int64_t tiles, ss; /* whether products are of tiles; numbers of a line of `Own.sums`, s or more */
     const uint8_t *data, *end;
     const float *query, *turns, *means, *bias, *decoder, *mean;
@@ -856,7 +858,7 @@ static void decode(const Work *w) {
 }
 
 static void attend_one(const Work *w) {
-#pragma omp parallel num_threads(w->a->threads) if (w -> a->threads > 1)
+#pragma omp parallel num_threads(w->threads) if (w -> threads > 1)
     {
 #ifdef _OPENMP
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -900,10 +902,12 @@ static int64_t lay_out(Work *w, float *memory) {
     w->best_keys = cut(memory, &place, w->most * width);
     w->better = cut(memory, &place, w->HM * w->most);
     w->sums = cut(memory, &place, w->HM * w->r);
-    w->own = cut(memory, &place, w->a->threads * w->own_size);
-    w->paired = (uint32_t *)cut(memory, &place, w->tiles ? w->H * whole(w->d, 32) / 2 * w->ss : 0);
+    w->own = cut(memory, &place, w->threads * w->own_size);
     return place;
 }
+
+/* How many sequences are read at once: as many as there are threads, if there are as many; else threads share one. */
+static int64_t teams_of(const Reading *a) { return a->sequences >= a->threads ? a->threads : 1; }
 
 static Work work_of(const Reading *a) {
     const int64_t K = a->rows, HM = a->heads * a->queries;
@@ -917,17 +921,28 @@ static Work work_of(const Reading *a) {
     w.tiles = allowed && a->codec_kind == 1;
 #endif
     w.ss = w.tiles ? whole(w.s, 32) : w.s;
+    w.threads = teams_of(a) > 1 ? 1 : a->threads;
     lay_out_own(&w, NULL, &w.own_size);
     w.end = a->data + a->data_bytes;
     w.to = a->used >= 0 ? lesser(a->used, K) : K;
     return w;
 }
 
+/* Lay out the memory that all sequences share; how many numbers it holds. */
+static int64_t lay_out_shared(Work *w, float *memory, float **mean, float **decoder) {
+    const int64_t width = 2 * w->H * w->d;
+    int64_t place = 0;
+    *mean = cut(memory, &place, width);
+    *decoder = cut(memory, &place, w->a->codec_kind ? width * w->r : 0);
+    w->paired = (uint32_t *)cut(memory, &place, w->tiles ? w->H * whole(w->d, 32) / 2 * w->ss : 0);
+    return place;
+}
+
 /* How many numbers of memory are taken. */
 int64_t clla_numbers(const Reading *a) {
     Work w = work_of(a);
-    const int64_t width = 2 * w.H * w.d;
-    return lay_out(&w, NULL) + width + 32 + (a->codec_kind ? width * w.r : 0);
+    float *mean, *decoder;
+    return lay_out_shared(&w, NULL, &mean, &decoder) + teams_of(a) * lay_out(&w, NULL);
 }
 
 /* Decoder and mean as they are computed with. */
@@ -950,27 +965,40 @@ static void prepare(const Work *w, float *mean, float *decoder) {
     }
 }
 
+static void attend_sequence(Work *w, int64_t b) {
+    const Reading *a = w->a;
+    w->front = lesser(a->fronts[b], w->K);
+    w->from = lesser(a->hidden[b], w->K);
+    w->data = a->data + b * a->sequence_stride;
+    w->query = a->query + b * w->HM * w->d;
+    w->turns = a->turns + b * a->turns_stride;
+    w->means = a->means + b * a->means_stride;
+    w->bias = a->bias + b * a->bias_stride;
+    w->out = a->out + b * w->HM * w->d;
+    for (int64_t h = 0; h < 2 * w->H && w->E; h++) {
+        int64_t place = b * a->exact_strides[0] + h * a->exact_strides[1];
+        const void *from = at_number(a->exact_tokens, a->exact_kind, place);
+        widen(from, a->exact_kind, w->E * w->d, w->tokens + h * w->E * w->d);
+    }
+    attend_one(w);
+}
+
 void clla_attend(const Reading *a) {
     Work w = work_of(a);
-    const int64_t H = w.H, HM = w.HM, d = w.d, K = w.K, E = w.E, width = 2 * H * d;
-    int64_t place = lay_out(&w, a->memory);
-    float *mean = cut(a->memory, &place, width), *decoder = cut(a->memory, &place, 0);
+    const int64_t teams = teams_of(a), size = lay_out(&w, NULL);
+    float *mean, *decoder, *memory = a->memory + lay_out_shared(&w, a->memory, &mean, &decoder);
     w.mean = mean;
     w.decoder = a->codec_kind ? decoder : a->decoder;
     prepare(&w, mean, decoder);
-    for (int64_t b = 0; b < a->sequences; b++) {
-        w.front = lesser(a->fronts[b], K);
-        w.from = lesser(a->hidden[b], K);
-        w.data = a->data + b * a->sequence_stride;
-        w.query = a->query + b * HM * d;
-        w.turns = a->turns + b * a->turns_stride;
-        w.means = a->means + b * a->means_stride;
-        w.bias = a->bias + b * a->bias_stride;
-        w.out = a->out + b * HM * d;
-        for (int64_t h = 0; h < 2 * H && E; h++) {
-            int64_t place = b * a->exact_strides[0] + h * a->exact_strides[1];
-            widen(at_number(a->exact_tokens, a->exact_kind, place), a->exact_kind, E * d, w.tokens + h * E * d);
-        }
-        attend_one(&w);
+#pragma omp parallel num_threads(teams) if (teams > 1)
+    {
+        Work own = w;
+#ifdef _OPENMP
+        lay_out(&own, memory + (teams > 1 ? omp_get_thread_num() : 0) * size);
+#else
+        lay_out(&own, memory);
+#endif
+#pragma omp for schedule(dynamic)
+        for (int64_t b = 0; b < a->sequences; b++) attend_sequence(&own, b);
     }
 }

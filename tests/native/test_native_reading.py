@@ -136,13 +136,15 @@ def test_tensors_may_lie_anyhow() -> None:
 
 
 @needs_compiler
-def test_several_threads_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(count=700, batch=2)
-    expected = case.expected(turned=True, most=40)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    found = case.found(turned=True, most=40)
-    assert found is not None
+@pytest.mark.parametrize("threads", [2, 3], ids=["one for each sequence", "all for each sequence"])
+def test_several_threads_read_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, coarse = Case(count=700, batch=2), Case(count=700, batch=2, dtype=torch.bfloat16)
+    expected, alone = case.expected(turned=True, most=40), coarse.found(turned=True, most=None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found, together = case.found(turned=True, most=40), coarse.found(turned=True, most=None)
+    assert found is not None and together is not None
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(together, alone, atol=2e-2, rtol=1e-2)
 
 
 @needs_compiler
