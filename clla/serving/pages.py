@@ -51,9 +51,20 @@ def write_exact(pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> N
 
 def read_exact(pages: Tensor, slots: Tensor) -> Tensor:
     """Keys and values [..., 2H, T, d] of slots [..., T] of pages [P, H, b, 2d]."""
-    block, place = slots // pages.shape[2], slots % pages.shape[2]
-    both = pages[block, :, place]  # [..., T, H, 2d]
-    return torch.cat(both.chunk(2, dim=-1), dim=-2).transpose(-3, -2)
+    heads, dim = pages.shape[1], pages.shape[3] // 2
+    block, place = (x[..., None, :] for x in (slots // pages.shape[2], slots % pages.shape[2]))
+    own = torch.arange(heads, device=pages.device)[:, None]
+    steps = pages.stride()
+    if any(step % dim for step in steps[:3]):  # pages that are padded to a size of others
+        both = pages[block, own, place]  # [..., H, T, 2d]
+        return torch.cat(both.chunk(2, dim=-1), dim=-3)
+    # Lines of d numbers, copied once: a key, and its value in the next one.
+    lines = pages.as_strided(
+        (sum((n - 1) * step for n, step in zip(pages.shape, steps, strict=True)) // dim + 1, dim), (dim, 1)
+    )
+    keys = (block * steps[0] + own * steps[1] + place * steps[2]) // dim  # [..., H, T]
+    index = torch.cat((keys, keys + 1), dim=-2)
+    return lines.index_select(0, index.flatten()).view(*index.shape, dim)
 
 
 def slots_at(table: Tensor, places: Tensor, size: int) -> Tensor:
