@@ -365,7 +365,8 @@ INLINE void unpack_as(const int half, const Rows *rows, const Class *layout, int
     case bits: unpack_class(bits, half, rows, class, steps[c], scales, stop, z, width); break;
             BITS(1)
             BITS(2)
-            BITS(3) BITS(4) BITS(5) BITS(6) BITS(7) BITS(8)
+            BITS(3)
+            BITS(4) BITS(5) BITS(6) BITS(7) BITS(8)
 #undef BITS
                 default : /* 16 */
                           for (int64_t i = 0; i < rows->count; i++) {
@@ -907,7 +908,13 @@ static int64_t lay_out(Work *w, float *memory) {
 }
 
 /* How many sequences are read at once: as many as there are threads, if there are as many; else threads share one. */
-static int64_t teams_of(const Reading *a) { return a->sequences >= a->threads ? a->threads : 1; }
+static int64_t teams_of(const Reading *a) {
+#ifdef _OPENMP
+    return a->sequences >= a->threads ? a->threads : 1;
+#else
+    return 1;
+#endif
+}
 
 static Work work_of(const Reading *a) {
     const int64_t K = a->rows, HM = a->heads * a->queries;
@@ -990,15 +997,18 @@ void clla_attend(const Reading *a) {
     w.mean = mean;
     w.decoder = a->codec_kind ? decoder : a->decoder;
     prepare(&w, mean, decoder);
-#pragma omp parallel num_threads(teams) if (teams > 1)
+    if (teams == 1) { /* not in a parallel region of one thread, for which OpenMP would start others anew */
+        lay_out(&w, memory);
+        for (int64_t b = 0; b < a->sequences; b++) attend_sequence(&w, b);
+        return;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(teams)
     {
         Work own = w;
-#ifdef _OPENMP
-        lay_out(&own, memory + (teams > 1 ? omp_get_thread_num() : 0) * size);
-#else
-        lay_out(&own, memory);
-#endif
+        lay_out(&own, memory + omp_get_thread_num() * size);
 #pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < a->sequences; b++) attend_sequence(&own, b);
     }
+#endif
 }
