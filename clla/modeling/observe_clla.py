@@ -104,20 +104,27 @@ class Attention:
         """What the model masks; None where it leaves that to the attention function."""
         return self._call[3]
 
-    def folded(self, added: Tensor, scaling: float) -> Tensor:
+    def folded(self, added: Tensor, blocks: "list[tuple[int, int, int]]", scaling: float) -> Tensor:
         """Ordinary attention [B, T, H_q, d] of prompts on a CPU, to the same keys and values.
 
         Query heads of a key-value head follow one another as if they were tokens, so that nothing is copied for each
-        of them, and PyTorch's kernel takes larger blocks of more rows.
+        of them, and PyTorch's kernel takes larger blocks of more rows. Keys that a block of tokens cannot see are left
+        out: of the tokens of one pass that is nearly half.
 
         Args:
-            added: [B or 1, 1, H_q/H·T, S], the mask as numbers that are added to logits, once for each of them.
+            added: [B or 1, 1, T, S], the mask as numbers that are added to logits.
+            blocks: first and last token of each, the last one not included, and how many keys it sees.
             scaling: of the logits.
         """
         query, key, value = self._call[2]
-        rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-        out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=added, scale=scaling)
-        return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2)
+        query = query.unflatten(1, (key.shape[1], -1))  # [B, H, M, T, d]
+        share, parts = query.shape[2], []
+        for start, stop, seen in blocks:
+            rows, own = query[..., start:stop, :].flatten(2, 3), (key[:, :, :seen], value[:, :, :seen])
+            mask = added[:, :, start:stop, :seen].repeat(1, 1, share, 1)
+            out = nn.functional.scaled_dot_product_attention(rows, *own, attn_mask=mask, scale=scaling)
+            parts.append(out.unflatten(2, (share, -1)))
+        return torch.cat(parts, dim=3).flatten(1, 2).transpose(1, 2)
 
     @property
     def ordinary(self) -> bool:
