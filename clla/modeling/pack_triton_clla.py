@@ -14,7 +14,7 @@ a time, O scales tried at once, G = R/8.
 from __future__ import annotations  # kernels are defined where there is no Triton, too
 
 from functools import lru_cache
-from typing import NamedTuple, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -40,12 +40,17 @@ class Block(NamedTuple):
 
 MANY_TOKENS = 1024  # from here on there are programs enough when each takes several tokens
 FEW, MANY = Block(1, 256), Block(4, 64)
+# What packs latents on a CPU in place of PyTorch where clla is installed: as `RowLayout.pack`, or gives None.
+COMPILED: "Optional[Callable[..., Optional[Tensor]]]" = None
 
 
 def packed(latents: Tensor, layout: Union[RowLayout, JoinedLayout]) -> Tensor:
     """Rows [B, T, N] of latents [B, T, r], where they are; by kernels on a GPU, if they know the layout."""
     if not isinstance(layout, (RowLayout, JoinedLayout)) or not on_gpu(latents):
-        return layout.pack(latents)
+        found = None
+        if COMPILED is not None and not torch.compiler.is_compiling():
+            found = COMPILED(latents, layout)
+        return layout.pack(latents) if found is None else found
     rows = latents.new_empty(*latents.shape[:2], layout.row_bytes, dtype=torch.uint8)
     component, byte = 0, 0
     for part in layout.parts:

@@ -366,7 +366,8 @@ INLINE void unpack_as(const int half, const Rows *rows, const Class *layout, int
             BITS(1)
             BITS(2)
             BITS(3)
-            BITS(4) BITS(5) BITS(6) BITS(7) BITS(8)
+            BITS(4)
+            BITS(5) BITS(6) BITS(7) BITS(8)
 #undef BITS
                 default : /* 16 */
                           for (int64_t i = 0; i < rows->count; i++) {
@@ -1012,3 +1013,5 @@ void clla_attend(const Reading *a) {
     }
 #endif
 }
+
+#include "packing.h"

@@ -1,4 +1,4 @@
-"""Compile `reading.c`, and read latents with it.
+"""Compile `reading.c`, and read latents with it, and pack them (`packing.h`).
 
 It is compiled once for each processor, in seconds, when latents are first read on a CPU, and kept in the user's cache
 directory. Where there is no compiler, PyTorch reads them, which takes longer and gives the same. `CLLA_NATIVE=0` in
@@ -23,18 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.modeling import attention_clla
+from clla.modeling import attention_clla, pack_triton_clla
 from clla.modeling.attention_clla import LatentRows
-from clla.modeling.quantize_clla import RowLayout, class_steps, scale_table
+from clla.modeling.quantize_clla import JoinedLayout, RowLayout, class_steps, scale_table
 from clla.modeling.triton_clla import flat_layout
 
-SOURCE, TILES = (Path(__file__).with_name(name) for name in ("reading.c", "tiles.h"))
+SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("reading.c", "tiles.h", "packing.h"))
 OFF = "CLLA_NATIVE"  # in the environment: "0" for PyTorch alone
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 NATIVE = ("-march=native", "-mcpu=native")  # what compilers call the processor at hand; not every one knows either
 PATIENCE = 120  # seconds that compiling may take
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MANY_ROWS = 64  # from here on several threads pack
 LEAST_BUCKET = 8  # of shorter ones, single rows above all, products are too small to be worth this code
 _log = logging.getLogger("clla")
 
@@ -60,9 +61,19 @@ class _Reading(ctypes.Structure):
     ]
 
 
+class _Packing(ctypes.Structure):
+    """`Packing` of packing.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "rank", "row_bytes", "classes", "kind", "stride", "threads")),
+        *((name, ctypes.c_void_p) for name in ("layout", "steps", "scales", "latents", "out")),
+    ]
+
+
 def read_by_native_code() -> None:
-    """Let latents be read by the compiled code from now on, where there is a compiler."""
+    """Let latents be read, and packed, by the compiled code from now on, where there is a compiler."""
     attention_clla.COMPILED = attended
+    pack_triton_clla.COMPILED = packed
 
 
 def compiler() -> str | None:
@@ -87,13 +98,14 @@ def library() -> Any:
         return None
     for function, kind in ((found.clla_attend, None), (found.clla_numbers, ctypes.c_int64)):
         function.argtypes, function.restype = [ctypes.POINTER(_Reading)], kind
+    found.clla_pack.argtypes, found.clla_pack.restype = [ctypes.POINTER(_Packing), ctypes.c_void_p], None
     return found
 
 
 def _compiled(program: str) -> Path:
     """The library in the user's cache directory, for this code, compiler and processor."""
     version = _run([program, "--version"]).stdout
-    texts = (path.read_text(encoding="utf-8") for path in (SOURCE, TILES))
+    texts = (path.read_text(encoding="utf-8") for path in (SOURCE, *INCLUDED))
     known = (*texts, version, *FLAGS, platform.machine(), _processor(), torch.__version__)
     name = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clla"
@@ -177,6 +189,42 @@ def attended(
     size = code.clla_numbers(fields)
     fields.memory = rows.workspace.take("native", (size,), torch.float32, data.device).data_ptr()
     code.clla_attend(fields)
+    return out
+
+
+def packed(latents: Tensor, layout: RowLayout | JoinedLayout) -> Tensor | None:
+    """As `RowLayout.pack`; None where this code cannot. Sums in another order may choose a neighbour of a scale."""
+    kind = KINDS.get(latents.dtype)
+    if isinstance(layout, JoinedLayout):
+        sizes = [part.rank for part in layout.parts]
+        tried = [packed(x, part) for x, part in zip(latents.split(sizes, dim=-1), layout.parts, strict=True)]
+        parts = [rows for rows in tried if rows is not None]
+        return torch.cat(parts, dim=-1) if len(parts) == len(tried) else None
+    if not isinstance(layout, RowLayout) or latents.device.type != "cpu" or kind is None or not layout.classes:
+        return None
+    if (code := library()) is None:
+        return None
+    rows = latents.detach().flatten(0, -2)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    classes, threads = _classes(layout), torch.get_num_threads() if len(rows) >= MANY_ROWS else 1
+    steps, scales = class_steps(tuple(layout.classes), rows.device), scale_table(rows.device)
+    out = torch.empty(*latents.shape[:-1], layout.row_bytes, dtype=torch.uint8)
+    memory = torch.empty(threads, layout.rank, dtype=torch.float32)
+    fields = _Packing(
+        rows=len(rows),
+        rank=layout.rank,
+        row_bytes=layout.row_bytes,
+        classes=len(layout.classes),
+        kind=kind,
+        stride=rows.stride(0),
+        threads=threads,
+        layout=ctypes.addressof(classes),
+        steps=steps.data_ptr(),
+        scales=scales.data_ptr(),
+        latents=rows.data_ptr(),
+        out=out.data_ptr(),
+    )
+    code.clla_pack(fields, memory.data_ptr())
     return out
 
 
