@@ -86,7 +86,8 @@ class ProcessPeak:
     def lap(self) -> None:
         self._sample()
         with self._lock:
-            self.laps.append(self._highest - self._start)
+            # Not below zero: pages of files, the weights' above all, count as resident until the system wants the room.
+            self.laps.append(max(0, self._highest - self._start))
             release(self.device)
             self._highest, self._last = self._resident(), time.perf_counter()
 

@@ -14,7 +14,7 @@ from helpers import clla, converted_of, plan_of, stats_of, tokens
 from clla.bench.largest_batch import largest, largest_batches
 from clla.bench.options import Options
 from clla.bench.pair import Pair, random_pair
-from clla.bench.peak import watch_peak
+from clla.bench.peak import ProcessPeak, watch_peak
 from clla.bench.run import run_bench
 from clla.bench.shapes import SHAPES, mixed_tiers, random_plan, shape_config
 from clla.bench.speed import Contender, Work, attempt, draw_ids, measure, run_pass
@@ -219,6 +219,15 @@ def test_selection_is_told_to_the_converted_model(pair: Pair, monkeypatch: pytes
     monkeypatch.setattr(pair.converted, "attend_top_k", None, raising=False)
     run_bench(None, Options(shape="tiny", contexts=(40,), attend_top_k=7, device="cpu"))
     assert told == [7]
+
+
+def test_a_peak_is_not_below_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes pages of files back when others want the room."""
+    sizes = iter([100])
+    monkeypatch.setattr(ProcessPeak, "_resident", lambda self: next(sizes, 40))
+    with watch_peak(CPU) as peak:
+        peak.lap()
+    assert peak.laps[0] == 0
 
 
 def test_peaks_are_seen_in_their_lap() -> None:
