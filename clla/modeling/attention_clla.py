@@ -45,9 +45,9 @@ def rows_in_full(count: int, wanted: "Optional[int]" = None) -> "Optional[int]":
     return None if count < SELECT_FROM else max(SELECT_LEAST, count // SELECT_SHARE)
 
 
-def bias_of(seen: Tensor) -> Tensor:
-    """What is added to logits, fp32 whatever the default dtype is: 0 where `seen`, -inf elsewhere."""
-    return torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill_(~seen, float("-inf"))
+def bias_of(seen: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What is added to logits, of this dtype whatever the default one is: 0 where `seen`, -inf elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 class Buckets(NamedTuple):

@@ -20,14 +20,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from .attention_clla import bias_of
 from .decoupled_clla import DecoupledGroup
 from .group_clla import LatentGroup, Step, reading_tokens
-from .observe_clla import Attention
+from .observe_clla import Attention, FoldedMask
 from .positions_clla import Timeline, keeping
 from .rotary_clla import Rope, bucket_length
 from .rows_clla import Workspace
 from .triton_clla import on_gpu
-
-BLOCK_TOKENS = 512  # of a prompt, on a CPU, that see the same keys but for a mask
-_Masked = tuple[Tensor, list[tuple[int, int, int]]]
 
 
 class CllaLayer(CacheLayerMixin):
@@ -124,7 +121,7 @@ class CllaCache(Cache):
         self._query_heads = 0
         self._lent = False  # whether a layer without keys of its own takes those of another
         self._before: Any = None  # what was kept before the forward pass that runs
-        self._mask: "Optional[tuple[Tensor, _Masked]]" = None  # of this forward pass, as it came and as it is taken
+        self._mask: "Optional[tuple[Tensor, FoldedMask]]" = None  # of this forward pass, as it came and as it is taken
         self._torn = False  # whether a forward pass failed that cannot be taken back
         super().__init__(layers=[layers[i] for i in sorted(layers)])
 
@@ -337,10 +334,10 @@ class CllaCache(Cache):
             self._query_heads = query.shape[1]
             masked = self._masked(plain, query)
             if masked is not None:
-                return plain.folded(*masked, scaling)
+                return plain.folded(masked, scaling)
         return plain()
 
-    def _masked(self, plain: Attention, query: Tensor) -> "Optional[_Masked]":
+    def _masked(self, plain: Attention, query: Tensor) -> "Optional[FoldedMask]":
         """The mask of an ordinary attention as `Attention.folded` takes it; None where that is of no use.
 
         Made once for all layers: of a mask of truth values PyTorch makes as many numbers in every layer.
@@ -351,13 +348,7 @@ class CllaCache(Cache):
         if torch.is_grad_enabled() or mask.shape[1] != 1:
             return None
         if self._mask is None or self._mask[0] is not mask:
-            blocks, count = [], mask.shape[2]
-            for start in range(0, count, BLOCK_TOKENS):
-                stop = min(start + BLOCK_TOKENS, count)
-                seen = mask[:, 0, start:stop].flatten(0, 1).any(0).nonzero()
-                blocks.append((start, stop, int(seen[-1]) + 1 if len(seen) else mask.shape[3]))
-            added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-            self._mask = mask, (added, blocks)
+            self._mask = mask, FoldedMask.of(mask, query.dtype)
         return self._mask[1]
 
     @torch.compiler.disable

@@ -6,17 +6,19 @@ and does nothing else while no cache listens.
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .attention_clla import bias_of
 from .attention_triton_clla import NAMESPACE
 
 PREFIX = f"{NAMESPACE}_observed_"  # functions are registered by name, and those of each copy know its caches alone
 LISTENER = "clla_listener"  # keyword of a model's forward pass that names the cache, where the context is out of reach
 SPECIAL = ("softcap", "sliding_window", "s_aux")  # where they are given, attention is not ordinary
+BLOCK_TOKENS = 512  # of a prompt, on a CPU, that see the same keys but for a mask
 HARMLESS = {"position_ids", "cache_position", "attention_mask"}  # tensors that attention functions take and ignore
 _listener: "ContextVar[Optional[Any]]" = ContextVar("clla_listener", default=None)
 
@@ -68,6 +70,28 @@ def observed(implementation: str) -> str:
     return name
 
 
+class FoldedMask(NamedTuple):
+    """A mask as `Attention.folded` takes it.
+
+    Attributes:
+        added: [B or 1, 1, T, S], numbers that are added to logits.
+        blocks: first and last token of each, the last one not included, and how many keys it sees.
+    """
+
+    added: Tensor
+    blocks: "list[tuple[int, int, int]]"
+
+    @classmethod
+    def of(cls, mask: Tensor, dtype: torch.dtype) -> "FoldedMask":
+        """From a mask [B or 1, 1, T, S] of truth values."""
+        blocks, (count, keys) = [], mask.shape[2:]
+        for start in range(0, count, BLOCK_TOKENS):
+            stop = min(start + BLOCK_TOKENS, count)
+            seen = mask[:, 0, start:stop].flatten(0, 1).any(0).nonzero()
+            blocks.append((start, stop, int(seen[-1]) + 1 if len(seen) else keys))
+        return cls(bias_of(mask, dtype), blocks)
+
+
 class Attention:
     """The attention of one call as the model itself computes it; calling it gives the output [B, T, H_q, d].
 
@@ -104,7 +128,7 @@ class Attention:
         """What the model masks; None where it leaves that to the attention function."""
         return self._call[3]
 
-    def folded(self, added: Tensor, blocks: "list[tuple[int, int, int]]", scaling: float) -> Tensor:
+    def folded(self, mask: FoldedMask, scaling: float) -> Tensor:
         """Ordinary attention [B, T, H_q, d] of prompts on a CPU, to the same keys and values.
 
         Query heads of a key-value head follow one another as if they were tokens, so that nothing is copied for each
@@ -112,17 +136,16 @@ class Attention:
         out: of the tokens of one pass that is nearly half.
 
         Args:
-            added: [B or 1, 1, T, S], the mask as numbers that are added to logits.
-            blocks: first and last token of each, the last one not included, and how many keys it sees.
+            mask: of the model.
             scaling: of the logits.
         """
         query, key, value = self._call[2]
         query = query.unflatten(1, (key.shape[1], -1))  # [B, H, M, T, d]
         share, parts = query.shape[2], []
-        for start, stop, seen in blocks:
+        for start, stop, seen in mask.blocks:
             rows, own = query[..., start:stop, :].flatten(2, 3), (key[:, :, :seen], value[:, :, :seen])
-            mask = added[:, :, start:stop, :seen].repeat(1, 1, share, 1)
-            out = nn.functional.scaled_dot_product_attention(rows, *own, attn_mask=mask, scale=scaling)
+            added = mask.added[:, :, start:stop, :seen].repeat(1, 1, share, 1)
+            out = nn.functional.scaled_dot_product_attention(rows, *own, attn_mask=added, scale=scaling)
             parts.append(out.unflatten(2, (share, -1)))
         return torch.cat(parts, dim=3).flatten(1, 2).transpose(1, 2)
 

@@ -25,11 +25,7 @@ INLINE eight levels(eight t, float half) {
     return found + __builtin_convertvector(found > t, eight); /* true is -1: towards minus infinity */
 }
 
-static float sum8(eight v) {
-    float found = 0;
-    for (int lane = 0; lane < 8; lane++) found += v[lane];
-    return found;
-}
+INLINE float sum8(eight v) { return totals8(v, v, v, v)[0]; }
 
 static void pack_class(const float *x, int64_t count, int64_t bits, float unit, const float *scales, uint8_t *scale,
                        uint8_t *codes) {

@@ -96,13 +96,14 @@ INLINE eight folded(vec v) {
 }
 
 /* Sums of the lanes of four vectors, in the first four lanes. */
-INLINE eight totals(vec v, vec w, vec x, vec y) {
-    eight a = folded(v), b = folded(w), c = folded(x), d = folded(y);
+INLINE eight totals8(eight a, eight b, eight c, eight d) {
     eight ab = MIXED(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
     eight cd = MIXED(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + MIXED(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
     eight all = MIXED(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + MIXED(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
     return all + MIXED(all, all, 4, 5, 6, 7, 0, 1, 2, 3);
 }
+
+INLINE eight totals(vec v, vec w, vec x, vec y) { return totals8(folded(v), folded(w), folded(x), folded(y)); }
 
 INLINE float total(vec v) { return totals(v, v, v, v)[0]; }
 
@@ -367,7 +368,8 @@ INLINE void unpack_as(const int half, const Rows *rows, const Class *layout, int
             BITS(2)
             BITS(3)
             BITS(4)
-            BITS(5) BITS(6) BITS(7) BITS(8)
+            BITS(5)
+            BITS(6) BITS(7) BITS(8)
 #undef BITS
                 default : /* 16 */
                           for (int64_t i = 0; i < rows->count; i++) {
@@ -505,7 +507,7 @@ static Own lay_out_own(const Work *w, float *memory, int64_t *place) {
     Own own = {0};
     own.asked = cut(memory, place, TOGETHER * HM * w->d);
     own.plain = cut(memory, place, TOGETHER * HM);
-    own.sums = cut(memory, place, whole(HM, 16) * w->ss);
+    own.sums = cut(memory, place, wide * w->ss);
     own.top = cut(memory, place, HM);
     own.total = cut(memory, place, HM);
     if (!w->tiles) {

@@ -195,26 +195,22 @@ def attended(
 def packed(latents: Tensor, layout: RowLayout | JoinedLayout) -> Tensor | None:
     """As `RowLayout.pack`; None where this code cannot. Sums in another order may choose a neighbour of a scale."""
     kind = KINDS.get(latents.dtype)
-    if isinstance(layout, JoinedLayout):
-        sizes = [part.rank for part in layout.parts]
-        tried = [packed(x, part) for x, part in zip(latents.split(sizes, dim=-1), layout.parts, strict=True)]
-        parts = [rows for rows in tried if rows is not None]
-        return torch.cat(parts, dim=-1) if len(parts) == len(tried) else None
-    if not isinstance(layout, RowLayout) or latents.device.type != "cpu" or kind is None or not layout.classes:
+    if not isinstance(layout, (RowLayout, JoinedLayout)) or latents.device.type != "cpu" or kind is None:
         return None
-    if (code := library()) is None:
+    every = tuple(one for part in layout.parts for one in part.classes)
+    if not every or (code := library()) is None:
         return None
     rows = latents.detach().flatten(0, -2)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     classes, threads = _classes(layout), torch.get_num_threads() if len(rows) >= MANY_ROWS else 1
-    steps, scales = class_steps(tuple(layout.classes), rows.device), scale_table(rows.device)
+    steps, scales = class_steps(every, rows.device), scale_table(rows.device)
     out = torch.empty(*latents.shape[:-1], layout.row_bytes, dtype=torch.uint8)
     memory = torch.empty(threads, layout.rank, dtype=torch.float32)
     fields = _Packing(
         rows=len(rows),
         rank=layout.rank,
         row_bytes=layout.row_bytes,
-        classes=len(layout.classes),
+        classes=len(every),
         kind=kind,
         stride=rows.stride(0),
         threads=threads,
@@ -275,6 +271,6 @@ def _prepared(rows: LatentRows) -> _Call:
 
 
 @lru_cache(maxsize=64)
-def _classes(layout: RowLayout) -> Any:
+def _classes(layout: RowLayout | JoinedLayout) -> Any:
     numbers = flat_layout(layout)
     return (ctypes.c_int64 * len(numbers))(*numbers)
