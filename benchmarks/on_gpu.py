@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-KERNEL_TESTS = [f"tests/modeling/test_{name}_kernel.py" for name in ("decode", "absorbed", "pack")]
+KERNEL_TESTS = [f"tests/modeling/test_{name}_kernel.py" for name in ("unpack", "absorbed", "pack")]
 # Tests of a GPU's absence, of the interpreter, or of what needs no GPU.
 NOT_FOR_GPUS = "not compiled_ and not imported_without and not real_compiler"
 # Steps in their order, with the seconds that each may take. The first one ends where kernels are wrong.
@@ -60,7 +60,7 @@ def main() -> None:
 def kernels(args: argparse.Namespace) -> Found:
     """One layer's reading of latents against the twin in fp32, the floor and flash attention."""
     cases = ["--shapes", "llama-3-8b,smollm2-135m", "--contexts", "32768", "--batch-sizes", "1,16"]
-    yield _json_of("decode_kernel.py", "--json", *(["--dry-run"] if args.dry_run else cases))
+    yield _json_of("reading.py", "--json", *(["--dry-run"] if args.dry_run else cases))
 
 
 def eager(args: argparse.Namespace) -> Found:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clla.modeling import rows_clla
+from clla.modeling import rows_clla, unpack_triton_clla
 from clla.modeling.quantize_clla import GAUSSIAN_STEP, SCALE_OFFSETS, RowLayout
 
 SMALLEST_SCALE = 2.0 ** (-127 / 8)  # code 1
@@ -154,9 +154,10 @@ def random_rows(layout: RowLayout, batch: int, count: int) -> Tensor:
 
 @contextmanager
 def by(kernels: bool) -> Iterator[None]:
-    """Rows are read by kernels, or by their twin."""
+    """Rows are unpacked by the kernel and summed up in parts, as on a GPU, or by the twin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_clla, "on_gpu", lambda x: kernels)
+        for module in (rows_clla, unpack_triton_clla):
+            patch.setattr(module, "on_gpu", lambda x: kernels)
         yield
 
 

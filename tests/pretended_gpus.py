@@ -25,13 +25,10 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clla.modeling import (
-    absorbed_triton_clla,
-    attention_triton_clla,
-    cache_clla,
     group_clla,
     pack_triton_clla,
     rows_clla,
-    triton_clla,
+    unpack_triton_clla,
 )
 from clla.modeling.modeling_clla import CllaForCausalLM
 
@@ -45,9 +42,7 @@ CASES = [
 B, PADDING = 2, 5
 CUTS = (0, 20, 44, 45, 46, 47, 48, 49)  # of the text; the last token but one fills a block that leaves the window
 KERNELS = (
-    (attention_triton_clla, "logits_kernel"),
-    (attention_triton_clla, "sums_kernel"),
-    (absorbed_triton_clla, "absorbed_kernel"),
+    (unpack_triton_clla, "unpack_kernel"),
     (pack_triton_clla, "pack_kernel"),
 )
 ASKING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero", "_unique2", "unique_dim")
@@ -233,11 +228,9 @@ def main() -> None:
     gpus = Gpus()
     for module, name in KERNELS:
         setattr(module, name, Stub(getattr(module, name), name, gpus))
-    for module in (cache_clla, rows_clla, group_clla, pack_triton_clla):
+    for module in (rows_clla, group_clla, pack_triton_clla, unpack_triton_clla):
         module.on_gpu = lambda x: x.device.type == GPU  # type: ignore[attr-defined]
     torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment,misc]
-    for module in (triton_clla, attention_triton_clla):
-        module.processors = lambda _: 132  # type: ignore[assignment]
     for case in CASES:
         try:
             found: Any = {"calls": run(*case, gpus)}

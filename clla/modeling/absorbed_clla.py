@@ -20,10 +20,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .absorbed_triton_clla import absorbed_logits
-from .attention_triton_clla import packed_sums
 from .rotary_clla import Rotation, rotate
-from .rows_clla import PackedRows
+from .rows_clla import PackedRows, full_product
 
 
 def rotary_key(hidden: Tensor, codec: Any, pairs: "tuple[int, ...]", rotation: Rotation) -> Tensor:
@@ -108,11 +106,8 @@ class AbsorbedRows(PackedRows):
         """
         heads, tokens = query.shape[1:3]
         ends = self._ends(tokens)
-        if self.by_kernels:
-            sums = packed_sums(self, absorbed_logits(self, query, scaling).softmax(-1), self.rank)
-        else:
-            logits = self._logits(query.flatten(1, 2), ends).mul_(scaling)
-            sums = self._sums(logits.softmax(-1))[..., : self.rank].float()  # a slice of the rows would be copied
+        logits = self._logits(query.flatten(1, 2), ends).mul_(scaling)
+        sums = self._sums(logits.softmax(-1))[..., : self.rank]  # a slice of the rows would be copied
         blind = ends <= self.hidden[:, None]  # [B, T]: padding, whose softmax is over nothing
         return sums.unflatten(1, (heads, tokens)).masked_fill(blind[:, None, :, None], 0.0)
 
@@ -125,7 +120,7 @@ class AbsorbedRows(PackedRows):
         """Products [B, H_q·T, K] in fp32 of queries [B, H_q·T, r + p] and rows; -inf where a row is masked."""
         logits = torch.empty(*query.shape[:2], self.count, dtype=torch.float32, device=query.device)
         for start, rows in self.blocks():
-            products = rows @ query.mT  # CPUs take far longer over `query @ rows.mT`
+            products = full_product(rows, query.mT)  # CPUs take far longer over `query @ rows.mT`
             logits[..., start : start + rows.shape[1]] = products.mT
         places = torch.arange(self.count, device=query.device)
         seen = (places >= self.hidden[:, None])[:, None] & (places < ends[:, None])  # [B, T, K]

@@ -3,7 +3,7 @@
 The logits of a query are those of the decoded and rotated keys, made for a block of tokens at a time. The values
 are linear in the latents, so attention sums latents, Σ p·z, and decodes that one sum: old tokens cost the decoding
 of their keys alone. What is small a token (logits and weights of a layer's heads) is kept, so that one softmax runs
-over old and exact tokens together and nothing has to be merged. `attention_triton_clla.py` has the same on a GPU.
+over old and exact tokens together and nothing has to be merged.
 
 Shape legend: B sequences, H key-value heads, M query rows per key-value head (its query heads times queries),
 K rows, t rows of a block, d head dim, p rotary dim, r rank, N bytes per row.
@@ -14,10 +14,9 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from .attention_triton_clla import packed_logits, packed_sums
 from .quantize_clla import Layout
 from .rotary_clla import Turns
-from .rows_clla import PackedRows, Workspace
+from .rows_clla import PackedRows, Workspace, full_product
 
 # Rows that are not read in full are judged, and summed up, by the first max(JUDGING_RANK, rank / JUDGING_SHARE)
 # components (docs/lab-notes.md).
@@ -34,7 +33,7 @@ def judging_rank(layout: Layout) -> int:
 
 
 def rows_in_full(count: int, wanted: "Optional[int]" = None) -> "Optional[int]":
-    """How many of `count` rows are read in full by PyTorch and by compiled code; None for all.
+    """How many of `count` rows are read in full; None for all.
 
     Args:
         count: rows.
@@ -105,7 +104,7 @@ class LatentRows(PackedRows):
         self.turns = None if turns is None else turns.to(data.device)
         self._unseen: "Optional[Tensor]" = None
         self.native: Any = None  # what `COMPILED` keeps for the layers of the group
-        self._factors: "Optional[Tensor]" = None
+        self.whole = self.parts * (1 if buckets is None else buckets.size)
 
     @property
     def count(self) -> int:
@@ -116,11 +115,9 @@ class LatentRows(PackedRows):
         """Only the rows `index` [B, K'] of them."""
         like = self.data, self.layout, self.codec, self.hidden, index.shape[1], self.turns, self.used
         found = LatentRows(*like, index, self.workspace)
-        found._factors = self._factors
-        if not self.by_kernels:  # they follow the index
-            found.data = _rows_of(self.data, index)
-            found.turns = None if self.turns is None else self.turns.at(index)
-            found._unpacked = self.layout.unpack(found.data, self.dtype)
+        found.data = _rows_of(self.data, index)
+        found.turns = None if self.turns is None else self.turns.at(index)
+        found._unpacked = found._opened(found.data)
         return found
 
     def logits(
@@ -145,12 +142,6 @@ class LatentRows(PackedRows):
         """
         rank, heads = rank or self.layout.rank, query.shape[1]
         turns = self.turns if turned else None
-        if self.by_kernels:
-            decoder, mean = self.codec.decoder[layer], self.codec.mean[layer]
-            factors = None if turns is None else self.factors(decoder.dtype)
-            interleaved = turns is not None and turns.interleaved
-            packed_logits(self, query, decoder, mean, factors, out, rank, interleaved, scaling)
-            return
         decoder, mean = (x[layer].chunk(2)[0] for x in (self.codec.decoder, self.codec.mean))  # [H·d, r], [H·d]
         query = query.float() * scaling
         for start, latents in self.blocks(rank):
@@ -177,30 +168,45 @@ class LatentRows(PackedRows):
         Queries are turned once for each bucket and go through the decoder; they meet the latents themselves.
         """
         buckets = self.buckets
-        if self.by_kernels or buckets is None:  # kernels make keys; without buckets a row's key costs less than a query
+        if buckets is None:  # without buckets a row's key costs less than a query
             self.logits(query, layer, out, scaling=scaling, turned=turned, rank=rank)
             return
-        heads, half = query.shape[1], self.codec.decoder.shape[1] // 2
-        decoder = self.codec.decoder[layer, :half, :rank].unflatten(0, (heads, -1))  # [H, d, r]
-        mean = self.codec.mean[layer, :half].unflatten(0, (heads, -1, 1)).float()  # [H, d, 1]
         asked = query.float() * scaling  # [B, H, M, d]
         if turned:
             assert buckets.means is not None
             asked = buckets.means.to(query.device).asked_of(asked)  # [B, H, M, C, d]
         else:
-            buckets, asked = Buckets(self.count, None, [0] * len(query)), asked[:, :, :, None]
-        absorbed = asked.flatten(2, 3).to(decoder.dtype) @ decoder  # [B, H, M·C, r]
-        absorbed = absorbed.unflatten(2, asked.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, C, H·M, r]
-        plain = (asked @ mean[:, None]).movedim(3, 1).flatten(2)  # [B, C, H·M]
-        alike = len(set(buckets.fronts)) == 1
-        for start, latents in self.blocks(rank):
-            for b in (slice(None),) if alike else (slice(i, i + 1) for i in range(len(query))):
-                for number, some, first, length in buckets.spans(start, start + latents.shape[1], buckets.fronts[b][0]):
-                    rows = latents[b, first - start : first - start + some * length].unflatten(1, (some, length))
-                    found = (absorbed[b, number : number + some] @ rows.mT).float()  # [B, C, H·M, t]
-                    found = (found + plain[b, number : number + some, :, None]).transpose(1, 2).flatten(2)
-                    out[b, ..., first : first + some * length] = found.unflatten(1, query.shape[1:3])
+            asked = asked[:, :, :, None]
+        for start, latents in self.filled_blocks(rank):
+            count = min(latents.shape[1], self.count - start)
+            if not turned:  # one bucket, whatever its length
+                out[..., start : start + count] = self._met(asked, latents[:, None], layer)[..., :count]
+            elif not any(buckets.fronts):
+                number, some = start // buckets.size, latents.shape[1] // buckets.size
+                part = asked[:, :, :, number : number + some]
+                part = nn.functional.pad(part, (0, 0, 0, some - part.shape[3]))  # for what is filled up
+                met = self._met(part, latents.unflatten(1, (some, -1)), layer)
+                out[..., start : start + count] = met[..., :count]
+            else:
+                for b in range(len(query)):
+                    for number, some, first, length in buckets.spans(start, start + count, buckets.fronts[b]):
+                        own = latents[b : b + 1, first - start : first - start + some * length]
+                        part = asked[b : b + 1, :, :, number : number + some]
+                        met = self._met(part, own.unflatten(1, (some, length)), layer)
+                        out[b : b + 1, ..., first : first + some * length] = met
         self._hide(out)
+
+    def _met(self, asked: Tensor, latents: Tensor, layer: int) -> Tensor:
+        """Logits [B, H, M, C·t] of queries [B, H, M, C, d], one for each bucket, and latents [B, C, t, r]."""
+        (batch, heads, rows, some), half = asked.shape[:4], self.codec.decoder.shape[1] // 2
+        decoder = self.codec.decoder[layer, :half, : latents.shape[-1]].unflatten(0, (heads, -1))  # [H, d, r]
+        mean = self.codec.mean[layer, :half].unflatten(0, (heads, -1, 1)).float()  # [H, d, 1]
+        absorbed = asked.permute(1, 2, 0, 3, 4).flatten(1, 3).to(decoder.dtype) @ decoder  # [H, M·B·C, r]
+        # Buckets become the batch of the next product where they lie: as many bytes as the latents, at least.
+        absorbed = absorbed.unflatten(1, (rows, -1)).flatten(0, 1).transpose(0, 1)  # [B·C, H·M, r]
+        found = full_product(absorbed, latents.flatten(0, 1).mT).unflatten(0, (batch, some))
+        found = found.unflatten(2, (heads, rows)).permute(0, 2, 3, 1, 4)  # [B, H, M, C, t]
+        return (found + asked @ mean[:, None]).flatten(3)
 
     def attended(
         self,
@@ -273,14 +279,7 @@ class LatentRows(PackedRows):
 
     def _added(self, weights: Tensor, rank: "Optional[int]" = None) -> Tensor:
         """Σ p·z [B, H·M, r] of weights [B, H, M, K], or its first components."""
-        return packed_sums(self, weights, rank) if self.by_kernels else self._sums(weights.flatten(1, 2), rank)
-
-    def factors(self, dtype: torch.dtype) -> Tensor:
-        """Cosines and sines of all rows [B or 1, K, p/2, 2], as the kernels read them."""
-        assert self.turns is not None
-        if self._factors is None:
-            self._factors = torch.view_as_real(self.turns.factors).to(dtype).contiguous()
-        return self._factors
+        return self._sums(weights.flatten(1, 2), rank)
 
     def _hide(self, logits: Tensor) -> None:
         """Write -inf to the logits [B, H, M, K] of rows that are masked."""

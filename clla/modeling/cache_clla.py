@@ -24,7 +24,6 @@ from .observe_clla import Attention, FoldedMask
 from .positions_clla import Timeline, keeping
 from .rotary_clla import Rope, bucket_length
 from .rows_clla import Workspace
-from .triton_clla import on_gpu
 
 
 class CllaLayer(CacheLayerMixin):
@@ -279,10 +278,6 @@ class CllaCache(Cache):
         return not self.timeline.holes
 
     def _rotation_bucket(self) -> int:
-        held = self.groups[0].held
-        assert held is not None
-        if on_gpu(held.rows):  # kernels rotate every key
-            return 1
         if self._bucket is None:
             self._bucket = bucket_length(self.timeline.rope, self.groups[0].head_dim)
         return self._bucket

@@ -25,6 +25,7 @@ from .observe_clla import Attention
 from .rotary_clla import Rotation
 from .rows_clla import Workspace, reading_mode
 from .spec_clla import GroupSpec
+from .unpack_triton_clla import unpacked
 
 
 class DecoupledGroup(LatentGroup):
@@ -119,7 +120,7 @@ class DecoupledGroup(LatentGroup):
     def _rows_read(self) -> Tensor:
         if self._read is None:
             assert self.held is not None
-            self._read = self.layout.unpack(self.held.rows[:, : self.encoded], self.codec.decoder.dtype)
+            self._read = unpacked(self.held.rows[:, : self.encoded], self.layout, self.codec.decoder.dtype)
         return self._read
 
     def _turn(self, count: int) -> Rotation:

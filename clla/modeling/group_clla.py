@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .attention_clla import Buckets, LatentRows, judging_rank, rows_in_full
-from .attention_triton_clla import make_tables
 from .codec_clla import before_rope, decode, encode
 from .pack_triton_clla import packed
 from .positions_clla import Timeline, keeping
@@ -29,6 +28,7 @@ from .rows_clla import Workspace, reading_mode
 from .sizes_clla import exact_layout, exact_slots, leaving_slots
 from .spec_clla import CacheSpec, GroupSpec
 from .triton_clla import on_gpu
+from .unpack_triton_clla import make_tables
 
 
 @dataclass
@@ -209,7 +209,7 @@ class LatentGroup:
             rows, self.layout, self.codec, step.hidden, reach, turns, step.used, workspace=workspace, buckets=buckets
         )
         self._step = step
-        self._top_k = top_k or None if self._rows.by_kernels else rows_in_full(rows.shape[1], top_k)
+        self._top_k = rows_in_full(rows.shape[1], top_k)
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> "tuple[Tensor, Tensor]":
         """Take one layer's new keys (after RoPE) and values [B, H, T, d]; return all it may attend to."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention_clla import bias_of
-from .attention_triton_clla import NAMESPACE
+from .triton_clla import NAMESPACE
 
 PREFIX = f"{NAMESPACE}_observed_"  # functions are registered by name, and those of each copy know its caches alone
 LISTENER = "clla_listener"  # keyword of a model's forward pass that names the cache, where the context is out of reach

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Callable, NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RopeForm(NamedTuple):
@@ -131,8 +131,9 @@ class Turns:
         if len(set(fronts)) == 1:
             found = self.factors[:, fronts[0] : fronts[0] + count * size]
         else:
-            places = torch.tensor(fronts)[:, None] + torch.arange(count * size)
-            found = self.at(places.clamp(max=self.factors.shape[1] - 1).to(self.factors.device)).factors
+            every = self.factors.expand(len(fronts), -1, -1)  # by slices: an index would be copied to the device
+            parts = [own[front : front + count * size] for own, front in zip(every, fronts, strict=True)]
+            found = torch.stack([nn.functional.pad(own, (0, 0, 0, count * size - len(own))) for own in parts])
         return replace(self, factors=found.unflatten(1, (count, size)).mean(2))
 
     def part(self, start: int, stop: int) -> "Turns":

@@ -10,17 +10,32 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor, nn
 
-from .quantize_clla import JoinedLayout, Layout, RowLayout
+from .quantize_clla import Layout
 from .triton_clla import on_gpu
+from .unpack_triton_clla import unpacked
 
 BLOCK = 4096  # rows unpacked at once
 TILE = 16  # rows of a product that a CPU's matrix unit takes at once
 HELD_BYTES = 1 << 26  # unpacked latents up to this size stay for the other layers of their group
+HELD_ON_GPU = 1 << 29  # likewise
+PARTS = 8  # into which a GPU cuts rows for sums, which have too few lines to keep it busy otherwise
+# Weights are summed up times this, so that fp16 can hold those of long texts, too: to 1e-9 in full precision.
+WEIGHT_SCALE = 2.0**14
+FP32_RESULTS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 
 def reading_mode() -> Any:
     """The mode in which latents are read: inference mode, which is faster, but which no compiler takes."""
     return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
+
+
+def full_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of three dimensions, in fp32; on a GPU 16-bit operands are not rounded in between."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if _kept_whole(a) else torch.bmm(a, b).float()
+
+
+def _kept_whole(x: Tensor) -> bool:
+    return FP32_RESULTS and x.is_cuda and x.itemsize == 2
 
 
 class Workspace:
@@ -69,6 +84,8 @@ class PackedRows:
         workspace: "Optional[Workspace]" = None,
     ) -> None:
         self.workspace = workspace or Workspace()
+        self.parts = PARTS if on_gpu(data) else 1
+        self.whole = self.parts  # unpacked rows are filled up to a multiple of it
         self.data, self.layout, self.dtype, self.hidden = data, layout, dtype, hidden.to(data.device)
         self.used = None if used is None else used.to(data.device)
         self.index: Optional[Tensor] = None
@@ -79,52 +96,63 @@ class PackedRows:
         """Rows that are read."""
         return self.data.shape[1]
 
-    @property
-    def by_kernels(self) -> bool:
-        """Whether kernels read them, which know these layouts alone."""
-        return isinstance(self.layout, (RowLayout, JoinedLayout)) and on_gpu(self.data)
-
     def blocks(self, rank: "Optional[int]" = None) -> "Iterator[tuple[int, Tensor]]":
         """First row and what is in [B, t, r] of each block of rows; all at once where that is small enough to keep.
 
         With `rank` the first components alone, of rows that are always read so.
         """
-        if (whole := self._whole(rank)) is not None:
-            yield 0, whole
-            return
-        for start in range(0, self.count, BLOCK):
-            yield start, self._opened(self.data[:, start : start + BLOCK], rank)
+        for start, latents in self.filled_blocks(rank):
+            yield start, latents[:, : self.count - start]
 
-    def _whole(self, rank: "Optional[int]" = None) -> "Optional[Tensor]":
-        """All rows [B, K, r], unpacked once for all layers; None where they are too many to keep."""
+    def filled_blocks(self, rank: "Optional[int]" = None) -> "Iterator[tuple[int, Tensor]]":
+        """As `blocks`, zeros behind the last row up to a multiple of `whole`."""
+        if (held := self._held(rank)) is not None:
+            yield 0, held
+            return
+        size = max(BLOCK // self.whole, 1) * self.whole
+        for start in range(0, self.count, size):
+            yield start, self._opened(self.data[:, start : start + size], rank)
+
+    def _held(self, rank: "Optional[int]" = None) -> "Optional[Tensor]":
+        """All rows [B, K', r], unpacked once for all layers; None where they are too many to keep."""
         rank = rank or self.layout.rank
-        shape = (len(self.data), self.count, rank)
-        if self._unpacked is not None or math.prod(shape) * self.dtype.itemsize > HELD_BYTES:
+        shape = (len(self.data), self._filled(self.count), rank)
+        most = HELD_ON_GPU if on_gpu(self.data) else HELD_BYTES
+        if self._unpacked is not None or math.prod(shape) * self.dtype.itemsize > most:
             return self._unpacked
         if torch.compiler.is_compiling():
             self._unpacked = self._opened(self.data, rank)
             return self._unpacked
         latents = self.workspace.take("latents", shape, self.dtype, self.data.device)
         if self.workspace.owner != (self, rank):
-            self._opened(self.data, rank, latents)
+            unpacked(self.data, self.layout, self.dtype, rank=rank, out=latents)
             self.workspace.owner = (self, rank)
         return latents
 
-    def _opened(self, data: Tensor, rank: "Optional[int]", out: "Optional[Tensor]" = None) -> Tensor:
-        """The first `rank` components, or all, of rows."""
-        if isinstance(self.layout, RowLayout):
-            return self.layout.unpack(data, self.dtype, out=out, rank=rank)
-        return self.layout.unpack(data, self.dtype, out=out)
+    def _filled(self, count: int) -> int:
+        return -(-count // self.whole) * self.whole
+
+    def _opened(self, data: Tensor, rank: "Optional[int]" = None) -> Tensor:
+        """The first `rank` components, or all, of rows, zeros behind the last."""
+        latents = data.new_empty(len(data), self._filled(data.shape[1]), rank or self.layout.rank, dtype=self.dtype)
+        return unpacked(data, self.layout, self.dtype, rank=rank, out=latents)
 
     def _sums(self, weights: Tensor, rank: "Optional[int]" = None) -> Tensor:
         """Σ p·z [B, M, r] of weights [B, M, K]."""
-        # In fp16 the weights of a long text, and their products, would be too small to tell from nothing.
-        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-        weights, total, rows = weights.to(dtype), None, weights.shape[1]
+        rows, scale, dtype, total = weights.shape[1], 1.0, self.dtype, None
+        if dtype == torch.float16:  # the weights of a long text, and their products, would be too small for it
+            if _kept_whole(self.data.new_empty(0, dtype=dtype)):
+                scale = WEIGHT_SCALE
+            else:
+                dtype = torch.float32
         if rows < TILE:  # the matrix unit takes whole tiles; fewer rows go another way, which is slower
             weights = nn.functional.pad(weights, (0, 0, 0, TILE - rows))
-        for start, latents in self.blocks(rank):
-            part = weights[..., start : start + latents.shape[1]] @ latents.to(dtype)
-            total = part if total is None else total.float() + part
+        for start, latents in self.filled_blocks(rank):
+            part = (weights[..., start : start + latents.shape[1]] * scale).to(dtype)
+            part = nn.functional.pad(part, (0, latents.shape[1] - part.shape[-1]))
+            part = part.unflatten(-1, (self.parts, -1)).transpose(1, 2).flatten(0, 1)  # [B·parts, M, t/parts]
+            part = full_product(part, latents.to(dtype).unflatten(1, (self.parts, -1)).flatten(0, 1))
+            part = part.unflatten(0, (-1, self.parts)).sum(1)
+            total = part if total is None else total + part
         assert total is not None, "there are rows to read"
-        return total[:, :rows]
+        return total[:, :rows] / scale

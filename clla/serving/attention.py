@@ -176,7 +176,7 @@ class GroupReader:
         if self.bucket is None:
             self.bucket = int(os.environ.get(BUCKET, 0)) or bucket_length(self.rope, self.head_dim)
         buckets = None
-        if self.bucket > 1 and data.device.type == "cpu":
+        if self.bucket > 1:
             buckets = Buckets(self.bucket, side.means(self.bucket), side.fronts)
         return LatentRows(data, self.layout, self.decoder, hidden, reach, side.turns, buckets=buckets)
 
@@ -196,7 +196,7 @@ class GroupReader:
         slots, bias = memo[key]
         both = read_exact(exact[1], slots)  # [S, 2H, E, d]
         q = query.transpose(1, 2).unflatten(1, (heads, -1)).flatten(2, 3)  # [S, H, M, d]
-        most = None if rows.by_kernels else rows_in_full(rows.count)
+        most = rows_in_full(rows.count)
         out = rows.attended(q, both, bias, index, scaling=scaling, turned=self._turned(index), most=most)
         return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2)
 

@@ -32,7 +32,7 @@ from clla.errors import UnsupportedModelError
 from clla.evaluate.measured_cache import with_kept_bytes
 from clla.evaluate.plan_tables import plan_tables
 from clla.evaluate.source_cache import SourceCache
-from clla.modeling import pack_triton_clla, rows_clla
+from clla.modeling import pack_triton_clla, rows_clla, unpack_triton_clla
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.hooks_clla import CACHE, rope_of, rotary_module
 from clla.modeling.modeling_clla import CllaForCausalLM
@@ -507,7 +507,7 @@ def test_lossless_check_tells_right_from_wrong(dtype: torch.dtype) -> None:
 
 def test_lossless_check_needs_no_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, too: kernels do not know its rows."""
-    for module in (rows_clla, pack_triton_clla):
+    for module in (rows_clla, pack_triton_clla, unpack_triton_clla):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     found = case("llama")
     check_lossless(pico("llama").to(kernel_device), found.stats.layers, found.rope)

@@ -1,4 +1,4 @@
-"""Absorbed queries over packed rows of two parts, by kernels and by their twin, against loops in fp64 over the bits."""
+"""Absorbed queries over packed rows of two parts, by kernel and twin, against loops in fp64 over the bits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 import torch
 from conftest import pico
 from helpers import stats_of, strict_of, tokens
-from kernel_compile import Case, check_fits, compile_all, launched
 from packed_rows import MIXED, POISON, WIDTHS, by, close, latents_of, random_rows
 from torch import Tensor
 
-from clla.modeling import absorbed_clla, absorbed_triton_clla, attention_triton_clla, rows_clla
+from clla.modeling import rows_clla, unpack_triton_clla
 from clla.modeling.absorbed_clla import AbsorbedRows
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
@@ -149,20 +148,6 @@ def test_what_nobody_may_see_changes_nothing(kernel_device: str) -> None:
         assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
-def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second sequence begins behind the first tiles."""
-    monkeypatch.setattr(absorbed_triton_clla, "tile_of", lambda *_: tile)
-    check(Problem(count=193, hidden=(0, 129), tokens=2, device=kernel_device))
-
-
-@pytest.mark.parametrize("splits", [2, 3])
-def test_sums_of_rows_in_parts(splits: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton_clla, "_splits", lambda *_: splits)
-    check(Problem(count=130, device=kernel_device))
-
-
 def test_rows_beyond_32_bits(kernel_device: str) -> None:
     """The third row begins behind 2 GiB of a buffer that is mostly never touched."""
     problem = Problem(count=3, hidden=(0,), device=kernel_device)
@@ -207,8 +192,8 @@ def test_compilers_follow_whole(kernels: bool, kernel_device: str) -> None:
 @pytest.mark.slow
 def test_models_read_rows_by_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A padded batch, with a prompt of few tokens: by kernels and by the twin alike, and not by neither."""
-    launches, launch = [], absorbed_clla.absorbed_logits
-    monkeypatch.setattr(absorbed_clla, "absorbed_logits", lambda *a: launches.append(1) or launch(*a))
+    launches, launch = [], unpack_triton_clla._launch
+    monkeypatch.setattr(unpack_triton_clla, "_launch", lambda *a: launches.append(1) or launch(*a))
     model = pico()
     converted, _ = strict_of(
         model, stats_of(model, with_queries=True), groups=((0, 1), (2, 3)), components=16, bits=4, rope_bits=6, rank=48
@@ -230,29 +215,6 @@ def test_models_read_rows_by_kernels(kernel_device: str, monkeypatch: pytest.Mon
                     **{CACHE: converted.new_cache()},
                 )
             )
-    assert len(launches) == 4 * 4  # calls and layers
+    assert len(launches) == 4 * 2  # once per call for all layers of a group
     assert torch.equal(answers[0].sequences, answers[1].sequences)
     torch.testing.assert_close(*(torch.stack(a.logits) for a in answers), rtol=1e-4, atol=1e-4)
-
-
-def case_of(heads: int, rank: int, tile: tuple[int, int], *, new: int = 1, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """One layer's launch over 16 sequences of 8192 tokens, 64 components of 6 bits beside the latent."""
-    layout = JoinedLayout(RowLayout((6, 4, 3, 2), rank // 4), RowLayout((6,) * 8, ROPE_TIER))
-    data = torch.empty(16, 8192, layout.row_bytes, dtype=torch.uint8, device="meta")
-    query = torch.empty(16, heads, new, layout.rank, dtype=dtype, device="meta")
-    rows = AbsorbedRows(data, layout, dtype, torch.zeros(16, dtype=torch.int64, device="meta"))
-    with pytest.MonkeyPatch.context() as patch, by(True):
-        patch.setattr(absorbed_triton_clla, "tile_of", lambda *_: tile)
-        loose = ("count", "block_count")
-        return launched(absorbed_triton_clla, "absorbed_kernel", lambda: rows.sums(query, 0.1), not_specialized=loose)
-
-
-@pytest.mark.slow
-def test_compiled_kernels_fit_and_read_queries_ahead() -> None:
-    """Rows of queries are known to be aligned, or they would be read one number at a time and wait for each."""
-    few = [case_of(9, 512, (128, 8)), case_of(32, 2048, (64, 8)), case_of(32, 2048, (32, 4))]
-    many = [case_of(32, 2048, (128, 8), new=5), case_of(32, 512, (128, 8), new=2, dtype=torch.float32)]
-    reports = compile_all([*few, *many])
-    check_fits(reports)
-    assert all(reports[i][90]["wgmma"] > 0 for i in (0, 1, 3))  # they take 64 rows
-    assert all(reports[i][arch]["async_copies"] > 0 for i in (2, 3, 4) for arch in (80, 90))  # 16 bytes a thread

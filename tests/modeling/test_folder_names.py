@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 ids, options, *folders = map(json.loads, sys.argv[1:])
 models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in folders]
 print(json.dumps([model.generate(torch.tensor(ids), **options).tolist() for model in models]))
-names = [sys.modules[type(model).__module__.replace("modeling_clla", "attention_triton_clla")] for model in models]
+names = [sys.modules[type(model).__module__.replace("modeling_clla", "unpack_triton_clla")] for model in models]
 assert len({module.NAMESPACE for module in names}) == len(folders), names
 """
 

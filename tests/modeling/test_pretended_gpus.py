@@ -36,19 +36,17 @@ def test_models_on_pretended_gpus(case: tuple[str, str, str], found: dict[tuple[
     assert "error" not in told, told["error"]
     for call in told["calls"]:
         asked = {place: times for place, times in call["syncs"].items() if not place.startswith(OWN)}
-        assert list(asked.values()) == [1], call
-        assert sum(call["syncs"].values()) == 1 or call["tokens"] > 1 or name in ("strict", "sliding"), call
+        # The first step that reads asks the model's rotation, once, how long neighbours may be.
+        first = call["encoded"] == told["calls"][2]["encoded"] and call["tokens"] == 1
+        assert sum(asked.values()) <= 1 + first, call
+        assert sum(call["syncs"].values()) == 1 or call["tokens"] > 1 or name in ("strict", "sliding") or first, call
     steps = [call for call in told["calls"] if call["tokens"] == 1][1:]  # the first makes tables
     # A block that leaves the window costs neither.
     assert len({step["encoded"] for step in steps}) == (len(steps) if name == "strict" else 2)
     assert not any(step["copies"] for step in steps), steps
-    layers = 2 if name == "sliding" else 4
+    groups = {"sliding": 1, "first": 4, "selected": 6}.get(name, 2)  # of selected rows each layer has its own
     for launches in (step["launches"] for step in steps):
-        logits = {"strict": 0, "selected": 2 * layers}.get(name, layers)
-        assert launches.get("logits_kernel", 0) == logits, launches
-        # Of selected rows all components, of the others the first.
-        assert launches.get("sums_kernel", 0) == (2 * layers if name == "selected" else layers), launches
-        assert launches.get("absorbed_kernel", 0) == (layers if name == "strict" else 0), launches
+        assert launches.get("unpack_kernel", 0) == groups, launches
     assert sum(step["launches"].get("pack_kernel", 0) > 0 for step in steps) == (
         len(steps) if name in ("strict", "first") else 1
     ), steps

@@ -20,7 +20,7 @@ from helpers import converted_of, kept_bytes, mostly_slow, plan_of, stats_of, to
 from torch import Tensor
 from transformers import CompileConfig
 
-from clla.modeling import attention_clla, quantize_clla, rotary_clla, rows_clla
+from clla.modeling import attention_clla, quantize_clla, rotary_clla, rows_clla, unpack_triton_clla
 from clla.modeling.attention_clla import Buckets, LatentRows
 from clla.modeling.cache_clla import CllaCache
 from clla.modeling.group_clla import LatentGroup
@@ -479,7 +479,8 @@ def test_one_graph_serves_all_steps(
     torch.compiler.reset()
     if kernels:
         pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-        monkeypatch.setattr(rows_clla, "on_gpu", lambda x: True)
+        for module in (rows_clla, unpack_triton_clla):
+            monkeypatch.setattr(module, "on_gpu", lambda x: True)
     converted, graphs = full_rank(), Graphs()
     converted.attend_top_k = select
     ids, new = tokens(2, 40), 5 if kernels else 30

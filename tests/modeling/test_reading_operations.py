@@ -47,7 +47,7 @@ def test_a_token_of_llama_3_8b_takes_a_million_operations(count: int, monkeypatc
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from time_model import Reading
 
-    model = Reading(1, count, layout.rank, layout.row_bytes, judged, best, queries, heads, dim, bucket)
+    model = Reading(1, count, layout.rank, layout.row_bytes, judged, best, queries, heads, dim, bucket, 6)
     assert per_token == pytest.approx(model.operations, rel=0.15)
     assert 0.3e6 < per_token < 1.0e6
     assert 2 * heads * dim * layout.rank > 10 * per_token

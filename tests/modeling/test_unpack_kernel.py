@@ -1,4 +1,4 @@
-"""Attention over packed latents by kernels, against loops in fp64 over the bits of rows and against the torch twin."""
+"""Packed latents unpacked by the kernel and read, against loops in fp64 over the bits of rows and against the twin."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from packed_rows import MIXED, POISON, WIDTHS, by, close, latents_of, random_row
 from torch import Tensor
 
 from clla.bench.shapes import random_plan, shape_config
-from clla.modeling import attention_clla, attention_triton_clla, rows_clla
-from clla.modeling.attention_clla import LatentRows
+from clla.modeling import rows_clla, unpack_triton_clla
+from clla.modeling.attention_clla import Buckets, LatentRows, judging_rank
 from clla.modeling.hooks_clla import CACHE
-from clla.modeling.quantize_clla import RowLayout
+from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
 from clla.modeling.rotary_clla import Turns
 from clla.modeling.rows_clla import PackedRows
+from clla.modeling.unpack_triton_clla import unpacked
 
 SCALING = 0.3
 
@@ -77,11 +78,13 @@ class Problem:
         query[:, :, 1:-1] = torch.randn(batch, self.heads, self.per_head, self.size)
         self.query = query.to(self.device, self.dtype)[:, :, 1:-1]
 
-    def rows(self) -> LatentRows:
+    def rows(self, buckets: Buckets | None = None) -> LatentRows:
         """As a forward pass makes them."""
         hidden = torch.tensor(self.hidden, device=self.device)
         used = None if self.used is None else torch.tensor([self.used], device=self.device)
-        return LatentRows(self.data, self.layout, self.codec, hidden, max(self.hidden), self.turns, used=used)
+        return LatentRows(
+            self.data, self.layout, self.codec, hidden, max(self.hidden), self.turns, used=used, buckets=buckets
+        )
 
     def latents(self) -> Tensor:
         """[B, K, r] in fp64."""
@@ -152,8 +155,7 @@ def check(problem: Problem, *, index: Tensor | None = None, turned: bool = True,
             rows = problem.rows() if index is None else problem.rows().chosen(index.to(problem.device))
             close(written(problem, rows, turned=turned), expected, tolerance)
             close(rows.values(weights, problem.layer), attended, tolerance)
-            if kernels:
-                close(attention_triton_clla.packed_sums(rows, weights), sums, tolerance)
+            close(rows._sums(weights.flatten(1, 2)), sums, tolerance)
 
 
 @pytest.mark.slow
@@ -197,13 +199,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", mostly_slow(GEOMETRIES, *list(GEOMETRIES)[:2]))
 def test_heads_and_rotations(name: str, kernel_device: str) -> None:
     check(Problem(**GEOMETRIES[name], device=kernel_device))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tile", [(32, 4), (64, 8), (128, 8)], ids=str)
-def test_tiles(tile: tuple[int, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton_clla, "tile_of", lambda *_: tile)
-    check(Problem(count=65, device=kernel_device))
 
 
 def test_layers_without_rotation(kernel_device: str) -> None:
@@ -254,18 +249,62 @@ def test_first_components_alone(rank: int, kernel_device: str) -> None:
     check(Problem(tiers=(5, 5, *(3,) * 4, *(2,) * 4, 1, 1), rank=rank, count=9, device=kernel_device))
 
 
-def test_ranks_are_whole_eights(kernel_device: str) -> None:
-    problem = Problem(rank=20, device=kernel_device)
-    with by(True), pytest.raises(AssertionError, match="8 components"):
-        written(problem, problem.rows())
+@pytest.mark.parametrize("count", [1, 8, 33, 70])
+@pytest.mark.parametrize("own", [None, 24])
+def test_zeros_behind_the_last_row(own: int | None, count: int, kernel_device: str) -> None:
+    """Rows are filled up; nothing of what lies behind them in memory is read, and nothing beside `out` is written."""
+    layout = RowLayout((6, 5, 4, 3, 1), 8)
+    around = torch.full((2, count + 3, layout.row_bytes + 5), POISON, dtype=torch.uint8)
+    around[:, 1:-2, 3:-2] = random_rows(layout, 2, count)
+    data, rank = around.to(kernel_device)[:, 1:-2, 3:-2], own or layout.rank
+    expected = latents_of(data, (6, 5, 4, 3, 1), 8)[..., :rank]
+    for kernels in (True, False):
+        held = torch.full((2, count + 9, rank + 6), 7.0, device=kernel_device)
+        out = held[:, 1 : count + 6, 2:-4]
+        with by(kernels):
+            assert unpacked(data, layout, out.dtype, rank=own, out=out) is out
+        close(out[:, :count], expected, 1e-6)
+        assert not out[:, count:].any()
+        out.fill_(7.0)
+        assert bool((held == 7.0).all())
 
 
-@pytest.mark.parametrize("splits", [2, 3, 4])
-def test_sums_of_rows_in_parts(splits: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 128 and 2 rows; of 64, 64 and 2; a fourth without any."""
-    monkeypatch.setattr(attention_triton_clla, "_splits", lambda *_: splits)
-    problem = Problem(tiers=(3, 3, 3, 3), heads=1, count=140, device=kernel_device)
-    check(problem, index=torch.stack([torch.randperm(140)[:130] for _ in range(2)]))
+@pytest.mark.parametrize("tier_size", [8, 24])
+@pytest.mark.parametrize("bits", [(8, 3, 2), (5, 1)], ids=str)
+def test_rows_of_two_parts(bits: tuple[int, ...], tier_size: int, kernel_device: str) -> None:
+    """Each part has scales of its own in front of its own codes."""
+    parts = RowLayout(bits, tier_size), RowLayout((6,) * 9, ROPE_TIER)
+    data = torch.cat([random_rows(part, 2, 40) for part in parts], dim=-1)
+    ends = data.split([part.row_bytes for part in parts], dim=-1)
+    expected = torch.cat([latents_of(ends[0], bits, tier_size), latents_of(ends[1], (6,) * 9, ROPE_TIER)], dim=-1)
+    for kernels in (True, False):
+        with by(kernels):
+            close(unpacked(data.to(kernel_device), JoinedLayout(*parts), torch.float32), expected, 1e-6)
+
+
+@pytest.mark.parametrize("fronts", [[0, 0], [0, 5], [5, 5]], ids=str)
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("few", [None, 16])
+def test_neighbours_with_one_rotation(few: int | None, turned: bool, fronts: list[int], kernel_device: str) -> None:
+    """Against the exact logits of keys whose rotations are the means of their buckets."""
+    size, problem = 4, Problem(hidden=(0, 5), own_turns=True, rank=few, device=kernel_device)
+    factors = torch.polar(torch.ones(2, 64, 8), torch.rand(2, 64, 8)).to(kernel_device)
+    means = torch.stack(
+        [own[front : front + 40].unflatten(0, (10, 4)).mean(1) for own, front in zip(factors, fronts, strict=True)]
+    )
+    each = torch.ones(2, 33, 8, dtype=torch.complex64, device=kernel_device)
+    for b, front in enumerate(fronts):
+        each[b, front:] = means[b].repeat_interleave(4, 0)[: 33 - front]
+    problem.turns = Turns(each, False)
+    expected = problem.naive_logits(turned=turned)
+    for kernels in (True, False):
+        with by(kernels):
+            rows = problem.rows(Buckets(size, Turns(means, False), fronts))
+            found = torch.full(expected.shape, torch.nan, device=kernel_device)
+            rows.estimated(problem.query, problem.layer, found, scaling=SCALING, turned=turned, rank=few)
+            seen = torch.arange(33) >= torch.tensor(fronts)[:, None]  # what lies before a sequence is never met
+            found = found.cpu().where(seen[:, None, None], torch.zeros(()))
+            close(found, expected.where(seen[:, None, None], torch.zeros(()).double()), 3e-6)
 
 
 def test_weights_of_zero_sum_to_zero(kernel_device: str) -> None:
@@ -273,37 +312,28 @@ def test_weights_of_zero_sum_to_zero(kernel_device: str) -> None:
     weights = problem.weights().zero_()
     with by(True):
         assert not problem.rows().values(weights, problem.layer).any()
-        assert not attention_triton_clla.packed_sums(problem.rows(), weights).any()
 
 
 def test_offsets_in_64_bits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_triton_clla, "needs_wide_offsets", lambda data: True)
+    monkeypatch.setattr(unpack_triton_clla, "needs_wide_offsets", lambda data: True)
     check(Problem(device=kernel_device))
     check(Problem(device=kernel_device), index=torch.tensor([[32, 1, 8], [3, 9, 2]]))
 
 
 def test_rows_beyond_32_bits(kernel_device: str) -> None:
-    """A buffer that is mostly never touched; the same rows as at its beginning."""
-    problem = Problem(hidden=(0,), count=3, pairs=0, device=kernel_device)
-    around = torch.empty(1, 2**31 // 640 + 9, 640, dtype=torch.uint8, device=kernel_device)
-    assert attention_triton_clla.needs_wide_offsets(around)
-    index = torch.tensor([[around.shape[1] - 1, around.shape[1] - 4]], device=kernel_device)
-    around[:, index[0], : problem.layout.row_bytes] = problem.data[:, :2]
-    expected, weights = problem.naive_logits()[..., :2], problem.weights(2)
-    sums = torch.einsum("bhmk,bkr->bhmr", weights.double().cpu(), problem.latents()[:, :2]).flatten(1, 2)
+    """The third row begins behind 2 GiB of a buffer that is mostly never touched."""
+    problem = Problem(count=3, hidden=(0,), pairs=0, device=kernel_device)
+    around = torch.empty(1, 3, 2**30 + 64, dtype=torch.uint8, device=kernel_device)
+    around[..., : problem.layout.row_bytes] = problem.data
     problem.data = around[..., : problem.layout.row_bytes]
-    with by(True):
-        rows = problem.rows().chosen(index)
-        close(written(problem, rows), expected, 3e-6)
-        close(attention_triton_clla.packed_sums(rows, weights), sums, 3e-6)
+    assert unpack_triton_clla.needs_wide_offsets(problem.data)
+    check(problem)
 
 
 def test_offsets_are_wide_where_they_must_be() -> None:
     for rows, wide in ((2**31 // 640, False), (2**31 // 640 + 1, True)):
-        assert (
-            attention_triton_clla.needs_wide_offsets(torch.empty(1, rows, 640, dtype=torch.uint8, device="meta"))
-            is wide
-        )
+        data = torch.empty(1, rows, 640, dtype=torch.uint8, device="meta")
+        assert unpack_triton_clla.needs_wide_offsets(data) is wide
 
 
 @pytest.mark.slow
@@ -333,17 +363,15 @@ def test_the_twin_in_blocks(block: int, held: int, kernel_device: str, monkeypat
         close(rows.values(weights, problem.layer), expected, 3e-6)
 
 
-@pytest.mark.parametrize(("kernels", "count"), [(True, 2048), (False, 32768)], ids=["kernels", "twin"])
-def test_small_weights_count_in_fp16(kernels: bool, count: int, kernel_device: str) -> None:
+def test_small_weights_count_in_fp16(kernel_device: str) -> None:
     """Attention spread evenly over many tokens that get a hundredth of it: less each than fp16 tells from nothing."""
-    layout = RowLayout((8, 4, 2), 8)
+    layout, count = RowLayout((8, 4, 2), 8), 32768
     generator = torch.Generator().manual_seed(0)
     data = layout.pack(torch.randn(1, count, layout.rank, generator=generator) + 0.5).to(kernel_device)
     weights = torch.full((1, 1, 1, count), 0.01 / count, device=kernel_device)
     expected = 0.01 * layout.unpack(data).double().mean(1)
     rows = PackedRows(data, layout, torch.float16, torch.zeros(1, dtype=torch.int64))
-    with by(kernels):
-        found = attention_triton_clla.packed_sums(rows, weights) if kernels else rows._sums(weights[0])
+    found = rows._sums(weights[0])
     error = (found[0].double() - expected).abs().max() / expected.abs().max()
     assert error < 1e-3
 
@@ -357,9 +385,9 @@ def test_small_weights_count_in_fp16(kernels: bool, count: int, kernel_device: s
 def test_models_read_latents_by_kernels(
     family: str, static: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A padded batch; rows join while tokens come. By kernels and by the twin alike, and not by neither."""
-    launches, launch = [], attention_clla.packed_logits
-    monkeypatch.setattr(attention_clla, "packed_logits", lambda *a: launches.append(1) or launch(*a))
+    """A padded batch; rows join while tokens come. By the kernel and by the twin alike, and not by neither."""
+    launches, launch = [], unpack_triton_clla._launch
+    monkeypatch.setattr(unpack_triton_clla, "_launch", lambda *a: launches.append(1) or launch(*a))
     model = pico(family)
     stats = stats_of(model, batches=1, with_inputs=False)
     plan = plan_of(stats, model, bits=4, rank=16, window=4, flush_block=2, sinks=2)
@@ -382,57 +410,32 @@ def test_models_read_latents_by_kernels(
                     **{CACHE: converted.new_cache(max_cache_len=18 if static else None)},
                 )
             )
-    assert len(launches) == 3 * 4  # tokens and layers
+    assert len(launches) == 3 * len(plan.groups)  # once per token for all layers of a group
     assert torch.equal(answers[0].sequences, answers[1].sequences)
     torch.testing.assert_close(*(torch.stack(a.logits) for a in answers), rtol=1e-4, atol=1e-4)
 
 
-def case_of(shape: str, kernel: str, tile: tuple[int, int], **changed: Any) -> Case:
-    """One layer's launch at a sixteenth of the cache, 16 sequences of 8192 tokens."""
-    config = shape_config(shape)
-    plan = random_plan(config, kv_budget="6.25%", max_layers_per_group=6)
-    spec, kv = plan.groups[0], plan.kv
-    layout, heads, size = RowLayout(spec.tier_bits, plan.tier_size), kv.num_key_value_heads, kv.head_dim
-    dtype = changed.get("dtype", torch.bfloat16)
-    per_head = changed.get("per_head", config.num_attention_heads // heads)
+def case_of(shape: str, rank: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """One group's launch at a sixteenth of the cache, 16 sequences of 8192 tokens."""
+    plan = random_plan(shape_config(shape), kv_budget="6.25%", max_layers_per_group=6)
+    layout = RowLayout(plan.groups[0].tier_bits, plan.tier_size)
+    data = torch.empty(16, 8192, layout.row_bytes, dtype=torch.uint8, device="meta")
+    with by(True):
+        loose = ("count", "length")
+        call = lambda: unpacked(data, layout, dtype, rank=rank)  # noqa: E731
+        return launched(unpack_triton_clla, "unpack_kernel", call, not_specialized=loose)
 
-    def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
 
-    codec = SimpleNamespace(
-        decoder=drawn(len(spec.layers), 2 * heads * size, layout.rank), mean=drawn(len(spec.layers), 2 * heads * size)
+@pytest.mark.slow
+def test_the_compiled_kernel_spills_nothing() -> None:
+    layout = RowLayout(
+        random_plan(shape_config("llama-3-8b"), kv_budget="6.25%", max_layers_per_group=6).groups[0].tier_bits, 8
     )
-    turns = Turns(drawn(1, 8192, size // 2, dtype=torch.complex64), False)
-    data, hidden = drawn(16, 8192, layout.row_bytes, dtype=torch.uint8), drawn(16, dtype=torch.int64)
-    rows = LatentRows(data, layout, codec, hidden, 4, turns)
-    query, logits = drawn(16, heads, per_head, size), drawn(16, heads, per_head, 8192 + 196, dtype=torch.float32)
-    calls = {
-        "logits_kernel": lambda: rows.logits(query, 1, logits[..., :8192], scaling=SCALING, turned=True),
-        "sums_kernel": lambda: rows.values(logits[..., :8192], 1),
-    }
-    with pytest.MonkeyPatch.context() as patch, by(True):
-        patch.setattr(attention_triton_clla, "tile_of", lambda *_: tile)
-        loose = ("count", "block_count", "per_split")
-        return launched(attention_triton_clla, kernel, calls[kernel], not_specialized=loose)
-
-
-@pytest.mark.slow
-def test_compiled_kernels_spill_next_to_nothing_and_read_decoders_ahead() -> None:
-    """Rows of decoders are known to be aligned, or they would be read one number at a time and wait for each."""
-    shapes, tiles = ("smollm2-135m", "llama-3-8b"), ((128, 8), (64, 8), (32, 4))
-    cases = {(s, t): case_of(s, "logits_kernel", t) for s in shapes for t in tiles}
-    found = dict(zip(cases, compile_all(list(cases.values()), archs=[90]), strict=True))
-    for (shape, tile), report in found.items():
-        check_fits([report], spilled=160 if tile[0] == 128 else 0)
-        assert report[90]["async_copies"] > 0, shape
-        assert report[90]["wgmma"] > 0 or tile[0] < 64, shape  # they take 64 rows
-
-
-@pytest.mark.slow
-def test_compiled_sums_and_many_queries_fit() -> None:
-    """Without matrix units for fp32, and with more query rows than a tile takes at once."""
-    sums = case_of("llama-3-8b", "sums_kernel", (32, 4))
-    queries = case_of("smollm2-135m", "logits_kernel", (128, 8), per_head=63)
-    few, many = compile_all([sums, queries], archs=[80])
-    check_fits([few])
-    check_fits([many], spilled=320)
+    cases = [
+        case_of("smollm2-135m"),
+        case_of("llama-3-8b", judging_rank(layout)),
+        case_of("llama-3-8b", None, torch.float32),
+    ]
+    reports = compile_all(cases)
+    check_fits(reports)
+    assert all(used["registers"] <= 64 for report in reports for used in report.values())
