@@ -130,6 +130,13 @@ class PlanConfig(_Section):
     )
     metric_power: float = Field(0.75, ge=0, le=1, description="exponent of the Fisher metric")
     flush_block: int = Field(16, ge=1, description="tokens that leave the exact window at once")
+    reading_price: float = Field(
+        0,
+        ge=0,
+        le=16,
+        description="bits that each layer which reads a component adds to its price: the higher, the "
+        "fewer components are read, for some loss at equal bytes",
+    )
 
     @property
     def group_size(self) -> int:

@@ -311,7 +311,8 @@ class Run:
         if found is None:
             with console.progress("Factoring (layer groups)", len(plan.groups)) as advance:
                 found = make_codec(spectra, plan, stats, on_step=advance)
-        result = replace(found, outlook=make_outlook(spectra, plan, self.recipe.plan.bits))
+        own = self.recipe.plan
+        result = replace(found, outlook=make_outlook(spectra, plan, own.bits, own.reading_price))
         if PartialState().is_main_process:
             result.save(path)
         return result

@@ -1,7 +1,8 @@
 """Choose layer groups, ranks and bits from one byte budget: reverse water-filling with a price a bit.
 
 A tier coded with b bits leaves the share ε(b) of its worth as loss. At a price μ a bit, each tier takes
-the width that minimises ε(b)·Σλ + μ·bits(b), and every scale that begins with it costs 8 bits more. Dynamic
+the width that minimises ε(b)·Σλ + μ·bits(b), and every scale that begins with it costs 8 bits more. Where reading has
+a price, too, a component counts as ρ bits more for each of the G layers that read it. Dynamic
 programming over cut points finds the partition into groups of least total cost; bisection on μ meets the
 budget; what is left over buys the best remaining upgrades.
 
@@ -52,13 +53,22 @@ def candidate(eigenvalues: Tensor, energy: float, tier_size: int) -> Candidate:
     return Candidate(tiers, max(0.0, energy - float(tiers.sum())))
 
 
-def choose_bits(option: Candidate, price: float, widths: Sequence[int], tier_size: int) -> Choice:
-    """Never increasing widths of least loss plus price, scales included, by dynamic programming over the tiers."""
+def choose_bits(option: Candidate, price: float, widths: Sequence[int], tier_size: int, reading: float = 0.0) -> Choice:
+    """Never increasing widths of least loss plus price, scales included, by dynamic programming over the tiers.
+
+    Args:
+        option: the group.
+        price: per bit.
+        widths: admissible bits per component.
+        tier_size: components per tier.
+        reading: bits that a component counts as beside its own, ρ·G.
+    """
     order = [0, *sorted(widths)]
     shares, costs = _tables(widths, tier_size)
+    prices = price * (costs + reading * tier_size * (costs > 0))
     steps: list[list[int]] = []  # width of the tier before, by width of this tier
     best = [price * SCALE_BITS * (b > 0) for b in order]  # least cost so far, by width of the last tier
-    for i, added in enumerate((option.tiers[:, None] * shares + price * costs).tolist()):
+    for i, added in enumerate((option.tiers[:, None] * shares + prices).tolist()):
         if i:
             before, least, wider = [], math.inf, 0
             for level in reversed(range(len(order))):
@@ -103,6 +113,7 @@ def solve(
     widths: Sequence[int],
     tier_size: int,
     group_bits: int = 0,
+    reading_price: float = 0.0,
 ) -> dict[Segment, Choice]:
     """Partition and bits whose loss is least within `budget_bits` a token.
 
@@ -113,14 +124,16 @@ def solve(
         widths: admissible bits per component.
         tier_size: components per tier.
         group_bits: what every group takes beside its latent.
+        reading_price: ρ, bits that a component counts as for each layer of its group, beside its own.
 
     Returns:
         The chosen segments in layer order with their choices.
     """
 
     def at(price: float) -> dict[Segment, Choice]:
-        options = {s: choose_bits(c, price, widths, tier_size) for s, c in candidates.items()}
-        costs = {s: o.loss + price * (o.total_bits + group_bits) for s, o in options.items()}
+        options = {s: choose_bits(c, price, widths, tier_size, reading_price * s[1]) for s, c in candidates.items()}
+        read = {s: reading_price * s[1] * tier_size * len(o.bits) for s, o in options.items()}
+        costs = {s: o.loss + price * (o.total_bits + group_bits + read[s]) for s, o in options.items()}
         return {s: options[s] for s in cheapest_partition(costs, num_layers)}
 
     def size(choices: dict[Segment, Choice]) -> int:
@@ -138,7 +151,7 @@ def solve(
                 low = middle
             else:
                 high, choices = middle, tried
-    return _spend_rest(choices, candidates, budget_bits - size(choices), widths, tier_size)
+    return _spend_rest(choices, candidates, budget_bits - size(choices), widths, tier_size, reading_price)
 
 
 def _spend_rest(
@@ -147,6 +160,7 @@ def _spend_rest(
     left: int,
     widths: Sequence[int],
     tier_size: int,
+    reading_price: float,
 ) -> dict[Segment, Choice]:
     """Buy the upgrades with the most loss a bit while they fit; widths never increase along the tiers."""
     order = [0, *sorted(widths)]
@@ -162,7 +176,8 @@ def _spend_rest(
                 for level in range(now + 1, ceiling + 1):
                     scales = _scales_from(tier, level, levels, order) - _scales_from(tier, now, levels, order)
                     extra = float(costs[level] - costs[now]) + SCALE_BITS * scales
-                    gain = float(tiers[tier] * (shares[now] - shares[level])) / max(extra, 1.0)
+                    read = reading_price * segment[1] * tier_size * (now == 0)
+                    gain = float(tiers[tier] * (shares[now] - shares[level])) / max(extra + read, 1.0)
                     if extra <= left and gain > 0 and (best is None or gain > best[0]):
                         best = (gain, segment, tier, level, int(extra))
         if best is None:

@@ -1,8 +1,8 @@
 """What a report draws of a plan's making: each group's spectrum, and the loss that other budgets would leave.
 
 Both follow from the worth of the groups' components (`spectra.py`), in the units of the plan's metric. At a price μ
-a bit each tier takes the width of least ε(b)·Σλ + μ·bits(b); the prices give the frontier of loss against bytes for the
-groups as they are, scales counted one a width and group.
+a bit each tier takes the width of least ε(b)·Σλ + μ·bits(b), reading counted where it has a price; the prices give the
+frontier of loss against bytes for the groups as they are, scales counted one a width and group.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ POINTS = 96  # of a spectrum and of the frontier, at most
 SMALLEST, LARGEST = 1 / 8, 8  # bytes of the frontier, as a share of the plan's
 
 
-def make_outlook(spectra: Spectra, plan: Plan, widths: Sequence[int]) -> dict[str, Any]:
+def make_outlook(spectra: Spectra, plan: Plan, widths: Sequence[int], reading_price: float = 0.0) -> dict[str, Any]:
     """Spectra and frontier, a few kB per group.
 
     Args:
         spectra: weighted moments that the plan was made from.
         plan: its groups.
         widths: bits that a component may take.
+        reading_price: bits that each layer that reads a component adds.
 
     Returns:
         `spectra`: for each group its number of `components`, the `energy` of all of them, and of some `component`
@@ -51,12 +52,12 @@ def make_outlook(spectra: Spectra, plan: Plan, widths: Sequence[int]) -> dict[st
         )
         options.append(candidate(values, energy, plan.tier_size))
         whole.append(len(values) == spectra.rank(size))
-    row_bytes, loss = _frontier(options, whole, plan, widths)
+    row_bytes, loss = _frontier(options, whole, plan, widths, reading_price)
     return {"spectra": found, "frontier": {"row_bytes": row_bytes, "loss": loss}}
 
 
 def _frontier(
-    options: list[Candidate], whole: list[bool], plan: Plan, widths: Sequence[int]
+    options: list[Candidate], whole: list[bool], plan: Plan, widths: Sequence[int], reading_price: float
 ) -> tuple[list[float], list[float]]:
     """Bytes per token and loss as a share of the plan's, at falling prices.
 
@@ -70,8 +71,11 @@ def _frontier(
     order = [0, *sorted(widths)]
     shares = torch.tensor([ERROR_SHARE[b] for b in order], dtype=torch.float64)
     bits = torch.tensor([b * plan.tier_size for b in order], dtype=torch.float64)
+    read = [reading_price * len(group.layers) * plan.tier_size * (bits > 0) for group in plan.groups]
     for price in torch.logspace(math.log10(top), math.log10(top) - 14, 4 * POINTS, dtype=torch.float64):
-        chosen = [(o.tiers[:, None] * shares + price * bits).argmin(1) for o in options]
+        chosen = [
+            (o.tiers[:, None] * shares + price * (bits + r)).argmin(1) for o, r in zip(options, read, strict=True)
+        ]
         if any(len(c) and c[-1] > 0 and not w for c, w in zip(chosen, whole, strict=True)):
             break
         total = sum(float(bits[c].sum()) + SCALE_BITS * len(c[c > 0].unique()) for c in chosen) / 8

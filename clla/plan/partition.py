@@ -1,6 +1,7 @@
 """Which layers to group, without the eigenvalues of every possible group.
 
-At a price μ a bit, a component of worth λ costs g(λ) = min_b ε(b)·λ + μ·b. In ln λ that is a gently bent curve, which a
+At a price μ a bit, a component of worth λ costs g(λ) = min_b ε(b)·λ + μ·b, or μ·(b + ρ·G) where its G layers pay for
+reading it. In ln λ that is a gently bent curve, which a
 few functions ln(1 + λ/θ) follow well; summed over the components of a group each of them is a log-determinant,
 ln det(I + A/θ). One triangular factor gives it for a group and all that begin with the same layer. The bits that
 components take at the price, and how many exceed a worth, follow from the same sums by other weights.
@@ -33,19 +34,25 @@ class Outline:
     Args:
         spectra: weighted moments.
         widths: admissible bits per component.
+        reading_price: ρ.
     """
 
-    def __init__(self, spectra: Spectra, widths: Sequence[int]) -> None:
-        self.spectra, self.widths = spectra, [0, *sorted(widths)]
+    def __init__(self, spectra: Spectra, widths: Sequence[int], reading_price: float = 0.0) -> None:
+        self.spectra, self.widths, self.reading_price = spectra, [0, *sorted(widths)], reading_price
 
     def cost(self, segment: Segment, price: float) -> float:
-        """Loss plus price of a group's bits, scales left out."""
-        weights = self._fit(price, lambda worth: self._choice(worth, price)[0], relative=True)
-        return self._sum(segment, price, weights)
+        """Loss plus price of a group's bits and of reading it, scales left out."""
+        read = self.reading_price * segment[1]
+        least = price * (1 + read)  # near which components begin to be coded
+        return self._sum(
+            segment, least, self._fit(least, lambda worth: self._choice(worth, price, read)[0], relative=True)
+        )
 
     def bits(self, segment: Segment, price: float) -> float:
         """Bits that a group's components take at a price."""
-        return max(0.0, self._sum(segment, price, self._fit(price, lambda worth: self._choice(worth, price)[1])))
+        read = self.reading_price * segment[1]
+        least = price * (1 + read)
+        return max(0.0, self._sum(segment, least, self._fit(least, lambda worth: self._choice(worth, price, read)[1])))
 
     def count(self, segment: Segment, least: float) -> float:
         """How many components of a group are worth more than `least`."""
@@ -77,29 +84,28 @@ class Outline:
         start, size = segment
         largest = min(self.spectra.stats.covariance.shape[1], len(self.spectra.stats.layers) - start)
         largest = 1 if size == 1 else largest  # a layer alone needs no larger factor
-        sums = self.spectra.log_determinants(start, largest, _levels(price))
+        sums = self.spectra.log_determinants(start, largest, self._levels(price))
         return sum(weight * found[size - 1] for weight, found in zip(weights, sums, strict=True))
 
-    def _choice(self, worth: Tensor, price: float) -> tuple[Tensor, Tensor]:
-        """Least cost of components and the width that has it."""
+    def _choice(self, worth: Tensor, price: float, read: float) -> tuple[Tensor, Tensor]:
+        """Least cost of components, and the width that has it, where being read counts as `read` bits."""
         shares = torch.tensor([ERROR_SHARE[b] for b in self.widths], dtype=torch.float64)
         widths = torch.tensor(self.widths, dtype=torch.float64)
-        least = (worth[:, None] * shares + price * widths).min(1)
+        least = (worth[:, None] * shares + price * (widths + read * (widths > 0))).min(1)
         return least.values, widths[least.indices]
 
     def _fit(self, price: float, curve: Callable[[Tensor], Tensor], *, relative: bool = False) -> list[float]:
         """Weights of ln(1 + λ/θ) whose sum follows a curve, by least squares over ln λ."""
         worth = price * torch.logspace(math.log10(BELOW), math.log10(ABOVE), 300, dtype=torch.float64)
-        basis = torch.stack([torch.log1p(worth / 4.0**level) for level in _levels(price)], 1)
+        basis = torch.stack([torch.log1p(worth / 4.0**level) for level in self._levels(price)], 1)
         wanted = curve(worth)
         trust = 1 / wanted if relative else torch.ones_like(wanted)
         return torch.linalg.lstsq(basis * trust[:, None], (wanted * trust)[:, None]).solution[:, 0].tolist()
 
-
-def _levels(price: float) -> list[int]:
-    """Of the θ on both sides of a price."""
-    below = math.floor(math.log(price, 4))
-    return [below, below + 1]
+    def _levels(self, price: float) -> list[int]:
+        """Of the θ on both sides of a price; more where components begin with several bits, which bends the curve."""
+        below = math.floor(math.log(price, 4))
+        return [below - 1, below, below + 1, below + 2] if self.reading_price else [below, below + 1]
 
 
 def outlined_partition(
@@ -109,6 +115,7 @@ def outlined_partition(
     bits: int,
     group_bits: int,
     widths: Sequence[int],
+    reading_price: float = 0.0,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> list[Segment]:
     """Groups of consecutive layers whose estimated cost is least at the price at which they meet the budget.
@@ -121,10 +128,12 @@ def outlined_partition(
         bits: a token, for all latents.
         group_bits: of them, what every group takes beside its latent.
         widths: admissible bits per component.
+        reading_price: ρ, as of `allocation.solve`.
         on_step: called after each candidate, for progress.
     """
     layers = len(spectra.stats.layers)
-    outline, uniform = Outline(spectra, widths), uniform_segments(layers, max_layers_per_group)
+    outline = Outline(spectra, widths, reading_price)
+    uniform = uniform_segments(layers, max_layers_per_group)
 
     def price_of(segments: list[Segment]) -> float:
         return outline.price_of(segments, bits - group_bits * len(segments))

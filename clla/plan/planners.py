@@ -69,6 +69,7 @@ def _dynamic(
         bits=room.bits,
         group_bits=room.group_bits,
         widths=config.bits,
+        reading_price=config.reading_price,
         on_step=on_step,
     )
     return _within(spectra, segments, config, room, lambda _: None)
@@ -94,7 +95,12 @@ def _pyramid(
         own = candidates_of(spectra, [segment], config.tier_size, on_step)
         alone = {(0, segment[1]): own[segment]}
         solved = solve(
-            alone, num_layers=segment[1], budget_bits=int(left * share), widths=config.bits, tier_size=config.tier_size
+            alone,
+            num_layers=segment[1],
+            budget_bits=int(left * share),
+            widths=config.bits,
+            tier_size=config.tier_size,
+            reading_price=config.reading_price,
         )
         choices[segment] = solved[0, segment[1]]
     return choices
@@ -183,7 +189,7 @@ def _within(
     ranks = {segment: spectra.rank(segment[1]) for segment in segments}
     counts = dict(ranks)
     if spectra.source == "group" and max(ranks.values()) > EXACT:
-        outline = Outline(spectra, config.bits)
+        outline = Outline(spectra, config.bits, config.reading_price)
         price = outline.price_of(segments, room.bits - room.group_bits * len(segments))
         least = LEAST * price
         counts = {s: min(rank, round(outline.count(s, least)) + config.tier_size) for s, rank in ranks.items()}
@@ -196,6 +202,7 @@ def _within(
             widths=config.bits,
             tier_size=config.tier_size,
             group_bits=room.group_bits,
+            reading_price=config.reading_price,
         )
         short = [s for s, c in chosen.items() if len(c.bits) == len(options[s].tiers) and counts[s] < ranks[s]]
         if not short:

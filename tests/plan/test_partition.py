@@ -26,9 +26,9 @@ def data() -> Sampled:
     return sampled(num_layers=LAYERS, head_dim=48, hidden=160, band=BAND, tokens=4000, noise=0.2)
 
 
-def cost_of(values: torch.Tensor, price: float) -> tuple[float, float]:
-    """Loss plus price of the bits of single components, and the bits."""
-    options = torch.stack([ERROR_SHARE[b] * values + price * b for b in (0, *WIDTHS)])
+def cost_of(values: torch.Tensor, price: float, read: float = 0.0) -> tuple[float, float]:
+    """Loss plus price of the bits of single components, and the bits, where reading one counts as `read` bits."""
+    options = torch.stack([ERROR_SHARE[b] * values + price * (b + read * (b > 0)) for b in (0, *WIDTHS)])
     bits = torch.tensor((0, *WIDTHS)).double()[options.argmin(0)]
     return float(options.amin(0).sum()), float(bits.sum())
 
@@ -49,41 +49,65 @@ def test_a_level_below_rounding_does_no_harm(data: Sampled) -> None:
     assert all(math.isfinite(value) for value in sums) and sums == sorted(sums)
 
 
+@pytest.mark.parametrize("reading_price", (0.0, 0.5, 2.0))
 @pytest.mark.parametrize("bits_a_value", (0.2, 0.8, 2.0))
-def test_estimates_are_near_what_eigenvalues_say(data: Sampled, bits_a_value: float) -> None:
+def test_estimates_are_near_what_eigenvalues_say(data: Sampled, bits_a_value: float, reading_price: float) -> None:
     found, segments = Spectra(data.stats), [(0, 4), (4, 4)]
-    outline, bits = Outline(found, WIDTHS), bits_a_value * LAYERS * 96
+    outline, bits, read = Outline(found, WIDTHS, reading_price), bits_a_value * LAYERS * 96, 4 * reading_price
     worth = torch.cat([found.eigenvalues(*segment) for segment in segments])
     low, high = math.log(1e-9 * float(worth[0])), math.log(float(worth[0]))
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost_of(worth, math.exp(middle))[1] > bits else (low, middle)
+        low, high = (middle, high) if cost_of(worth, math.exp(middle), read)[1] > bits else (low, middle)
     price = math.exp(high)
     assert 0.4 < outline.price_of(segments, bits) / price < 2.5
     for segment in segments:
         values = found.eigenvalues(*segment)
-        assert outline.cost(segment, price) == pytest.approx(cost_of(values, price)[0], rel=0.25)
+        assert outline.cost(segment, price) == pytest.approx(cost_of(values, price, read)[0], rel=0.25)
         assert outline.count(segment, price) == pytest.approx(int((values > price).sum()), rel=0.3, abs=20)
 
 
 @pytest.mark.parametrize(
-    ("bits_a_value", "whole", "worse"),
-    ((0.2, 6, 0.001), (0.6, 6, 0.001), (1.5, 6, 0.001), (3.0, 6, 0.001), (0.2, 2, 0.01)),
+    ("bits_a_value", "whole", "worse", "reading_price"),
+    (
+        (0.2, 6, 0.001, 0.0),
+        (0.6, 6, 0.001, 0.0),
+        (1.5, 6, 0.001, 0.0),
+        (3.0, 6, 0.001, 0.0),
+        (0.2, 2, 0.01, 0.0),
+        (0.2, 6, 0.01, 0.3),
+        (1.5, 6, 0.01, 0.3),
+        (0.6, 6, 0.01, 2.0),
+    ),
 )
 def test_the_partition_is_as_good_as_that_of_all_eigenvalues(
-    data: Sampled, bits_a_value: float, whole: int, worse: float, monkeypatch: pytest.MonkeyPatch
+    data: Sampled,
+    bits_a_value: float,
+    whole: int,
+    worse: float,
+    reading_price: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where layers of long groups are estimated by half of their coordinates."""
     monkeypatch.setattr(spectra, "WHOLE", whole)
     found, bits = Spectra(data.stats), int(bits_a_value * LAYERS * 96)
     options = {s: candidate(found.eigenvalues(*s), found.energy(*s), 8) for s in every_segment(LAYERS, BAND)}
-    chosen = outlined_partition(found, max_layers_per_group=BAND, bits=bits, group_bits=0, widths=WIDTHS)
+    chosen = outlined_partition(
+        found, max_layers_per_group=BAND, bits=bits, group_bits=0, widths=WIDTHS, reading_price=reading_price
+    )
+    price = Outline(found, WIDTHS, reading_price).price_of(chosen, bits)
 
     def loss(segments: list[Segment]) -> float:
         own: dict[Segment, Choice] = solve(
-            {s: options[s] for s in segments}, num_layers=LAYERS, budget_bits=bits, widths=WIDTHS, tier_size=8
+            {s: options[s] for s in segments},
+            num_layers=LAYERS,
+            budget_bits=bits,
+            widths=WIDTHS,
+            tier_size=8,
+            reading_price=reading_price,
         )
-        return sum(choice.loss for choice in own.values())
+        read = sum(8 * size * len(choice.bits) for (_, size), choice in own.items())
+        return sum(choice.loss for choice in own.values()) + price * reading_price * read
 
     assert loss(chosen) <= loss(list(options)) * (1 + worse)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -123,18 +124,38 @@ def test_cheapest_partition_uses_admitted_segments_only() -> None:
     assert cheapest_partition(costs, 5) == [(0, 2), (2, 1), (3, 2)]
 
 
-@given(st.integers(1, 5), st.floats(-9, 3), st.sampled_from([(1,), (2, 4), (4, 2, 8), (1, 2, 3, 4, 5, 6, 8)]))
-@settings(deadline=None, max_examples=40)
-def test_choose_bits_equals_brute_force(tiers: int, log_price: float, widths: tuple[int, ...]) -> None:
+@given(
+    st.integers(1, 5),
+    st.floats(-9, 3),
+    st.sampled_from([(1,), (2, 4), (4, 2, 8), (1, 2, 3, 4, 5, 6, 8)]),
+    st.sampled_from((0.0, 0.5, 3.0)),
+)
+@settings(deadline=None, max_examples=60)
+def test_choose_bits_equals_brute_force(tiers: int, log_price: float, widths: tuple[int, ...], reading: float) -> None:
     rng = random.Random(tiers)
     worth = sorted((10 ** rng.uniform(-4, 2) for _ in range(tiers)), reverse=True)
     option, price = Candidate(torch.tensor(worth, dtype=torch.float64), 0.25), math.exp(log_price)
-    choice = choose_bits(option, price, widths, TIER)
+    choice = choose_bits(option, price, widths, TIER, reading)
     assert list(choice.bits) == sorted(choice.bits, reverse=True) and 0 not in choice.bits
     assert choice.total_bits == row_bits(choice.bits) == RowLayout(choice.bits, TIER).row_bytes * 8
     assert choice.loss == pytest.approx(loss_of(option, choice.bits))
-    least = min(loss + price * cost for cost, loss in cheapest_by_cost(option, widths).items())
-    assert choice.loss + price * choice.total_bits == pytest.approx(least)
+    every = (b for n in range(tiers + 1) for b in itertools.combinations_with_replacement(sorted(widths)[::-1], n))
+    least = min(loss_of(option, b) + price * (row_bits(b) + reading * TIER * len(b)) for b in every)
+    assert choice.loss + price * (choice.total_bits + reading * TIER * len(choice.bits)) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_price_on_reading_buys_fewer_components_with_the_same_bits(seed: int) -> None:
+    candidates, read, losses = random_candidates(6, 4, 8, seed), [], []
+    for price in (0.0, 0.3, 1.0, 4.0):
+        choices = solve(
+            candidates, num_layers=6, budget_bits=400, widths=(1, 2, 4, 8), tier_size=TIER, reading_price=price
+        )
+        assert 300 < sum(choice.total_bits for choice in choices.values()) <= 400
+        read.append(sum(size * len(choice.bits) for (_, size), choice in choices.items()))
+        losses.append(sum(choice.loss for choice in choices.values()))
+    assert read == sorted(read, reverse=True) and read[-1] < read[0]
+    assert losses[0] <= 1.05 * min(losses)  # the last bits are spent one by one
 
 
 @pytest.mark.parametrize("seed", range(6))
