@@ -144,16 +144,40 @@ class Plan:
         return self.exact_bytes_at(context, row) + encoded_slots(context, self.window, self.flush_block) * row
 
     @property
+    def components_read(self) -> float:
+        """Components of a latent that a layer reads, on average over the converted layers."""
+        return sum(len(g.layers) * len(g.tier_bits) for g in self.groups) * self.tier_size / self.num_layers
+
+    @property
+    def codec_bytes(self) -> int | None:
+        """Bytes of encoders, decoders and means beside the model's weights; None where latents come from `first`."""
+        if self.source == "first":
+            return None  # encoders are as wide as the model, which a plan does not know
+        values = 0
+        for group in self.groups:
+            width = len(group.layers) * self.kv.values
+            values += 2 * width * (len(group.tier_bits) * self.tier_size + 1)
+        return values * self.kv_itemsize
+
+    @property
     def break_even(self) -> int | None:
         """First context at which a sequence takes less than the source's cache would; None if none does.
 
         Shorter sequences take as much: their tokens are all exact.
         """
-        source, fixed = self.source_bytes_per_token, self.exact_bytes
+        return self.break_even_beside(0)
+
+    def break_even_beside(self, fixed: int) -> int | None:
+        """First context at which a sequence, and `fixed` bytes beside it, take less than the source's cache would.
+
+        Args:
+            fixed: of `codec_bytes`, say; several sequences share them.
+        """
+        source, fixed_in_all = self.source_bytes_per_token, self.exact_bytes + fixed
         if self.row_bytes >= source:
             return None
-        longest = math.ceil(fixed / (source - self.row_bytes)) + self.window + self.flush_block
-        return next((c for c in range(1, longest + 1) if self.bytes_at(c) < source * c), None)
+        longest = math.ceil(fixed_in_all / (source - self.row_bytes)) + self.window + self.flush_block
+        return next((c for c in range(1, longest + 1) if self.bytes_at(c) + fixed < source * c), None)
 
     def kept_bytes_at(self, context: int) -> int:
         """Cache bytes of the layers left alone: their states, and one token less than the width of their windows."""

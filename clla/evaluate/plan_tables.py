@@ -33,6 +33,11 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
         ("latents", f"{plan.row_bytes:,} bytes per token ({100 * plan.row_bytes / source:.2f} %)"),
         ("exact", f"window {plan.window} (+{plan.flush_block}), {plan.sinks} sinks: {plan.exact_bytes:,.0f} bytes"),
     ]
+    if plan.codec_bytes is not None:
+        from_ = plan.break_even_beside(plan.codec_bytes)
+        pays = "more than is saved" if from_ is None else f"with them memory is saved from {from_:,} tokens on"
+        rows.append(("weights of the codec", f"{plan.codec_bytes / 1e6:,.1f} MB; {pays}"))
+    rows.append(("read per layer", f"{plan.components_read:,.0f} components per token"))
     if plan.decoupled:
         count = 2 * len(plan.groups[0].rope_pairs)
         rows.append(("rotary keys", f"{count} components per group of {plan.rope_bits} bits, counted with the latents"))

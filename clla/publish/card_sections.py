@@ -205,9 +205,16 @@ def _gain(plan: Plan) -> str:
     least = plan.break_even
     if least is None:
         return "At this budget nothing is gained over the source's cache."
-    return (
+    said = (
         f"The exact tokens take up to {plan.exact_bytes:,.0f} bytes per sequence. Sequences below {least:,} tokens "
         "gain nothing: all their tokens are exact."
+    )
+    if plan.codec_bytes is None:
+        return said
+    megabytes, whole = plan.codec_bytes / 1e6, plan.break_even_beside(plan.codec_bytes)
+    return (
+        f"{said} The codec's weights take {megabytes:,.1f} MB beside the model's: with them memory is saved from "
+        f"{whole:,} tokens on."
     )
 
 

@@ -59,7 +59,9 @@ def tiles(data: PageData) -> list[Tile]:
         found.append(Tile(f"{100 * (after / before - 1):+.2f} %", "perplexity", f"{before:.3f} → {after:.3f}"))
         found.append(Tile(f"{quality['converted']['kl']:.4f}", "KL, nats per token", "to the source"))
     if plan.break_even is not None and plan.break_even > 1:
-        found.append(Tile(f"{plan.break_even:,}", "tokens until it is smaller", "than the source's cache"))
+        whole = None if plan.codec_bytes is None else plan.break_even_beside(plan.codec_bytes)
+        note = "than the source's cache" if whole is None else f"with the codec's weights: {whole:,}"
+        found.append(Tile(f"{plan.break_even:,}", "tokens until it is smaller", note))
     return found
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from conversions import form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_stats import sampled
@@ -519,3 +520,18 @@ def test_the_derived_window_without_a_context_is_the_largest() -> None:
 )
 def test_group_sizes_follow_the_budget(share: float, values: int, source: str, size: int) -> None:
     assert derive_group_size(share, values, source) == size
+
+
+@pytest.mark.parametrize("name", ("group", "sliding", "first"))
+def test_weights_of_the_codec_and_what_layers_read(name: str) -> None:
+    """As the model has them; from how many tokens on a sequence saves more than they take, by counting."""
+    model = form(name)
+    plan = Plan.from_json(model.config.clla)
+    held = sum(x.numel() for x in model.codec.parameters()) * plan.kv_itemsize
+    assert plan.codec_bytes == (None if name == "first" else held)
+    ranks = [len(group.tier_bits) * plan.tier_size for group in plan.groups for _ in group.layers]
+    assert plan.components_read == sum(ranks) / len(ranks)
+    least = plan.break_even_beside(held)
+    saved = [plan.source_bytes_per_token * c - plan.bytes_at(c) - held for c in range(1, 5000)]
+    expected = next((c for c, s in enumerate(saved, 1) if s > 0), None)
+    assert least == expected and (plan.break_even is None or least is None or least > plan.break_even)

@@ -95,6 +95,11 @@ def planned_figures(report: dict[str, Any]) -> set[str]:
     source, row, window, block = made.source_bytes_per_token, made.row_bytes, plan["window"], plan["flush_block"]
     found = {f"{source:,}", f"{row:,}", f"{100 * row / source:.2f}", str(window + block), f"{made.break_even:,}"}
     found.add(f"{(window + block + plan['sinks']) * source:,}")
+    if plan["source"] == "group":  # encoder and decoder [n·G, r] each, and two means, in the cache's dtype
+        n, item = 2 * made.kv.num_key_value_heads * made.kv.head_dim, made.kv_itemsize
+        ranks = [(len(g["layers"]) * n, len(g["tier_bits"]) * plan["tier_size"]) for g in plan["groups"]]
+        weights = sum(2 * width * rank + 2 * width for width, rank in ranks) * item
+        found |= {f"{weights / 1e6:,.1f}", f"{made.break_even_beside(weights):,}"}
     contexts = {c for c in (2048, 8192, 32768) if c <= longest} | {longest}
     contexts |= {int(c) for c in (report["measured"] or {"cache": {"by_context": {}}})["cache"]["by_context"]}
     for context in contexts:
