@@ -28,11 +28,12 @@ class GroupStore(ABC):
         layers: indices in the order in which the model runs them.
         block: tokens compressed at a time.
         sinks: first tokens, handed to `compress` along with the first block.
+        window: newest tokens that are never compressed.
     """
 
-    def __init__(self, layers: Sequence[int], *, block: int, sinks: int = 0) -> None:
+    def __init__(self, layers: Sequence[int], *, block: int, sinks: int = 0, window: int = 0) -> None:
         self.layers = list(layers)
-        self.block, self.due = block, block + sinks
+        self.block, self.due, self.window = block, block + sinks, window
         self.exact: Tensor | None = None  # [G, B, 2H, N, d], keys after RoPE and values
         self._incoming: list[Tensor] = []  # [B, 2H, T, d] a layer, during one forward pass
 
@@ -66,7 +67,7 @@ class GroupStore(ABC):
         new = torch.stack(self._incoming)
         self._incoming = []
         exact = new if self.exact is None else torch.cat((self.exact, new), dim=3)
-        while exact.shape[3] >= self.due:
+        while exact.shape[3] - self.window >= self.due:
             self.compress(exact[:, :, :, : self.due])
             exact = exact[:, :, :, self.due :]
             self.due = self.block

@@ -13,12 +13,14 @@ import torch
 from clla.baselines.attention import ObservedModel
 from clla.baselines.kivi import KiviCache
 from clla.baselines.kvsharer import KvSharerCache, Order, Score, replaced, search
+from clla.baselines.kvtc import KvtcCache, allocate, collect, principal
 from clla.baselines.less import LessCache
 from clla.baselines.less_training import train_feature_maps
 from clla.baselines.minicache import MiniCacheCache
 from clla.baselines.palu import palu
 from clla.baselines.pyramidkv import PyramidKvCache
 from clla.baselines.think import ThinkCache
+from clla.baselines.turboquant import FORMS, TurboQuantCache
 from clla.baselines.xkv import VALUE_RANK, XkvCache
 from clla.compare.bench import SINKS, Bench, Setting
 from clla.errors import CllaError, UsageError
@@ -29,6 +31,7 @@ from clla.plan.budget import derive_group_size, derive_window
 from clla.recipe import PlanConfig
 
 KIVI_BITS = (4, 3, 2)
+KVTC_TOKENS, KVTC_WINDOW, KVTC_BLOCK, KVTC_COMPONENTS = 16_384, 128, 16, 2048
 PYRAMID_WINDOW, PYRAMID_BLOCK = 8, 16
 LESS_RANK, LESS_SEQUENCES = 8, 8
 SEARCH_SEQUENCES, SEARCH_TOKENS = 4, 64  # that KVSharer's search runs on; the paper too has samples of 64
@@ -57,6 +60,40 @@ def kivi(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
         for bits in KIVI_BITS:
             name = f"{bits} bit, residual 128" + (f", {sinks} sinks" if sinks else "")
             yield Setting(name, Subject(bench.model, partial(KiviCache, bench.source.config, bits=bits, sinks=sinks)))
+
+
+def turboquant(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
+    """As vLLM serves it, the first and last two layers exact; with all layers coded, too."""
+    for exact in (2, 0) if bench.thorough else (2,):
+        for form in FORMS:
+            name = form + (f", {2 * exact} layers exact" if exact else "")
+            new_cache = partial(TurboQuantCache, bench.source.config, form=form, exact_layers=exact)
+            yield Setting(name, Subject(bench.model, new_cache))
+
+
+def kvtc(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
+    """At every budget, with the window that our own conversion has there."""
+    rope, source = rope_of(bench.model, bench.rope), bench.source
+    batches, count = [], 0
+    for ids in bench.sequences(bench.context):
+        batches.append(ids)
+        count += ids.shape[1]
+        if count >= KVTC_TOKENS:
+            break
+    keys, values = collect(bench.model, rope, batches, sinks=SINKS, window=KVTC_WINDOW)
+    most = min(KVTC_COMPONENTS, *keys.shape)
+    transforms = principal(keys, most), principal(values, most)
+    for budget in budgets:
+        window = own_window(budget, source.bytes_per_token, bench.context)
+        exact = SINKS + window + KVTC_BLOCK
+        room = (budget * bench.context - exact) / (bench.context - exact) * source.bytes_per_token
+        try:
+            coders = allocate(*transforms, int(8 * room))
+        except UsageError as error:
+            yield Setting(f"{100 * budget:g} %", why_not=error.got)
+            continue
+        new_cache = partial(KvtcCache, source.config, rope, coders, window=window, block=KVTC_BLOCK, sinks=SINKS)
+        yield Setting(f"{100 * budget:g} % before DEFLATE, window {window}", Subject(bench.model, new_cache))
 
 
 def minicache(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
@@ -195,6 +232,8 @@ def own_window(budget: float, source_bytes: int, context: int) -> int:
 METHODS: dict[str, Method] = {
     "stored": Method(stored),
     "kivi": Method(kivi),
+    "turboquant": Method(turboquant),
+    "kvtc": Method(kvtc),
     "minicache": Method(minicache),
     "kvsharer": Method(kvsharer),
     "think": Method(think),

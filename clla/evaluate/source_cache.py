@@ -10,6 +10,7 @@ Shape legend: B sequences, H key-value heads, T tokens, d head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -46,17 +47,24 @@ class Codec(Protocol):
         """Inverse of `encode`, fp32."""
 
 
-class Int4:
-    """4 bits, one scale and minimum per token and head."""
+class MinMax:
+    """A few bits, one scale and minimum per token and head.
+
+    Args:
+        bits: per component.
+    """
 
     nbytes = 0
 
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        return minmax.pack(x, 4)
+        return minmax.pack(x, self.bits)
 
     def decode(self, *parts: Tensor) -> Tensor:
         codes, affine = parts
-        return minmax.unpack(codes, affine, 4)
+        return minmax.unpack(codes, affine, self.bits)
 
 
 class Fp8TokenHead:
@@ -98,7 +106,7 @@ class Fp8Tensor:
         return parts[0].float() * self.scale
 
 
-CODECS: dict[str, Callable[[], Codec]] = {"int4": Int4, "fp8": Fp8Tensor, "fp8-token-head": Fp8TokenHead}
+CODECS: dict[str, Callable[[], Codec]] = {"int4": partial(MinMax, 4), "fp8": Fp8Tensor, "fp8-token-head": Fp8TokenHead}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -122,12 +130,13 @@ class EncodedLayer(DynamicLayer):
     """Keys (after RoPE) and values kept encoded; hands out the decoded past and the exact present.
 
     Args:
-        new_codec: called once for keys and once for values.
+        keys: their codec.
+        values: theirs.
     """
 
-    def __init__(self, new_codec: Callable[[], Codec]) -> None:
+    def __init__(self, keys: Codec, values: Codec) -> None:
         super().__init__()
-        self.codecs = (new_codec(), new_codec())
+        self.codecs = (keys, values)
         self.parts: list[tuple[Tensor, ...]] = [(), ()]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -170,4 +179,4 @@ class SourceCache(MeasuredCache):
         if isinstance(storage, torch.dtype):
             super().__init__(config, {i: StoredLayer(storage) for i in full})
         else:
-            super().__init__(config, {i: EncodedLayer(CODECS[storage]) for i in full})
+            super().__init__(config, {i: EncodedLayer(CODECS[storage](), CODECS[storage]()) for i in full})

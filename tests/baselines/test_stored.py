@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from clla.errors import UsageError
-from clla.evaluate.source_cache import HEADROOM, Codec, Fp8Tensor, Fp8TokenHead, Int4, SourceCache
+from clla.evaluate.source_cache import HEADROOM, Codec, Fp8Tensor, Fp8TokenHead, MinMax, SourceCache
 
 B, H, D = 2, 3, 16
 
@@ -111,7 +112,7 @@ def test_nbytes_is_what_is_stored(storage: torch.dtype | str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "new_codec"), (("int4", Int4), ("fp8", Fp8Tensor), ("fp8-token-head", Fp8TokenHead))
+    ("storage", "new_codec"), (("int4", partial(MinMax, 4)), ("fp8", Fp8Tensor), ("fp8-token-head", Fp8TokenHead))
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_encoded_caches_hand_out_decoded_past_and_exact_present(
