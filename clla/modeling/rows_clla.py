@@ -42,7 +42,7 @@ class Workspace:
     """Memory that every forward pass writes again: allocating it each time would cost as much as the computation in it.
 
     Nothing is read from it after its pass, at whose end it is released. It grows to unpacked latents of one group (at
-    most `HELD_BYTES`) and the keys of one block.
+    most `HELD_BYTES`, or `HELD_ON_GPU`).
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,10 @@ class PackedRows:
         if (held := self._held(rank)) is not None:
             yield 0, held
             return
-        size = max(BLOCK // self.whole, 1) * self.whole
+        most = BLOCK
+        if on_gpu(self.data):  # of many sequences a block is as large as what may stay
+            most = min(most, HELD_ON_GPU // (len(self.data) * (rank or self.layout.rank) * self.dtype.itemsize))
+        size = max(most // self.whole, 1) * self.whole
         for start in range(0, self.count, size):
             yield start, self._opened(self.data[:, start : start + size], rank)
 

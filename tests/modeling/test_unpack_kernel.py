@@ -363,6 +363,22 @@ def test_the_twin_in_blocks(block: int, held: int, kernel_device: str, monkeypat
         close(rows.values(weights, problem.layer), expected, 3e-6)
 
 
+@pytest.mark.parametrize("rows", [9, 17, 40])
+def test_many_sequences_on_a_gpu_come_in_blocks_that_fit(
+    rows: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(hidden=(0, 5), device=kernel_device)
+    monkeypatch.setattr(rows_clla, "HELD_ON_GPU", 2 * rows * problem.layout.rank * 4)
+    with by(True):
+        found = problem.rows()
+        sizes = [latents.shape[1] for _, latents in found.filled_blocks()]
+        assert sizes == [40] if rows == 40 else max(sizes) <= rows and sum(sizes) == 40
+        close(written(problem, found), problem.naive_logits(), 3e-6)
+        weights = problem.weights()
+        expected = torch.einsum("bhmk,bkhd->bhmd", weights.double().cpu(), problem.decoded(values=True))
+        close(found.values(weights, problem.layer), expected, 3e-6)
+
+
 def test_small_weights_count_in_fp16(kernel_device: str) -> None:
     """Attention spread evenly over many tokens that get a hundredth of it: less each than fp16 tells from nothing."""
     layout, count = RowLayout((8, 4, 2), 8), 32768
