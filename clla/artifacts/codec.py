@@ -51,7 +51,7 @@ class Codec:
     Attributes:
         groups: of the plan.
         made_from: hash of the stats and settings.
-        predicted_kl: nats per token, by second order; what is measured was up to five times that.
+        predicted_kl: nats per token, by second order; what is measured was six to fourteen times that.
         outlook: spectra and the loss at other budgets (`clla.plan.frontier`), for reports; empty if not computed.
     """
 

@@ -73,7 +73,7 @@ class Conversion:
         output: directory of the checkpoint; not written after a dry run.
         plan: that the model runs on.
         recipe: resolved.
-        predicted_kl: nats per token, by second order; what is measured was up to five times that.
+        predicted_kl: nats per token, by second order; what is measured was six to fourteen times that.
         report: what was measured, if it was.
         model: converted, in the dtype that was computed in; None after a dry run.
         healing: what training did, if it was trained.
