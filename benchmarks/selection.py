@@ -33,11 +33,12 @@ def main(
     buckets: Annotated[str, typer.Option(help="Old tokens with one rotation; default: what the model allows.")] = "",
     ranks: Annotated[str, typer.Option(help="Components that judge; default: as built.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of both models: auto, float32, bfloat16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Mean KL to the source and to reading everything with exact rotations, nats per token."""
     register()
-    loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype="auto")
+    loaded = load_checkpoint(checkpoint, device=pick_device(device), dtype=dtype)
     model: Any = loaded.model
     ids = evaluation_samples(text, loaded.tokenizer, count=num_samples, length=context + tokens).to(model.device)
     with torch.inference_mode():
