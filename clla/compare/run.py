@@ -190,7 +190,7 @@ def run_methods(
     with console.progress("Bytes and retrieval (settings)", len(subjects)) as advance:
         for (method, name), subject in subjects.items():
             found = quality[f"{method}\0{name}"]
-            long = measured_bytes(subject, [far], chunk=BYTES_CHUNK, device=device)[far]
+            long = measured_bytes(subject, [far], chunk=BYTES_CHUNK, device=device, text=samples.flatten())[far]
             codes = retrieve(subject, trials, chunk=bench.chunk, device=device) if trials else None
             base = base or float(found.nbytes)
             rows.append(

@@ -10,7 +10,9 @@ from clla.modeling.hooks_clla import CACHE
 
 
 @torch.no_grad()
-def measured_bytes(subject: Subject, contexts: list[int], *, chunk: int, device: torch.device) -> dict[int, int]:
+def measured_bytes(
+    subject: Subject, contexts: list[int], *, chunk: int, device: torch.device, text: Tensor | None = None
+) -> dict[int, int]:
     """Fill a cache to each context length and count what it holds.
 
     Args:
@@ -18,6 +20,8 @@ def measured_bytes(subject: Subject, contexts: list[int], *, chunk: int, device:
         contexts: tokens, any order.
         chunk: tokens per forward pass.
         device: of the model.
+        text: [T] tokens to fill it with, again from the start where they are too few; None for the same one, which will
+            do for caches whose size does not depend on what they hold.
 
     Returns:
         Bytes of one sequence's cache by context length.
@@ -26,8 +30,8 @@ def measured_bytes(subject: Subject, contexts: list[int], *, chunk: int, device:
     for context in sorted(set(contexts)):
         while filled < context:
             count = min(chunk, context - filled)
-            ids: Tensor = torch.full((1, count), 1, device=device)
             positions = torch.arange(filled, filled + count, device=device)[None]
+            ids = torch.ones_like(positions) if text is None else text.to(device)[positions % len(text)]
             subject.model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{CACHE: cache})
             filled += count
         found[context] = cache.nbytes
