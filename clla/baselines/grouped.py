@@ -19,6 +19,15 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from clla.evaluate.measured_cache import MeasuredCache
+from clla.modeling.rotary_clla import Rope, Rotation
+
+
+def rotation_from(rope: Rope | None, start: int, count: int, device: torch.device) -> Rotation | None:
+    """The rotation to `count` positions from `start` on, in fp32; None for models without."""
+    if rope is None:
+        return None
+    rotation = rope(torch.arange(start, start + count, device=device)[None])
+    return rotation._replace(cos=rotation.cos.float(), sin=rotation.sin.float())
 
 
 class GroupStore(ABC):

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from clla.baselines.grouped import GroupedCache, GroupStore
+from clla.baselines.grouped import GroupedCache, GroupStore, rotation_from
 from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
 from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import RowLayout
-from clla.modeling.rotary_clla import Rope, Rotation
+from clla.modeling.rotary_clla import Rope
 from clla.plan.allocation import candidate, solve
 from clla.recipe import PlanConfig
 from clla.source.families import split_layers
@@ -90,7 +90,7 @@ def collect(
         cache: Any = DynamicCache(config=model.config)
         model(ids.to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: cache})
         count = ids.shape[1]
-        rotation = _rotation(rope, 0, count, model.device)
+        rotation = rotation_from(rope, 0, count, model.device)
         keys = torch.stack([cache.layers[i].keys for i in layers]).float()  # [L, B, H, T, d]
         values = torch.stack([cache.layers[i].values for i in layers]).float()
         if rotation is not None:
@@ -146,7 +146,7 @@ class TransformStore(GroupStore):
         if self.sink is None:
             self.sink, block = block[:, :, :, : self.sinks].clone(), block[:, :, :, self.sinks :]
         keys, values = block.float().chunk(2, dim=2)  # [L, B, H, T, d]
-        rotation = _rotation(self.rope, self._start(len(self.blocks)), self.block, block.device)
+        rotation = rotation_from(self.rope, self._start(len(self.blocks)), self.block, block.device)
         if rotation is not None:
             keys = torch.stack([rotation.unrotate(k, layer) for k, layer in zip(keys, self.layers, strict=True)])
         rows = [coder.pack(_vectors(x)) for coder, x in zip(self.coders, (keys, values), strict=True)]
@@ -175,7 +175,7 @@ class TransformStore(GroupStore):
             rows = _inflated(data, (batch, self.block, coder.layout.row_bytes))
             found = coder.unpack(rows).unflatten(-1, (layers, both // 2, size))  # [B, T, L, H, d]
             halves.append(found.permute(2, 0, 3, 1, 4))
-        rotation = _rotation(self.rope, self._start(number), self.block, self.sink.device)
+        rotation = rotation_from(self.rope, self._start(number), self.block, self.sink.device)
         if rotation is not None:
             halves[0] = torch.stack([rotation.rotate(k, i) for k, i in zip(halves[0], self.layers, strict=True)])
         return torch.cat(halves, dim=2)
@@ -218,14 +218,6 @@ class KvtcCache(GroupedCache):
 def _vectors(layers: Tensor) -> Tensor:
     """[B, T, p] of [L, B, H, T, d]."""
     return layers.permute(1, 3, 0, 2, 4).flatten(2)
-
-
-def _rotation(rope: Rope | None, start: int, count: int, device: torch.device) -> Rotation | None:
-    """The rotation to `count` positions from `start` on, in fp32."""
-    if rope is None:
-        return None
-    rotation = rope(torch.arange(start, start + count, device=device)[None])
-    return rotation._replace(cos=rotation.cos.float(), sin=rotation.sin.float())
 
 
 def _deflated(rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.baselines.grouped import GroupedCache, GroupStore
+from clla.baselines.grouped import GroupedCache, GroupStore, rotation_from
 from clla.baselines.settings import check_at_least
 from clla.modeling.rotary_clla import Rope, Rotation
 from clla.source.families import split_layers
@@ -95,12 +95,8 @@ class SvdStore(GroupStore):
         return basis.to(dtype), rows.to(dtype)
 
     def _rotation(self, number: int, device: torch.device) -> Rotation | None:
-        """The rotation to a block's positions, in fp32."""
-        if self.rope is None:
-            return None
-        first = self.sinks + number * self.block
-        rotation = self.rope(torch.arange(first, first + self.block, device=device)[None])
-        return rotation._replace(cos=rotation.cos.float(), sin=rotation.sin.float())
+        """The rotation to a block's positions."""
+        return rotation_from(self.rope, self.sinks + number * self.block, self.block, device)
 
 
 class XkvCache(GroupedCache):
