@@ -56,9 +56,19 @@ def plan(
         explorer = Explorer(find_kept(statistics), chosen)
         wanted = budgets.split(",") if sweep else [chosen.budget.kv_budget]
         with usage.renamed(lambda text: text.replace("--kv-budget", "--budgets") if sweep else text):
-            recipes = [chosen.override({"budget": {"kv_budget": part.strip()}}) for part in wanted]
-            for one in recipes:  # mistakes first
-                explorer.settle(one)
+            recipes, too_small = [], []
+            for one in [chosen.override({"budget": {"kv_budget": part.strip()}}) for part in wanted]:  # mistakes first
+                try:
+                    explorer.settle(one)
+                    recipes.append(one)
+                except UsageError as error:  # of several budgets one that leaves nothing for latents is no mistake
+                    if not sweep:
+                        raise
+                    too_small.append((one.budget.kv_budget, error))
+            if not recipes:
+                raise too_small[0][1]
+            for budget, error in too_small:
+                console.say(f"{budget} is left out: {error.got}")
         if told := explorer.told_of_groups(recipes):
             console.say(told)
         if not explorer.ready:

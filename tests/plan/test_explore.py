@@ -129,6 +129,14 @@ def test_sweep_as_table_json_and_picture(work: Path, tmp_path: Path) -> None:
     assert table.exit_code == 0 and all(f"{row['row_bytes']:,}" in table.stdout for row in rows)
 
 
+def test_budgets_that_hold_nothing_are_left_out_of_a_sweep(work: Path) -> None:
+    """The window belongs to the statistics, and at small budgets it leaves nothing for latents."""
+    done = clla("plan", work, "--sweep", "--budgets", "0.01%,25%", "--json")
+    assert done.exit_code == 0, done.output + done.stderr
+    assert [row["budget"] for row in json.loads(done.stdout)] == ["25%"]
+    assert "0.01% is left out: the budget of" in done.stderr and "leaves nothing for latents" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     (
