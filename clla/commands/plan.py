@@ -67,8 +67,8 @@ def plan(
                     too_small.append((one.budget.kv_budget, error))
             if not recipes:
                 raise too_small[0][1]
-            for budget, error in too_small:
-                console.say(f"{budget} is left out: {error.got}")
+            for budget, why in too_small:
+                console.say(f"{budget} is left out: {why.got}")
         if told := explorer.told_of_groups(recipes):
             console.say(told)
         if not explorer.ready:
