@@ -85,6 +85,7 @@ class RecipeChanges(TypedDict, total=False):
     bits: str | Sequence[int] | None
     latent_input: str | None
     planner: str | None
+    reading_price: float | None
     dataset: Name | None
     calibration_tokens: int | None
     sequence_length: int | None
@@ -157,9 +158,9 @@ def convert_model(
         overwrite: replace an earlier conversion in `output`.
         **changes: what replaces fields of the recipe (`RecipeChanges`): `kv_budget` ('6.25%', 0.0625 or '1440B' per
             token), `budget_context`, `exact_window`, `num_sinks`, `max_layers_per_group`, `bits` ('2,4,8' or
-            (2, 4, 8)), `latent_input`, `planner`, `dataset`, `calibration_tokens`, `sequence_length`, `seed`, `dtype`
-            to compute in, `placement`. `heal=True` trains briefly against the source afterwards, with `heal_tokens`,
-            `heal_train`, and trackers of accelerate to `report_to`.
+            (2, 4, 8)), `latent_input`, `planner`, `reading_price`, `dataset`, `calibration_tokens`, `sequence_length`,
+            `seed`, `dtype` to compute in, `placement`. `heal=True` trains briefly against the source afterwards, with
+            `heal_tokens`, `heal_train`, and trackers of accelerate to `report_to`.
 
     Returns:
         A `Conversion`: `output`, `plan`, resolved `recipe`, `predicted_kl`, the `report` of what was measured,

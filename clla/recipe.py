@@ -276,7 +276,7 @@ class Recipe(_Section):
 # Options of functions and commands: the section and the field of a recipe that each stands for.
 OPTIONS = {
     **{name: ("budget", name) for name in ("kv_budget", "budget_context", "exact_window", "num_sinks")},
-    **{name: ("plan", name) for name in ("max_layers_per_group", "bits", "latent_input", "planner")},
+    **{name: ("plan", name) for name in ("max_layers_per_group", "bits", "latent_input", "planner", "reading_price")},
     "dataset": ("calibration", "dataset"),
     "calibration_tokens": ("calibration", "tokens"),
     "sequence_length": ("calibration", "sequence_length"),

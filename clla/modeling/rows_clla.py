@@ -8,7 +8,7 @@ import math
 from typing import Any, Iterator, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, __version__, nn
 
 from .quantize_clla import Layout
 from .triton_clla import on_gpu
@@ -21,7 +21,8 @@ HELD_ON_GPU = 1 << 29  # likewise
 PARTS = 8  # into which a GPU cuts rows for sums, which have too few lines to keep it busy otherwise
 # Weights are summed up times this, so that fp16 can hold those of long texts, too: to 1e-9 in full precision.
 WEIGHT_SCALE = 2.0**14
-FP32_RESULTS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
+RELEASE = tuple(int(part) for part in __version__.split(".")[:2])
+FP32_RESULTS = RELEASE >= (2, 8) and torch.version.hip is None  # of products of 16-bit numbers
 
 
 def reading_mode() -> Any:

@@ -66,6 +66,7 @@ FIELDS: dict[str, dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]
             odd("magic", None, 1, "Dynamic"),
         ),
         "sharing_order": (st.sampled_from(["similar", "dissimilar"]), odd("", None)),
+        "reading_price": (share(0.0, 16.0), odd(-0.1, 16.5, None, "x", float("nan"), True)),
         "latent_input": (st.sampled_from(["all_layers", "first_layer"]), odd("third", None, True)),
         "key": (st.sampled_from(["reconstruct", "decoupled"]), odd("both", None, True)),
         "qk_rope_head_dim": (
