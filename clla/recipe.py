@@ -20,6 +20,7 @@ from clla.recipes import builtin_recipes
 RECIPE_VERSION = 1
 SHORTEST = 32  # tokens of a sequence that a model is fitted on
 LARGEST = 2**53  # whole number: more is a slip, and neither JSON nor torch would hold it
+BREAKS = "\x85\u2028\u2029"  # YAML takes them for ends of lines, and reads spaces for them
 
 
 class _Section(BaseModel):
@@ -246,6 +247,22 @@ class Provenance(_Section):
         return COMMIT.fullmatch(self.revision) is not None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text so that it is read again as it was: breaks that are no newlines are escaped."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if set(text) & set(BREAKS) else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(data: dict[str, Any]) -> str:
+    """YAML of plain values, keys in their order; texts are read again as they were."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 class Recipe(_Section):
     """A whole conversion."""
 
@@ -270,7 +287,7 @@ class Recipe(_Section):
         return _validate(data, "the options", named)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.model_dump(mode="json", exclude_none=True))
 
 
 # Options of functions and commands: the section and the field of a recipe that each stands for.

@@ -249,3 +249,11 @@ def test_yaml_numbers_are_budgets_too(value: float | str, text: str) -> None:
     recipe = Recipe.model_validate({"budget": {"kv_budget": value}})
     assert recipe.budget.kv_budget == text
     assert parse_budget(text, source_bytes=SOURCE) > 0
+
+
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "a\u2029 b\n", "tab\tand \ufeff mark", " plain: 'text' #"])
+def test_descriptions_survive_yaml(text: str, tmp_path: Path) -> None:
+    """Also signs that YAML takes for ends of lines."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(Recipe(description=text).to_yaml(), encoding="utf-8")
+    assert load_recipe(str(path)).description == text

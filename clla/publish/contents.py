@@ -18,6 +18,7 @@ from clla.hub.commits import COMMIT
 from clla.modeling.modeling_clla import CODEC_FILE
 from clla.publish.base_model import HubModel
 from clla.publish.card import retargeted
+from clla.recipe import to_yaml
 from clla.storage.filenames import CHECKSUMS, CONFIG, GENERATION_CONFIG, MODEL_CARD, RECIPE, REPORT, TOKENIZER_CONFIG
 from clla.storage.files import read_json
 
@@ -240,8 +241,8 @@ def _last(path: str) -> str:
     return PureWindowsPath(path).name
 
 
-def _yaml(data: Any) -> bytes:
-    return bytes(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode())
+def _yaml(data: dict[str, Any]) -> bytes:
+    return to_yaml(data).encode()
 
 
 def _json(indent: int) -> Callable[[Any], bytes]:
