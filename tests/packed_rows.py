@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clla.modeling import rows_clla, unpack_triton_clla
+from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import GAUSSIAN_STEP, SCALE_OFFSETS, RowLayout
 
 SMALLEST_SCALE = 2.0 ** (-127 / 8)  # code 1
@@ -159,6 +161,32 @@ def by(kernels: bool) -> Iterator[None]:
         for module in (rows_clla, unpack_triton_clla):
             patch.setattr(module, "on_gpu", lambda x: kernels)
         yield
+
+
+def check_same_answers(converted: Any, ids: Tensor, mask: Tensor, new_cache: Callable[[], Any], launches: int) -> None:
+    """Greedy answers of a padded batch by the kernel and by the twin: alike, after so many launches of the kernel."""
+    launch, answers = unpack_triton_clla._launch, []
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[int] = []
+        patch.setattr(unpack_triton_clla, "_launch", lambda *a: seen.append(1) or launch(*a))
+        for kernels in (True, False):
+            with by(kernels):
+                answers.append(
+                    converted.generate(
+                        ids,
+                        attention_mask=mask,
+                        do_sample=False,
+                        max_new_tokens=4,
+                        eos_token_id=None,
+                        pad_token_id=258,
+                        return_dict_in_generate=True,
+                        output_logits=True,
+                        **{CACHE: new_cache()},
+                    )
+                )
+    assert len(seen) == launches
+    assert torch.equal(answers[0].sequences, answers[1].sequences)
+    torch.testing.assert_close(*(torch.stack(a.logits) for a in answers), rtol=1e-4, atol=1e-4)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:

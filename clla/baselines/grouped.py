@@ -30,6 +30,13 @@ def rotation_from(rope: Rope | None, start: int, count: int, device: torch.devic
     return rotation._replace(cos=rotation.cos.float(), sin=rotation.sin.float())
 
 
+def before_rope(keys: Tensor, layers: Sequence[int], rotation: Rotation | None) -> Tensor:
+    """Keys [G, B, H, T, d] of layers, turned back from their positions."""
+    if rotation is None:
+        return keys
+    return torch.stack([rotation.unrotate(own, layer) for own, layer in zip(keys, layers, strict=True)])
+
+
 class GroupStore(ABC):
     """Storage of neighbouring layers that are compressed together, block by block.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from clla.baselines.grouped import GroupedCache, GroupStore, rotation_from
+from clla.baselines.grouped import GroupedCache, GroupStore, before_rope, rotation_from
 from clla.baselines.settings import check_at_least
 from clla.errors import UsageError
 from clla.modeling.hooks_clla import CACHE
@@ -90,11 +90,9 @@ def collect(
         cache: Any = DynamicCache(config=model.config)
         model(ids.to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: cache})
         count = ids.shape[1]
-        rotation = rotation_from(rope, 0, count, model.device)
         keys = torch.stack([cache.layers[i].keys for i in layers]).float()  # [L, B, H, T, d]
         values = torch.stack([cache.layers[i].values for i in layers]).float()
-        if rotation is not None:
-            keys = torch.stack([rotation.unrotate(k, layer) for k, layer in zip(keys, layers, strict=True)])
+        keys = before_rope(keys, layers, rotation_from(rope, 0, count, model.device))
         inner = slice(sinks, count - window)
         found.append((_vectors(keys)[:, inner].flatten(0, 1), _vectors(values)[:, inner].flatten(0, 1)))
     return torch.cat([keys for keys, _ in found]), torch.cat([values for _, values in found])
@@ -147,8 +145,7 @@ class TransformStore(GroupStore):
             self.sink, block = block[:, :, :, : self.sinks].clone(), block[:, :, :, self.sinks :]
         keys, values = block.float().chunk(2, dim=2)  # [L, B, H, T, d]
         rotation = rotation_from(self.rope, self._start(len(self.blocks)), self.block, block.device)
-        if rotation is not None:
-            keys = torch.stack([rotation.unrotate(k, layer) for k, layer in zip(keys, self.layers, strict=True)])
+        keys = before_rope(keys, self.layers, rotation)
         rows = [coder.pack(_vectors(x)) for coder, x in zip(self.coders, (keys, values), strict=True)]
         self.blocks.append((_deflated(rows[0]), _deflated(rows[1])))
         self._decoded = None
@@ -160,7 +157,7 @@ class TransformStore(GroupStore):
             self._decoded = torch.cat([self._decode(number) for number in range(len(self.blocks))], dim=3)
         found = [self.sink[index], self._decoded[index]]
         if index == len(self.layers) - 1:
-            self._decoded = None  # decoded anew in every forward pass
+            self._decoded = None  # decoded again in every forward pass
         return found
 
     def tensors(self) -> list[Tensor]:

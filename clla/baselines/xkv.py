@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clla.baselines.grouped import GroupedCache, GroupStore, rotation_from
+from clla.baselines.grouped import GroupedCache, GroupStore, before_rope, rotation_from
 from clla.baselines.settings import check_at_least
 from clla.modeling.rotary_clla import Rope, Rotation
 from clla.source.families import split_layers
@@ -59,9 +59,7 @@ class SvdStore(GroupStore):
         if self.sink is None:
             self.sink, block = block[:, :, :, : self.sinks].clone(), block[:, :, :, self.sinks :]
         keys, values = block.float().chunk(2, dim=2)  # [G, B, H, T, d]
-        rotation = self._rotation(len(self.blocks), block.device)
-        if rotation is not None:
-            keys = torch.stack([rotation.unrotate(k, layer) for k, layer in zip(keys, self.layers, strict=True)])
+        keys = before_rope(keys, self.layers, self._rotation(len(self.blocks), block.device))
         ranks = self.rank, round(VALUE_RANK * self.rank)
         key_factors, value_factors = (
             self._factor(half, rank, block.dtype) for half, rank in zip((keys, values), ranks, strict=True)

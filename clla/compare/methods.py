@@ -47,6 +47,14 @@ class Method:
     trained: bool = False
 
 
+def _whole_contexts(bench: Bench, count: int) -> tuple[list[torch.Tensor], str]:
+    """Calibration sequences [1, T] as long as the context, and why there are none, where the text has none."""
+    try:
+        return list(islice(bench.sequences(bench.context), count)), ""
+    except CllaError as error:
+        return [], error.got
+
+
 def stored(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """What people run in production: smaller formats of the source's cache."""
     config = bench.source.config
@@ -74,15 +82,12 @@ def turboquant(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
 def kvtc(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     """At every budget, with the window that our own conversion has there."""
     rope, source = rope_of(bench.model, bench.rope), bench.source
-    batches, count = [], 0
-    for ids in bench.sequences(bench.context):
-        batches.append(ids)
-        count += ids.shape[1]
-        if count >= KVTC_TOKENS:
-            break
+    batches, why_not = _whole_contexts(bench, -(-KVTC_TOKENS // bench.context))
+    if why_not:
+        yield Setting("all", why_not=why_not)
+        return
     keys, values = collect(bench.model, rope, batches, sinks=SINKS, window=KVTC_WINDOW)
-    most = min(KVTC_COMPONENTS, *keys.shape)
-    transforms = principal(keys, most), principal(values, most)
+    transforms = principal(keys, KVTC_COMPONENTS), principal(values, KVTC_COMPONENTS)
     for budget in budgets:
         window = own_window(budget, source.bytes_per_token, bench.context)
         exact = SINKS + window + KVTC_BLOCK
@@ -146,10 +151,9 @@ def less(bench: Bench, budgets: list[float]) -> Iterator[Setting]:
     # The fp32 state takes R·(d + 1) values per head, as many bytes as that number of tokens.
     state = -(-LESS_RANK * (kv.head_dim + 1) * 4 // (2 * kv.head_dim * bench.source.dtype.itemsize))
     beside = SINKS + PYRAMID_BLOCK + state
-    try:
-        batches = list(islice(bench.sequences(bench.context), LESS_SEQUENCES))
-    except CllaError as error:
-        yield Setting("all", why_not=error.got)
+    batches, why_not = _whole_contexts(bench, LESS_SEQUENCES)
+    if why_not:
+        yield Setting("all", why_not=why_not)
         return
     for budget in budgets if bench.thorough else [max(budgets)]:
         capacity = int(budget * bench.context) - beside

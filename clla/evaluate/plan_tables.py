@@ -45,15 +45,15 @@ def plan_tables(plan: Plan, predicted_kl: float | None) -> list[Table]:
         total_bytes = plan.bytes_at(at) / at
         rows.append((f"in all at {at:,}", f"{total_bytes:,.0f} bytes per token ({100 * total_bytes / source:.2f} %)"))
     if predicted_kl is not None:
-        rows.append(
-            (
-                "predicted KL",
-                f"{predicted_kl:.4f} nats per token by second order; six to fourteen times that was measured",
-            )
-        )
+        rows.append(predicted_row(predicted_kl))
     if plan.kept_layers:
         rows.append(("left alone", f"layers {list(plan.kept_layers)}: their cache is bounded by {plan.bound}"))
     return [groups_table(plan), Table.of((), rows, words=2)]
+
+
+def predicted_row(kl: float) -> tuple[str, str]:
+    """What is predicted of a plan, in nats per token, and how far that can be trusted."""
+    return "predicted KL", f"{kl:.4f} nats per token by second order; six to fourteen times that was measured"
 
 
 def bit_runs(group: LayerGroup, tier_size: int) -> str:

@@ -268,18 +268,15 @@ class LatentRows(PackedRows):
         heads = weights.shape[1]
         decoder, mean = (x[layer].chunk(2)[1] for x in (self.codec.decoder, self.codec.mean))  # [H·d, r], [H·d]
         few = None if best is None else judging_rank(self.layout)
-        sums = self._added(weights, few)
+        sums = self._sums(weights.flatten(1, 2), few)
         if best is not None:
-            sums = torch.cat((sums, best._added(weights.gather(-1, best.places(weights)))[..., few:]), dim=-1)
+            chosen = weights.gather(-1, best.places(weights)).flatten(1, 2)
+            sums = torch.cat((sums, best._sums(chosen)[..., few:]), dim=-1)
         # Every head's sum through every head's decoder: the product is small, and one is faster than H.
         every = nn.functional.linear(sums.to(decoder.dtype), decoder)  # [B, H·M, H·d]
         own = every.unflatten(2, (heads, -1)).unflatten(1, (heads, -1)).diagonal(dim1=1, dim2=3)  # [B, M, d, H]
         total = weights.sum(-1, keepdim=True)
         return own.permute(0, 3, 1, 2).float().addcmul(total, mean.unflatten(0, (heads, 1, -1)).float())
-
-    def _added(self, weights: Tensor, rank: "Optional[int]" = None) -> Tensor:
-        """Σ p·z [B, H·M, r] of weights [B, H, M, K], or its first components."""
-        return self._sums(weights.flatten(1, 2), rank)
 
     def _hide(self, logits: Tensor) -> None:
         """Write -inf to the logits [B, H, M, K] of rows that are masked."""

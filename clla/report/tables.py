@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from clla.artifacts.plan import Plan
+from clla.evaluate.plan_tables import predicted_row
 from clla.report import words
 from clla.report.charts import Measured
 from clla.report.data import PageData
@@ -154,12 +155,7 @@ def settings(data: PageData) -> list[tuple[str, str]]:
         found.append(("planner", f"{recipe.plan.planner}, groups of up to {recipe.plan.group_size} layers"))
     found.append(("latent input", "all layers of a group" if plan.source == "group" else "its first layer"))
     if data.file.predicted_kl is not None:
-        found.append(
-            (
-                "predicted KL",
-                f"{data.file.predicted_kl:.4f} nats per token by second order; six to fourteen times that was measured",
-            )
-        )
+        found.append(predicted_row(data.file.predicted_kl))
     if kept := data.file.reduction:
         found.append(("moments", f"in {kept['coordinates']:,.0f} of {kept['of']:,.0f} coordinates"))
     found.append(("trained", data.healed or "nothing; the weights are the source's"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
@@ -12,12 +11,11 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 import torch
 from conftest import pico
 from helpers import stats_of, strict_of, tokens
-from packed_rows import MIXED, POISON, WIDTHS, by, close, latents_of, random_rows
+from packed_rows import MIXED, POISON, WIDTHS, by, check_same_answers, close, latents_of, random_rows
 from torch import Tensor
 
-from clla.modeling import rows_clla, unpack_triton_clla
+from clla.modeling import rows_clla
 from clla.modeling.absorbed_clla import AbsorbedRows
-from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
 
 
@@ -190,10 +188,8 @@ def test_compilers_follow_whole(kernels: bool, kernel_device: str) -> None:
 
 
 @pytest.mark.slow
-def test_models_read_rows_by_kernels(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_read_rows_by_kernels(kernel_device: str) -> None:
     """A padded batch, with a prompt of few tokens: by kernels and by the twin alike, and not by neither."""
-    launches, launch = [], unpack_triton_clla._launch
-    monkeypatch.setattr(unpack_triton_clla, "_launch", lambda *a: launches.append(1) or launch(*a))
     model = pico()
     converted, _ = strict_of(
         model, stats_of(model, with_queries=True), groups=((0, 1), (2, 3)), components=16, bits=4, rope_bits=6, rank=48
@@ -201,20 +197,4 @@ def test_models_read_rows_by_kernels(kernel_device: str, monkeypatch: pytest.Mon
     converted, ids = converted.to(kernel_device), tokens(2, 7).to(kernel_device)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    common: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 258}
-    answers = []
-    for kernels in (True, False):
-        with by(kernels):
-            answers.append(
-                converted.generate(
-                    ids,
-                    attention_mask=mask,
-                    return_dict_in_generate=True,
-                    output_logits=True,
-                    **common,
-                    **{CACHE: converted.new_cache()},
-                )
-            )
-    assert len(launches) == 4 * 2  # once per call for all layers of a group
-    assert torch.equal(answers[0].sequences, answers[1].sequences)
-    torch.testing.assert_close(*(torch.stack(a.logits) for a in answers), rtol=1e-4, atol=1e-4)
+    check_same_answers(converted, ids, mask, converted.new_cache, 4 * 2)  # once per call for all layers of a group

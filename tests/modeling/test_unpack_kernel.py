@@ -14,13 +14,12 @@ import torch
 from conftest import pico
 from helpers import converted_of, mostly_slow, plan_of, stats_of, tokens
 from kernel_compile import Case, check_fits, compile_all, launched
-from packed_rows import MIXED, POISON, WIDTHS, by, close, latents_of, random_rows
+from packed_rows import MIXED, POISON, WIDTHS, by, check_same_answers, close, latents_of, random_rows
 from torch import Tensor
 
 from clla.bench.shapes import random_plan, shape_config
 from clla.modeling import rows_clla, unpack_triton_clla
 from clla.modeling.attention_clla import Buckets, LatentRows, judging_rank
-from clla.modeling.hooks_clla import CACHE
 from clla.modeling.quantize_clla import ROPE_TIER, JoinedLayout, RowLayout
 from clla.modeling.rotary_clla import Turns
 from clla.modeling.rows_clla import PackedRows
@@ -398,37 +397,16 @@ def test_small_weights_count_in_fp16(kernel_device: str) -> None:
     [("llama", False), ("llama", True), ("smollm3", False), ("gpt_neox", True), ("cohere", False), ("gpt2", True)],
     ids=str,
 )
-def test_models_read_latents_by_kernels(
-    family: str, static: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_read_latents_by_kernels(family: str, static: bool, kernel_device: str) -> None:
     """A padded batch; rows join while tokens come. By the kernel and by the twin alike, and not by neither."""
-    launches, launch = [], unpack_triton_clla._launch
-    monkeypatch.setattr(unpack_triton_clla, "_launch", lambda *a: launches.append(1) or launch(*a))
     model = pico(family)
     stats = stats_of(model, batches=1, with_inputs=False)
     plan = plan_of(stats, model, bits=4, rank=16, window=4, flush_block=2, sinks=2)
     converted, ids = converted_of(model, plan, stats).to(kernel_device), tokens(2, 14).to(kernel_device)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    answers = []
-    for kernels in (True, False):
-        with by(kernels):
-            answers.append(
-                converted.generate(
-                    ids,
-                    attention_mask=mask,
-                    do_sample=False,
-                    max_new_tokens=4,
-                    eos_token_id=None,
-                    pad_token_id=258,
-                    return_dict_in_generate=True,
-                    output_logits=True,
-                    **{CACHE: converted.new_cache(max_cache_len=18 if static else None)},
-                )
-            )
-    assert len(launches) == 3 * len(plan.groups)  # once per token for all layers of a group
-    assert torch.equal(answers[0].sequences, answers[1].sequences)
-    torch.testing.assert_close(*(torch.stack(a.logits) for a in answers), rtol=1e-4, atol=1e-4)
+    launches = 3 * len(plan.groups)  # once per token for all layers of a group
+    check_same_answers(converted, ids, mask, lambda: converted.new_cache(18 if static else None), launches)
 
 
 def case_of(shape: str, rank: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Case:
